@@ -1,0 +1,57 @@
+"""The errors lorica raises. Each says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class LoricaError(Exception):
+    """Base class of every error that lorica raises on purpose."""
+
+
+class ConfigError(LoricaError, ValueError):
+    """A configuration value is of the wrong type, out of range, or contradicts another."""
+
+
+class TargetError(LoricaError, ValueError):
+    """A target, pattern or module name does not fit the model."""
+
+
+class AdapterError(LoricaError, ValueError):
+    """An adapter name is unknown, taken, or in a state that forbids what was asked."""
+
+
+class CheckpointError(LoricaError, ValueError):
+    """A file or directory cannot be read as what it claims to be."""
+
+
+class RecipeError(LoricaError, ValueError):
+    """A training recipe holds a wrong key, path, type or column."""
+
+
+class MissingExtraError(LoricaError, ImportError):
+    """An optional dependency is needed that is not installed."""
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import ``module`` or say which extra of lorica installs it.
+
+    Raises:
+        MissingExtraError: ``module`` cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise MissingExtraError(
+            f"This needs the package {name!r}, which is not installed. Install it with: pip install 'lorica[{extra}]'"
+        ) from error
+
+
+def suggest(wrong: str, known: Iterable[str], *, limit: int = 5) -> str:
+    """Return ``" Did you mean …?"`` with the nearest of ``known``, or an empty string."""
+    near = difflib.get_close_matches(wrong, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
+    return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
