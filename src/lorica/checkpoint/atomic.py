@@ -106,4 +106,3 @@ def remove_partial(parent: str | os.PathLike[str]) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
-
