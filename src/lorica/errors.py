@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 
@@ -55,3 +57,14 @@ def suggest(wrong: str, known: Iterable[str], *, limit: int = 5) -> str:
     """Return ``" Did you mean …?"`` with the nearest of ``known``, or an empty string."""
     near = difflib.get_close_matches(wrong, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+
+
+def suggest_path(path: str | os.PathLike[str]) -> str:
+    """Return ``" Did you mean …?"`` with entries near ``path`` on the disk, or an empty string."""
+    parent = Path(path).expanduser().parent
+    try:
+        names = [entry.name for entry in parent.iterdir()]
+    except OSError:
+        return f" There is no directory {parent}." if str(parent) not in ("", ".") else ""
+    near = difflib.get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(repr(str(parent / name)) for name in near)}?" if near else ""

@@ -1,0 +1,149 @@
+"""From examples to batches: the order of the data, packing, padding.
+
+A batch never needs an attention mask. Padding is on the right, where a causal model cannot see it; packed documents are
+told apart by positions that start again, from which transformers derives the block-diagonal mask of whatever attention
+is used (:func:`documents_are_separate` makes sure that the model at hand really does).
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.train.data import IGNORE, Example
+
+Batch = dict[str, Tensor]
+"""``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Lay packs of examples (a pack of one: no packing) side by side.
+
+    ``flatten`` makes one long row of them, which is the only form in which flash attention tells documents apart.
+    """
+
+    pad_id: int
+    flatten: bool = False
+
+    def __call__(self, packs: Sequence[Sequence[Example]]) -> Batch:
+        if self.flatten:
+            packs = [[example for pack in packs for example in pack]]
+        width = max(sum(map(len, pack)) for pack in packs)
+        ids_BT = torch.full((len(packs), width), self.pad_id, dtype=torch.long)
+        labels_BT = torch.full((len(packs), width), IGNORE, dtype=torch.long)
+        positions_BT = torch.arange(width).repeat(len(packs), 1)
+        for row, pack in enumerate(packs):
+            start = 0
+            for example in pack:
+                end = start + len(example)
+                ids_BT[row, start:end] = example.ids
+                labels_BT[row, start:end] = example.labels
+                labels_BT[row, start] = IGNORE  # the document before must not predict it
+                if len(pack) > 1:
+                    positions_BT[row, start:end] = torch.arange(len(example))
+                start = end
+            if len(pack) > 1:
+                positions_BT[row, start:] = torch.arange(width - start)
+        return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": positions_BT}
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+    """Fill rows of ``max_length`` tokens, longest first, each example into the fullest row that still takes it."""
+    packs: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    for example in sorted(examples, key=len, reverse=True):
+        place = bisect.bisect_left(room, (len(example), -1))
+        if place < len(room):
+            free, index = room.pop(place)
+        else:
+            free, index = max_length, len(packs)
+            packs.append([])
+        packs[index].append(example)
+        bisect.insort(room, (free - len(example), index))
+    return packs
+
+
+class Batches:
+    """An endless stream of batches: every epoch a new seeded permutation, and one number to say where it stands."""
+
+    def __init__(self, packs: Sequence[Sequence[Example]], collate: Collator, batch_size: int, seed: int) -> None:
+        self._packs = packs
+        self._collate = collate
+        self._batch_size = batch_size
+        self._seed = seed
+        self.position = 0
+
+    @property
+    def per_epoch(self) -> int:
+        return math.ceil(len(self._packs) / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            epoch, first = divmod(self.position, self.per_epoch)
+            order = self._order(epoch)
+            for index in range(first, self.per_epoch):
+                chosen = order[index * self._batch_size : (index + 1) * self._batch_size]
+                self.position += 1
+                yield self._collate([self._packs[item] for item in chosen])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+    def _order(self, epoch: int) -> list[int]:
+        # A generator of its own: the order depends on nothing but the seed and the epoch.
+        generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+        return torch.randperm(len(self._packs), generator=generator).tolist()
+
+
+@torch.no_grad()
+def documents_are_separate(model: nn.Module, batch: Batch) -> bool:
+    """Whether a packed row's later documents are blind to its first one, tried on the model itself.
+
+    The first document's tokens are changed; if any logit of a later document moves, the model mixes documents (state
+    space models do, and those that take no ``position_ids``).
+    """
+    ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]
+    starts = (positions_BT == 0).nonzero()[1:]
+    later = [(int(row), int(column)) for row, column in starts if column > 0]
+    if not later:
+        return True
+    row, start = later[0]
+    changed_BT = ids_BT.clone()
+    vocabulary = int(ids_BT.max()) + 1
+    changed_BT[row, :start] = (changed_BT[row, :start] + 1) % vocabulary
+    was_training = model.training
+    model.eval()
+    try:
+        before = forward(model, ids_BT, positions_BT)[row, start:].float()
+        after = forward(model, changed_BT, positions_BT)[row, start:].float()
+    finally:
+        model.train(was_training)
+    # Other routing or kernels may round differently; another document's influence is far larger.
+    return bool(torch.allclose(before, after, atol=1e-3 * float(before.std()), rtol=0.0))
+
+
+def forward(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """The logits ``[B, T, V]`` of a causal language model."""
+    arguments: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
+    if takes_positions(model):
+        arguments["position_ids"] = positions_BT
+    logits: Tensor = model(**arguments).logits
+    return logits
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the (possibly adapted) model's own forward has ``position_ids``."""
+    import inspect
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in inspect.signature(base.forward).parameters

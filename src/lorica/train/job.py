@@ -1,0 +1,272 @@
+"""A whole training run: from a recipe to an adapter, with its checkpoints, metrics and picture.
+
+Everything that can be wrong is found before the first file is written.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lorica.files import atomic
+from lorica.errors import CheckpointError, LoricaError, RecipeError
+from lorica.train import evaluate, metrics, models, optim, sources, state
+from lorica.train.collate import Batches, Collator, documents_are_separate, pack
+from lorica.train.data import fingerprint
+from lorica.train.loop import Schedule, Trainer, train
+from lorica.train.metrics import Metrics, Record
+from lorica.train.recipe import LoraSection, Recipe, dump_yaml
+from lorica.train.signals import Interrupted, StopRequest
+
+# What a run writes into its output directory, and all that --overwrite removes from it.
+_FILES = ("recipe.yaml", "metrics.jsonl", "loss.png")
+_DIRECTORIES = ("checkpoints", "adapter", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. Losses are nats per learned token; None where there was no record."""
+
+    output_dir: Path
+    adapter: Path
+    metrics: Path
+    plot: Path
+    steps: int
+    train_loss: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    seconds: float
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    trainer: Trainer
+    schedule: Schedule
+    data: str
+    notes: list[str]
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    notify: Callable[[str], None] = tqdm.write,
+) -> Result:
+    """Train as ``recipe`` says.
+
+    Args:
+        resume: go on from the newest complete checkpoint in ``output_dir`` as if the run had never stopped.
+        overwrite: remove an earlier run from ``output_dir``.
+        progress: show a bar.
+        notify: told, in sentences, what the user should know.
+
+    Raises:
+        RecipeError: something in the recipe is wrong, or ``output_dir`` is taken; nothing was written.
+        CheckpointError: the checkpoint to resume from is damaged.
+        Interrupted: SIGINT or SIGTERM; the state is saved.
+        DivergedError: the loss is not finite.
+    """
+    metrics.require(recipe.log)
+    checkpoint = _place(recipe.output, resume=resume, overwrite=overwrite, notify=notify)
+    if checkpoint is not None:
+        state.check_recipe(state.read_numbers(checkpoint).get("recipe", {}), recipe)
+    prepared = _prepare(recipe)
+    for note in prepared.notes:
+        notify(note)
+    if checkpoint is not None:
+        _continue(checkpoint, prepared, notify)
+    _open_output(recipe, fresh=checkpoint is None, step=prepared.trainer.live.progress.step)
+    _train(prepared, progress=progress)
+    return _finish(prepared)
+
+
+def adapt(base: nn.Module, section: LoraSection) -> Any:
+    """Put the recipe's adapter on a base model.
+
+    Raises:
+        RecipeError: the settings contradict each other or fit nothing in the model.
+    """
+    from lorica import LoraConfig, TaskType, get_peft_model
+
+    try:
+        config = LoraConfig(task_type=TaskType.CAUSAL_LM, **section.model_dump())
+        return get_peft_model(base, config)
+    except (ValueError, TypeError, NotImplementedError, LoricaError) as error:
+        raise RecipeError(f"lora: {error}") from error
+
+
+def _prepare(recipe: Recipe) -> _Run:
+    """Load and build everything, from the cheapest to the most expensive; writes nothing."""
+    model, training = recipe.model, recipe.training
+    where = models.device(training.device)
+    tokenizer = models.load_tokenizer(model.path, model.revision)
+    length = models.max_length(model.path, model.revision, recipe.data.max_length)
+    loaded = sources.load(recipe.data, tokenizer, length, training.seed)
+    base = models.load_base(
+        model.path,
+        dtype=model.dtype,
+        revision=model.revision,
+        attn_implementation=model.attn_implementation,
+        where=where,
+    )
+    _seed(training.seed)
+    adapted = adapt(base, recipe.lora)
+    _checkpoint_gradients(adapted, training.gradient_checkpointing)
+
+    pad = evaluate.pad_id(tokenizer)
+    packs = pack(loaded.training, length) if recipe.data.packing else [[example] for example in loaded.training]
+    flash = "flash" in str(getattr(base.config, "_attn_implementation", ""))
+    batches = Batches(packs, Collator(pad, flatten=flash and recipe.data.packing), training.batch_size, training.seed)
+    if recipe.data.packing:
+        _check_packing(adapted, packs, Collator(pad, flatten=flash), where)
+    steps = training.steps or math.ceil(batches.per_epoch * training.epochs / training.gradient_accumulation)
+    optimizer = optim.optimizer(adapted, training)
+    live = state.Live(adapted, optimizer, optim.schedule(optimizer, training, steps), batches, state.Progress())
+    schedule = Schedule(steps, recipe.log.every, training.eval_every, recipe.checkpoint.every)
+    hashed = fingerprint([*loaded.training, *loaded.held_out])
+    return _Run(recipe, Trainer(live, training, loaded.held_out, pad), schedule, hashed, loaded.notes)
+
+
+def _train(prepared: _Run, *, progress: bool) -> None:
+    recipe, trainer = prepared.recipe, prepared.trainer
+    live = trainer.live
+    log = Metrics(recipe.output / "metrics.jsonl", recipe.log, recipe.model_dump(mode="json"))
+    shown: dict[str, str] = {}
+
+    def record(entry: Record) -> None:
+        log.write(entry)
+        shown["loss" if entry["kind"] == "train" else "held out"] = f"{entry['loss']:.4f}"
+        bar.set_postfix(shown, refresh=False)
+
+    def on_step(tokens: int, seconds: float) -> None:
+        shown["tokens/s"] = f"{tokens / max(1e-9, seconds):.0f}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+    def save() -> None:
+        log.sync()
+        saved.append(state.save(recipe.output, live, recipe, prepared.data, recipe.checkpoint.keep))
+
+    saved: list[Path] = []
+    total, done = prepared.schedule.steps, live.progress.step
+    with StopRequest() as stop, tqdm(total=total, initial=done, unit="step", disable=not progress) as bar:
+        try:
+            train(trainer, prepared.schedule, stop=stop, record=record, save=save, on_step=on_step)
+        finally:
+            log.close()
+    if stop.signum is not None:
+        raise Interrupted(stop.signum, live.progress.step, saved[-1])
+
+
+def _finish(prepared: _Run) -> Result:
+    output, live = prepared.recipe.output, prepared.trainer.live
+    adapter, plot = output / "adapter", output / "loss.png"
+    live.model.save_pretrained(str(adapter))  # type: ignore[operator]
+    records = metrics.read(output / "metrics.jsonl")
+    metrics.plot(records, plot)
+    learned = [record["loss"] for record in records if record["kind"] == "train"]
+    held_out = [record["loss"] for record in records if record["kind"] == "eval"]
+    return Result(
+        output_dir=output,
+        adapter=adapter,
+        metrics=output / "metrics.jsonl",
+        plot=plot,
+        steps=live.progress.step,
+        train_loss=learned[-1] if learned else None,
+        eval_loss_before=held_out[0] if held_out else None,
+        eval_loss_after=held_out[-1] if held_out else None,
+        seconds=live.progress.seconds,
+    )
+
+
+def _place(output: Path, *, resume: bool, overwrite: bool, notify: Callable[[str], None]) -> Path | None:
+    """The checkpoint to start from, or None for a new run; refuses a directory that holds what would be lost."""
+    if resume and overwrite:
+        raise RecipeError("--resume continues the run in output_dir and --overwrite removes it: give one of them")
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"output_dir: {output} is a file")
+    present = [name for name in (*_FILES, *_DIRECTORIES) if (output / name).exists()]
+    if resume:
+        found = state.complete(output)
+        if found:
+            return found[-1]
+        if not present:
+            raise RecipeError(f"--resume: there is no run in {output}; leave --resume away to start one")
+        notify(f"{output} holds no complete checkpoint: starting from the beginning.")
+        return None
+    if present and not overwrite:
+        raise RecipeError(
+            f"{output} already holds a run ({', '.join(present)}). Continue it with --resume, replace it with "
+            "--overwrite, or choose another output_dir"
+        )
+    return None
+
+
+def _continue(checkpoint: Path, prepared: _Run, notify: Callable[[str], None]) -> None:
+    numbers = state.read_numbers(checkpoint)
+    if numbers.get("data") != prepared.data:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other data: the tokens that the recipe's data give now are not the same"
+        )
+    state.restore(checkpoint, prepared.trainer.live)
+    done = prepared.trainer.live.progress.step
+    notify(f"Resuming after step {done} of {prepared.schedule.steps} from {checkpoint}.")
+
+
+def _open_output(recipe: Recipe, *, fresh: bool, step: int) -> None:
+    output = recipe.output
+    if fresh:
+        for name in _DIRECTORIES:
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in _FILES:
+            (output / name).unlink(missing_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(output / "recipe.yaml", dump_yaml(recipe).encode())
+    except OSError as error:
+        raise RecipeError(f"output_dir: {output} cannot be written: {error.strerror or error}") from None
+    atomic.remove_partial(output)
+    atomic.remove_partial(state.directory_of(output))
+    if not fresh:
+        metrics.rewind(output / "metrics.jsonl", step)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _checkpoint_gradients(model: Any, kind: bool | str) -> None:
+    if not kind:
+        return
+    reentrant = kind == "reentrant"
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        # The frozen embedding's output needs no gradient, and reentrant checkpoints cut the graph at such inputs.
+        model.enable_input_require_grads()
+
+
+def _check_packing(model: nn.Module, packs: list[Any], collate: Collator, where: torch.device) -> None:
+    full = next((found for found in packs if len(found) > 1), None)
+    if full is None:
+        return
+    batch = {key: value.to(where) for key, value in collate([full[:2]]).items()}
+    if not documents_are_separate(model, batch):
+        raise RecipeError(
+            "data.packing: this model (with its attention) lets packed examples see each other; "
+            "set data.packing=false, or try another model.attn_implementation"
+        )

@@ -1,0 +1,176 @@
+"""The training loop: forward, backward, clip, step; log, evaluate and save when it is time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.errors import LoricaError
+from lorica.train import evaluate
+from lorica.train.collate import Batch
+from lorica.train.data import IGNORE, Example
+from lorica.train.metrics import Record
+from lorica.train.recipe import TrainingSection
+from lorica.train.state import Live
+
+
+class DivergedError(LoricaError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a run of ``steps`` does what."""
+
+    steps: int
+    log_every: int
+    eval_every: int | None
+    checkpoint_every: int | None
+
+    def due(self, every: int | None, step: int) -> bool:
+        return step == self.steps or (every is not None and step % every == 0)
+
+
+@dataclass
+class Trainer:
+    """One optimiser step at a time over :class:`~lorica.train.state.Live`; owns no files and no signals.
+
+    A parallel layout joins here in two places: ``count_tokens`` and the sum of gradients before clipping.
+    """
+
+    live: Live
+    settings: TrainingSection
+    held_out: Sequence[Example]
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        self._stream: Iterator[Batch] = iter(self.live.batches)
+        self._device = next(self.live.model.parameters()).device
+        self._trainable: list[nn.Parameter] = [p for p in self.live.model.parameters() if p.requires_grad]
+
+    def step(self) -> tuple[Tensor, int, Tensor]:
+        """One optimiser step.
+
+        Returns:
+            the summed loss and the number of learned tokens of the accumulated batch, and the gradient's norm.
+        """
+        batches = list(islice(self._stream, self.settings.gradient_accumulation))
+        tokens = count_tokens(batches)
+        total = torch.zeros((), device=self._device)
+        for batch in batches:
+            with self._autocast():
+                summed, _ = evaluate.token_losses(self.live.model, batch)
+            # Each token weighs the same, whichever of the accumulated batches it is in.
+            (summed / max(1, tokens)).backward()
+            total += summed.detach()
+        norm = nn.utils.clip_grad_norm_(self._trainable, self.settings.max_grad_norm or math.inf)
+        self.live.optimizer.step()
+        self.live.scheduler.step()
+        self.live.optimizer.zero_grad(set_to_none=True)
+        return total, tokens, norm
+
+    def evaluate(self, stop: Callable[[], bool]) -> float:
+        """The held-out loss; NaN if asked to stop meanwhile."""
+        size = self.settings.eval_batch_size or self.settings.batch_size
+        with self._autocast():
+            return evaluate.loss(self.live.model, self.held_out, batch_size=size, pad_id=self.pad_id, stop=stop)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
+
+
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """The tokens that are learned in these batches, of which the loss is the mean."""
+    return sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+
+
+def train(
+    trainer: Trainer,
+    schedule: Schedule,
+    *,
+    stop: Callable[[], bool],
+    record: Callable[[Record], None],
+    save: Callable[[], None],
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Go from where ``trainer.live.progress`` stands to ``schedule.steps``; if ``stop`` says so, save and return.
+
+    The checkpoint of a step is taken before its evaluation, which therefore happens again after a resume. ``on_step``
+    is told the tokens and seconds of each step.
+
+    Raises:
+        DivergedError: the loss is not finite; nothing of that state is saved.
+    """
+    live, progress = trainer.live, trainer.live.progress
+    window = torch.tensor(progress.window_loss, device=next(live.model.parameters()).device)
+    live.model.train()
+    while not stop():
+        if schedule.due(schedule.eval_every, progress.step):
+            _evaluate(trainer, stop, record)
+        if progress.step >= schedule.steps or stop():
+            break
+        started = time.perf_counter()
+        rate = live.scheduler.get_last_lr()[0]
+        summed, tokens, norm = trainer.step()
+        window += summed
+        elapsed = time.perf_counter() - started
+        progress.step += 1
+        progress.tokens += tokens
+        progress.window_tokens += tokens
+        progress.seconds += elapsed
+        progress.window_seconds += elapsed
+        logged = schedule.due(schedule.log_every, progress.step)
+        due = schedule.due(schedule.checkpoint_every, progress.step)
+        on_step(tokens, elapsed)
+        if logged or due:
+            progress.window_loss = _finite(window, progress.step)
+        if logged:
+            record(_train_record(trainer, rate, norm))
+            window.zero_()
+            progress.window_loss, progress.window_tokens, progress.window_seconds = 0.0, 0, 0.0
+        if due:
+            save()
+    if stop():
+        progress.window_loss = _finite(window, progress.step)
+        save()
+
+
+def _train_record(trainer: Trainer, rate: float, norm: Tensor) -> Record:
+    progress = trainer.live.progress
+    return {
+        "kind": "train",
+        "step": progress.step,
+        "loss": progress.window_loss / max(1, progress.window_tokens),
+        "learning_rate": rate,
+        "grad_norm": float(norm),
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.window_tokens / max(1e-9, progress.window_seconds),
+        "seconds": progress.seconds,
+    }
+
+
+def _evaluate(trainer: Trainer, stop: Callable[[], bool], record: Callable[[Record], None]) -> None:
+    if not trainer.held_out:
+        return
+    loss = trainer.evaluate(stop)
+    if not stop():
+        step = trainer.live.progress.step
+        record({"kind": "eval", "step": step, "loss": loss, "perplexity": math.exp(min(loss, 700.0))})
+
+
+def _finite(window: Tensor, step: int) -> float:
+    value = float(window)
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"The loss is {value} at step {step}. A lower training.learning_rate, more warm-up, "
+            "or model.dtype=float32 may help; the last checkpoint is from before."
+        )
+    return value

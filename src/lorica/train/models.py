@@ -1,0 +1,144 @@
+"""Loading base models, tokenizers and adapters, with errors that say which path is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorica.errors import RecipeError, suggest_path
+
+_CONFIG = "adapter_config.json"
+
+
+def device(name: str = "auto") -> torch.device:
+    """The device of that name; ``auto`` is the accelerator where there is one.
+
+    Raises:
+        RecipeError: there is no such device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, "tokenizer", path, revision=revision)
+
+
+def load_base(
+    path: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    where: torch.device | None = None,
+) -> nn.Module:
+    """A causal language model, on the device ``where``.
+
+    Raises:
+        RecipeError: it is not there, or not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    model: nn.Module = _load(AutoModelForCausalLM, "model", path, **options)
+    return model.to(where) if where is not None else model
+
+
+def load_adapted(base: nn.Module, adapter: str) -> nn.Module:
+    """``base`` with a saved adapter on it, for inference.
+
+    Raises:
+        RecipeError: there is no adapter at this path.
+    """
+    from lorica import PeftModel
+
+    check_adapter(adapter)
+    adapted: nn.Module = PeftModel.from_pretrained(base, adapter)
+    return adapted.eval()
+
+
+def check_adapter(adapter: str) -> Path:
+    """The directory of a saved adapter.
+
+    Raises:
+        RecipeError: it is not there, or holds none.
+    """
+    directory = Path(adapter).expanduser()
+    if not directory.is_dir():
+        raise RecipeError(f"There is no adapter directory {adapter}.{suggest_path(directory)}")
+    if not (directory / _CONFIG).is_file():
+        inner = [entry for entry in sorted(directory.iterdir()) if (entry / _CONFIG).is_file()]
+        hint = f" Did you mean {str(inner[0])!r}?" if inner else ""
+        raise RecipeError(f"{adapter} holds no {_CONFIG}, so it is not an adapter.{hint}")
+    return directory
+
+
+def base_of(adapter: str) -> tuple[str, str | None]:
+    """The base model (and its revision) that an adapter was trained on, as its config says.
+
+    Raises:
+        RecipeError: the config cannot be read or does not say.
+    """
+    file = check_adapter(adapter) / _CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        name, revision = values.get("base_model_name_or_path"), values.get("revision")
+    except (ValueError, AttributeError) as error:
+        raise RecipeError(f"{file} is not a JSON object: {error}") from None
+    if not name:
+        raise RecipeError(f"{file} does not name its base model; give it with --model")
+    return str(name), revision
+
+
+def max_length(path: str, revision: str | None, wanted: int | None) -> int:
+    """How many tokens an example may have, from the model's config alone.
+
+    Raises:
+        RecipeError: there is no model, or ``wanted`` is more than it has positions for.
+    """
+    from transformers import AutoConfig
+
+    limit = getattr(_load(AutoConfig, "model", path, revision=revision), "max_position_embeddings", None)
+    if wanted is None:
+        return min(1024, limit) if limit else 1024
+    if limit and wanted > limit:
+        raise RecipeError(f"data.max_length: {wanted} is more than the model's {limit} positions")
+    return wanted
+
+
+def _load(loader: Any, what: str, path: str, **options: Any) -> Any:
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if (directory / _CONFIG).is_file() and not (directory / "config.json").is_file():
+            raise RecipeError(f"{path} is an adapter, not a {what}; name its base model")
+        if not (directory / "config.json").is_file():
+            raise RecipeError(f"{path} holds no config.json, so it is not a model that transformers can load")
+        path = str(directory)
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise RecipeError(f"There is no model directory {path}.{suggest_path(directory)}")
+    try:
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        hint = "" if directory.is_dir() else suggest_path(directory)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RecipeError(f"The {what} {path} cannot be loaded: {lines[0]}{hint}") from None

@@ -1,0 +1,69 @@
+"""The optimiser's parameter groups and the course of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lorica.train.recipe import TrainingSection
+
+# B, and both factors of an embedding (whose input is one-hot, so that no sum over a width shrinks A's updates).
+_FAST = ("lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
+def groups(model: nn.Module, settings: TrainingSection) -> list[dict[str, Any]]:
+    """Parameter groups: LoRA+ (arXiv:2402.12354, section 4) learning rates; weight decay on matrices only."""
+    ratio = settings.loraplus_lr_ratio or 1.0
+    found: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = settings.learning_rate * (ratio if any(part in _FAST for part in name.split(".")) else 1.0)
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            found.setdefault((rate, decay), []).append((name, parameter))
+    return [
+        {"params": [p for _, p in named], "names": [n for n, _ in named], "lr": rate, "weight_decay": decay}
+        for (rate, decay), named in found.items()
+    ]
+
+
+def optimizer(model: nn.Module, settings: TrainingSection) -> AdamW:
+    """AdamW over the trainable parameters, in one fused kernel where the devices have it."""
+    parameter_groups = groups(model, settings)
+    parameters = [parameter for group in parameter_groups for parameter in group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") and p.is_floating_point() for p in parameters)
+    return AdamW(parameter_groups, betas=settings.betas, eps=settings.eps, fused=fused)
+
+
+def warmup(settings: TrainingSection, steps: int) -> int:
+    """Steps of warm-up in a run of ``steps``."""
+    if settings.warmup_steps is not None:
+        return settings.warmup_steps
+    return round(settings.warmup_ratio * steps)
+
+
+def multiplier(settings: TrainingSection, steps: int) -> Callable[[int], float]:
+    """The learning rate of step ``i`` (from 0), as a multiple of its highest value.
+
+    It rises linearly to 1 at step ``warmup - 1``, then falls along half a cosine or a line, or stays. The last step,
+    ``steps - 1``, is still above ``min_lr_ratio``, which is reached at ``steps``: no step is without effect.
+    """
+    rise, floor = warmup(settings, steps), settings.min_lr_ratio
+
+    def at(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        done = min(1.0, (step - rise) / max(1, steps - rise))
+        fall = {"constant": 0.0, "linear": done, "cosine": 0.5 * (1 - math.cos(math.pi * done))}[settings.schedule]
+        return 1.0 - (1.0 - floor) * fall
+
+    return at
+
+
+def schedule(optimiser: AdamW, settings: TrainingSection, steps: int) -> LambdaLR:
+    """The scheduler of a run of ``steps`` optimiser steps."""
+    return LambdaLR(optimiser, multiplier(settings, steps))

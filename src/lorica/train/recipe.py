@@ -1,0 +1,309 @@
+"""The recipe of a training run: every setting with its default, read from YAML and ``key=value`` overrides.
+
+A key that is not known here is an error with a suggestion, never ignored. Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lorica.errors import RecipeError, suggest, suggest_path
+
+_Count = Annotated[int, Field(ge=1)]
+_Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+_Positive = Annotated[float, Field(gt=0.0)]
+
+# What other tools call a setting; only used to suggest ours.
+_ALIASES = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lr": "learning_rate",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "max_seq_length": "max_length",
+    "save_steps": "every",
+    "save_total_limit": "keep",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """The frozen base model."""
+
+    path: str
+    """Directory, or name on the Hugging Face hub, of a causal language model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base weights; auto: as they were saved."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attn_implementation: str | None = None
+    """transformers' name of the attention (eager, sdpa, flash_attention_2, ...); null: its own choice."""
+    trust_remote_code: Literal[False] = False
+    """Code that comes with a model is never run; only false is accepted."""
+
+
+class DataSection(_Section):
+    """What to learn from."""
+
+    train: str
+    """A .jsonl, .json, .parquet, .csv or .txt file, or the name of a dataset on the hub."""
+    eval: str | None = None
+    """The held-out set, as above; null: eval_split or eval_fraction decides."""
+    name: str | None = None
+    """Configuration of a hub dataset that has several."""
+    split: str = "train"
+    """Split (or slice, as in train[:1000]) to learn from."""
+    eval_split: str | None = None
+    """Split to evaluate on."""
+    eval_fraction: _Rate = 0.05
+    """Without eval and eval_split: share of the rows that is held out; 0: no evaluation."""
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
+    """How a row is read; auto: by the names of its columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Where the columns have other names, as in {prompt: question, completion: answer}."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens per example; longer ones are cut (plain text: into several). null: what the model takes, at most 1024."""
+    packing: bool = False
+    """Lay several examples in one row, each with its own positions and attention, so that little is padding."""
+
+
+class LoraSection(_Section):
+    """The adapter: the fields of ``lorica.LoraConfig``."""
+
+    r: _Count = 16
+    lora_alpha: float = 32
+    lora_dropout: _Rate = 0.0
+    dropout_position: Literal["pre", "post"] = "pre"
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+    use_dora: bool = False
+    lora_dtype: str | None = None
+
+
+class TrainingSection(_Section):
+    """How to learn."""
+
+    steps: _Count | None = None
+    """Optimiser steps; null: epochs decides."""
+    epochs: _Positive = 1.0
+    """Passes over the training set."""
+    batch_size: _Count = 8
+    """Rows per forward pass."""
+    gradient_accumulation: _Count = 1
+    """Forward passes per optimiser step; the loss is the mean over the completion tokens of all of them."""
+    learning_rate: _Positive = 2e-4
+    loraplus_lr_ratio: _Positive | None = None
+    """LoRA+ (arXiv:2402.12354): learning rate of B and of embedding factors, as a multiple of A's."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's, not applied to one-dimensional parameters."""
+    betas: tuple[_Rate, _Rate] = (0.9, 0.999)
+    eps: _Positive = 1e-8
+    max_grad_norm: _Positive | None = 1.0
+    """Gradients are scaled down to this norm; null: never."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear rise to learning_rate; null: warmup_ratio decides."""
+    warmup_ratio: _Fraction = 0.03
+    """Share of all steps that is warm-up."""
+    min_lr_ratio: _Fraction = 0.0
+    """Where cosine and linear end, as a multiple of learning_rate."""
+    bf16: bool = False
+    """Run the forward pass under bfloat16 autocast."""
+    gradient_checkpointing: bool | Literal["reentrant", "non_reentrant"] = False
+    """Recompute activations in the backward pass; true: non_reentrant."""
+    eval_every: _Count | None = 100
+    """Evaluate every so many steps, besides before and after; null: only then."""
+    eval_batch_size: _Count | None = None
+    """Rows per evaluation pass; null: batch_size."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Governs initialisation, dropout and the order of the data."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ...; auto: an accelerator where there is one."""
+
+
+class CheckpointSection(_Section):
+    """Complete states of the run, to resume from."""
+
+    every: _Count | None = 100
+    """Steps between checkpoints; null: only at the end and when interrupted."""
+    keep: _Count = 2
+    """How many of the newest are kept."""
+
+
+class LogSection(_Section):
+    """What is reported besides ``metrics.jsonl`` and ``loss.png``."""
+
+    every: _Count = 10
+    """Steps between records; each holds the mean over the steps since the last."""
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "lorica"
+    run_name: str | None = None
+
+
+class Recipe(_Section):
+    """A LoRA training run."""
+
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection = Field(default_factory=LoraSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)
+    output_dir: str = "runs/lora"
+    """Where adapter/, checkpoints/, metrics.jsonl, loss.png and recipe.yaml go."""
+
+    @model_validator(mode="after")
+    def _one_held_out_set(self) -> Recipe:
+        if self.data.eval is not None and self.data.eval_split is not None and Path(self.data.eval).exists():
+            raise ValueError("data.eval is a file and data.eval_split names a split: give one of them")
+        return self
+
+    @property
+    def output(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file (or none) and apply ``section.key=value`` overrides, whose values are YAML.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or a key or value does not fit; lists all that is wrong.
+    """
+    values = _read_yaml(Path(path).expanduser()) if path is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    return parse(values, source=str(path) if path is not None else "recipe")
+
+
+def parse(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Validate a nested mapping; ``source`` names it in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(dict(item)) for item in error.errors()))
+        separator = f"\n  {source}: " if len(lines) > 1 else f"{source}: "
+        head = f"{len(lines)} settings are wrong:" if len(lines) > 1 else ""
+        raise RecipeError(head + "".join(separator + line for line in lines)) from None
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping from dotted keys; the free-form mappings in a section stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and not prefix:
+            flat.update(flatten(value, f"{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe file {path}.{suggest_path(path)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of sections")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"{override!r} is neither a recipe file nor an override; write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The value of {key} is not YAML: {' '.join(str(error).split())}") from None
+    *sections, last = key.strip().split(".")
+    target = values
+    for section in sections:
+        inner = target.setdefault(section, {})
+        if inner is None:
+            inner = target[section] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key}: {section!r} is a value, not a section")
+        target = inner
+    target[last] = value
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One line per mistake: where, what, and the nearest thing that would be right."""
+    location = [part for part in item["loc"] if isinstance(part, str)]
+    fields: Mapping[str, Any] = Recipe.model_fields
+    known = list(fields)
+    path: list[str] = []
+    for part in location:
+        path.append(part)
+        if part not in fields:
+            break
+        inner = fields[part].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        fields = inner.model_fields
+        known = list(fields)
+    where = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key.{_near(path, known)}"
+    if item["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    expected = message if item["type"] == "value_error" else f"expected {message}, got {item['input']!r}"
+    return f"{where}: {expected}" if where else expected
+
+
+def _near(path: Sequence[str], known: Iterable[str]) -> str:
+    """The nearest key in the same section, else the same key in another section, else all keys there are."""
+    known = list(known)
+    if _ALIASES.get(path[-1]) in known:
+        return f" Did you mean {_ALIASES[path[-1]]!r}?"
+    if hint := suggest(path[-1], known):
+        return hint
+    elsewhere = [key for key in _all_keys() if key.endswith(f".{path[-1]}")]
+    if elsewhere:
+        return f" Did you mean {', '.join(map(repr, elsewhere))}?"
+    return f" Known here: {', '.join(known)}."
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for section, field in Recipe.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += [f"{section}.{name}" for name in inner.model_fields]
+        else:
+            keys.append(section)
+    return keys

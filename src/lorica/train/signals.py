@@ -1,0 +1,58 @@
+"""Being asked to stop: SIGINT and SIGTERM become a question that the loop asks between steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from lorica.errors import LoricaError
+
+
+class Interrupted(LoricaError):
+    """The run stopped at a signal, after it wrote a checkpoint."""
+
+    def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
+        self.signum, self.step, self.checkpoint = signum, step, checkpoint
+        super().__init__(f"Stopped by {signal.Signals(signum).name} after step {step}; the state is in {checkpoint}.")
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process that a signal ended."""
+        return 128 + self.signum
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM is only noted; a second one acts as it would without us.
+
+    Outside the main thread, where Python allows no handlers, it never asks to stop.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
