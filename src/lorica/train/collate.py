@@ -145,5 +145,6 @@ def takes_positions(model: nn.Module) -> bool:
     """Whether the (possibly adapted) model's own forward has ``position_ids``."""
     import inspect
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base = unwrap() if unwrap is not None else model
     return "position_ids" in inspect.signature(base.forward).parameters

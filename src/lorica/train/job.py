@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lorica.files import atomic
 from lorica.errors import CheckpointError, LoricaError, RecipeError
+from lorica.files import atomic
 from lorica.train import evaluate, metrics, models, optim, sources, state
 from lorica.train.collate import Batches, Collator, documents_are_separate, pack
 from lorica.train.data import fingerprint

@@ -69,7 +69,7 @@ class Trainer:
             with self._autocast():
                 summed, _ = evaluate.token_losses(self.live.model, batch)
             # Each token weighs the same, whichever of the accumulated batches it is in.
-            (summed / max(1, tokens)).backward()
+            torch.autograd.backward(summed / max(1, tokens))
             total += summed.detach()
         norm = nn.utils.clip_grad_norm_(self._trainable, self.settings.max_grad_norm or math.inf)
         self.live.optimizer.step()
@@ -118,7 +118,7 @@ def train(
         if progress.step >= schedule.steps or stop():
             break
         started = time.perf_counter()
-        rate = live.scheduler.get_last_lr()[0]
+        rate = float(live.scheduler.get_last_lr()[0])
         summed, tokens, norm = trainer.step()
         window += summed
         elapsed = time.perf_counter() - started

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorica.files import atomic
 from lorica.errors import CheckpointError, require_extra
+from lorica.files import atomic
 from lorica.train.recipe import LogSection
 
 Record = dict[str, Any]
@@ -115,11 +115,11 @@ def _tensorboard(directory: Path, settings: LogSection, recipe: Mapping[str, Any
     require_extra("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(directory / "tensorboard"))
 
     def sink(record: Record) -> None:
         for name, value in _numbers(record).items():
-            writer.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, record["step"])
 
     return sink, writer.close
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import nn
 
 from lorica.errors import RecipeError, suggest_path
+from lorica.files.json import read_json_object
+from lorica.train.paths import meant_as_path
 
 _CONFIG = "adapter_config.json"
 
@@ -97,14 +98,12 @@ def base_of(adapter: str) -> tuple[str, str | None]:
     """The base model (and its revision) that an adapter was trained on, as its config says.
 
     Raises:
-        RecipeError: the config cannot be read or does not say.
+        RecipeError: the config does not say.
+        CheckpointError: it is not a JSON object.
     """
     file = check_adapter(adapter) / _CONFIG
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        name, revision = values.get("base_model_name_or_path"), values.get("revision")
-    except (ValueError, AttributeError) as error:
-        raise RecipeError(f"{file} is not a JSON object: {error}") from None
+    values = read_json_object(file)
+    name, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not name:
         raise RecipeError(f"{file} does not name its base model; give it with --model")
     return str(name), revision
@@ -134,7 +133,7 @@ def _load(loader: Any, what: str, path: str, **options: Any) -> Any:
         if not (directory / "config.json").is_file():
             raise RecipeError(f"{path} holds no config.json, so it is not a model that transformers can load")
         path = str(directory)
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+    elif meant_as_path(path):
         raise RecipeError(f"There is no model directory {path}.{suggest_path(directory)}")
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **options)

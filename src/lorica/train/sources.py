@@ -12,6 +12,7 @@ import torch
 from lorica.errors import RecipeError, suggest, suggest_path
 from lorica.train import data
 from lorica.train.data import Example, Format
+from lorica.train.paths import meant_as_path
 from lorica.train.recipe import DataSection
 
 _BUILDERS = {
@@ -32,7 +33,7 @@ def rows(path: str, *, name: str | None = None, split: str = "train") -> Any:
     file = Path(path).expanduser()
     if file.is_dir():
         raise RecipeError(f"{path} is a directory; name one file in it{suggest_path(file / 'train.jsonl')}")
-    if not file.exists() and _looks_local(path):
+    if not file.exists() and (file.suffix.lower() in _BUILDERS or meant_as_path(path)):
         raise RecipeError(f"There is no data file {path}.{suggest_path(file)}")
     found = _load_file(file, split) if file.exists() else _load_hub(path, name, split)
     if len(found) == 0:
@@ -137,10 +138,6 @@ def _load_hub(path: str, name: str | None, split: str) -> Any:
         raise RecipeError(
             f"{path} is neither a file here nor a dataset that can be read: {_first_line(error)}"
         ) from None
-
-
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in _BUILDERS
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorica.files import atomic
 from lorica.errors import CheckpointError, RecipeError
+from lorica.files import atomic
 from lorica.train.collate import Batches
 from lorica.train.recipe import Recipe, flatten
 
@@ -172,9 +172,10 @@ def _step_of(path: Path) -> int:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return tensors
 
 
 def _collect(live: Live) -> tuple[dict[str, Any], dict[str, Tensor]]:
