@@ -1,0 +1,193 @@
+"""Putting an adapter into a model, and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.config import LoraConfig
+from lorica.config.checks import factor_dtype
+from lorica.errors import AdapterError
+from lorica.init import Factors, InitRequest, draw_seed, initialise, target_generator
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
+from lorica.targets.plan import Plan, Target
+from lorica.targets.walk import bare
+
+AdapterModule = LoraLayer | ModulesToSaveWrapper
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """Yield the live name and the module of every adapted layer and every module that is saved whole."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper):
+            yield name, module
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Return every adapted layer of ``model``, in its order."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def switch_of(model: nn.Module) -> Switch | None:
+    """Return the switch that the layers of an adapted model share."""
+    return next((module.switch for _, module in adapter_modules(model)), None)
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """Yield the parameters that belong to one adapter: its factors and its copies of whole modules."""
+    for _, module in adapter_modules(model):
+        if isinstance(module, ModulesToSaveWrapper):
+            if adapter in module.modules_to_save:
+                yield from module.modules_to_save[adapter].parameters()
+        elif adapter in module.specs and adapter not in module.tied:
+            yield from (tensor for tensor in module.factors(adapter) if isinstance(tensor, nn.Parameter))
+
+
+def inject(
+    model: nn.Module,
+    plan: Plan,
+    config: LoraConfig,
+    adapter: str,
+    switch: Switch,
+    *,
+    on_meta: bool = False,
+    autocast: bool = True,
+) -> None:
+    """Put an adapter into ``model`` in place, as ``plan`` says.
+
+    All factors are made before the first module is replaced, so that an initialisation that fails changes nothing.
+
+    Args:
+        on_meta: make the factors on the meta device, without values, to be filled from a file.
+        autocast: give 16-bit base weights float32 factors.
+    """
+    seed = 0 if on_meta else draw_seed()
+    factors = {
+        target.name: _factors(target, config, seed, on_meta=on_meta, autocast=autocast)
+        for target in plan.targets
+        if target.tied_to is None
+    }
+    layers: dict[str, LoraLayer] = {}
+    for target in plan.targets:
+        layer = _layer_at(model, target, switch)
+        layers[target.name] = layer
+        if target.tied_to is None:
+            layer.add_adapter(adapter, target.spec, factors[target.name])
+        else:
+            layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
+    _save_whole(model, plan, adapter, switch)
+    _keep_from_fast_path(model)
+
+
+def take_out(model: nn.Module, adapter: str) -> None:
+    """Remove an adapter; a layer that has none left gives its place back to the base layer.
+
+    Raises:
+        AdapterError: the adapter is merged somewhere. Nothing was changed.
+    """
+    layers = list(adapter_modules(model))
+    for _, module in layers:
+        if isinstance(module, LoraLayer) and adapter in module.merged_adapters:
+            raise AdapterError(f"{module.target_name}: adapter {adapter!r} is merged; unmerge it before deleting it")
+    for _, module in layers:
+        module.remove_adapter(adapter)
+    for name, module in reversed(layers):
+        if not (module.specs if isinstance(module, LoraLayer) else module.modules_to_save):
+            replace(model, name, bare(module))
+
+
+def replace(model: nn.Module, live_name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place that is called ``live_name``."""
+    parent, _, child = live_name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module
+
+
+def check_adapter_name(name: Any) -> None:
+    """Refuse a name that cannot be part of a parameter's name.
+
+    Raises:
+        AdapterError: the name is empty, holds a dot, or is an attribute of torch's containers.
+    """
+    if not isinstance(name, str) or not name or "." in name:
+        raise AdapterError(f"adapter name {name!r}: a name is a non-empty string without dots")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "__base__":
+        raise AdapterError(f"adapter name {name!r} is reserved; choose another")
+
+
+def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, autocast: bool) -> Factors:
+    shapes = target.op.factor_shapes(target.base, target.spec.r)
+    weight: Tensor = getattr(target.base, target.op.weight_name)
+    dtype = _factor_dtype(weight, config, autocast=autocast)
+    device = torch.device("meta") if on_meta else weight.device
+    if device.type == "meta":
+        a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+        return Factors(a, b, torch.empty(shapes.b[0], dtype=dtype, device=device) if target.spec.bias else None)
+    request = InitRequest(
+        target=target.name,
+        r=target.spec.r,
+        scaling=target.spec.scaling,
+        shape_a=shapes.a,
+        shape_b=shapes.b,
+        bias=target.spec.bias,
+        lookup=target.op.lookup,
+        generator=target_generator(seed, target.name),
+        weight=lambda: target.op.logical_weight(target.base),
+    )
+    made = initialise(config.init_lora_weights, request)
+    return Factors(*(None if tensor is None else tensor.to(device, dtype) for tensor in made))  # type: ignore[arg-type]
+
+
+def _factor_dtype(weight: Tensor, config: LoraConfig, *, autocast: bool) -> torch.dtype:
+    if (chosen := factor_dtype(config)) is not None:
+        return chosen
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
+        return torch.float32
+    return torch.float32 if autocast and weight.dtype.itemsize == 2 else weight.dtype
+
+
+def _layer_at(model: nn.Module, target: Target, switch: Switch) -> LoraLayer:
+    parent_name, _, child = target.name.rpartition(".")
+    parent = model
+    for part in filter(None, parent_name.split(".")):
+        parent = bare(parent)._modules[part]  # type: ignore[assignment]
+    parent = bare(parent)
+    module = parent._modules[child]
+    if isinstance(module, LoraLayer):
+        return module
+    layer = LoraLayer(target.base, target.op, switch, target.name)
+    layer.training = target.base.training
+    parent._modules[child] = layer
+    return layer
+
+
+def _save_whole(model: nn.Module, plan: Plan, adapter: str, switch: Switch) -> None:
+    wrappers: dict[str, ModulesToSaveWrapper] = {}
+    for name, source in sorted(plan.saved.items(), key=lambda item: item[1] is not None):
+        module = model.get_submodule(name)
+        if not isinstance(module, ModulesToSaveWrapper):
+            wrapper = ModulesToSaveWrapper(module, switch, name)
+            wrapper.training = module.training
+            replace(model, name, wrapper)
+            module = wrapper
+        module.add_adapter(adapter, wrappers[source].modules_to_save[adapter] if source else None)
+        wrappers[name] = module
+
+
+_BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def _keep_from_fast_path(model: nn.Module) -> None:
+    # In inference torch's encoder layers compute from the weights of their children and never call them, unless a
+    # hook is attached somewhere inside. Without this an adapter would be passed over without a word.
+    for module in model.modules():
+        if not isinstance(module, _BYPASSING) or _no_fast_path in module._forward_pre_hooks.values():
+            continue
+        if any(isinstance(inner, LoraLayer | ModulesToSaveWrapper) for inner in module.modules()):
+            module.register_forward_pre_hook(_no_fast_path)
+
+
+def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing; being attached is what counts."""

@@ -1,0 +1,89 @@
+"""Which parameters train: factors and whole modules of the active adapters, and the biases their configs name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from lorica.adapt.inject import adapter_modules, adapter_parameters
+from lorica.config import LoraConfig
+from lorica.errors import AdapterError
+from lorica.layers import LoraLayer, ModulesToSaveWrapper
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze every parameter of the model."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    """Let the parameters of the named adapters train, or freeze them.
+
+    Args:
+        model: an adapted model.
+        adapter_names: one name or several.
+        requires_grad: whether they train.
+    """
+    for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        for parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(requires_grad)
+
+
+def train_only(model: nn.Module, configs: Mapping[str, LoraConfig], active: Iterable[str], *, frozen: bool) -> None:
+    """Let the active adapters train (unless ``frozen``) and freeze the other ones."""
+    active = tuple(active)
+    for name in configs:
+        set_requires_grad(model, name, name in active and not frozen)
+    for name in active:
+        train_biases(model, configs[name], requires_grad=not frozen)
+
+
+def train_biases(model: nn.Module, config: LoraConfig, *, requires_grad: bool = True) -> None:
+    """Let those biases of the base model train that ``config.bias`` names."""
+    for _, parameter in named_biases(model, config.bias):
+        parameter.requires_grad_(requires_grad)
+
+
+def named_biases(model: nn.Module, which: str) -> list[tuple[str, nn.Parameter]]:
+    """Return the live names and parameters of the base model's biases that ``which`` means.
+
+    Args:
+        which: ``"none"``, ``"all"`` of the model, or ``"lora_only"``: those of adapted layers.
+    """
+    if which == "none":
+        return []
+    if which == "lora_only":
+        layers = [(name, module) for name, module in adapter_modules(model) if isinstance(module, LoraLayer)]
+        found = ((f"{name}.base_layer.bias", layer.base_layer._parameters.get("bias")) for name, layer in layers)
+        return [(name, bias) for name, bias in found if bias is not None]
+    own = _own_prefixes(model)
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if "bias" in name.rpartition(".")[2] and not name.startswith(own)
+    ]
+
+
+def _own_prefixes(model: nn.Module) -> tuple[str, ...]:
+    inside: list[str] = []
+    for name, module in adapter_modules(model):
+        if isinstance(module, ModulesToSaveWrapper):
+            inside.append(f"{name}.")
+        else:
+            inside += [f"{name}.{child}." for child in module._modules if child != "base_layer"]
+    return tuple(inside)
+
+
+def check_one_bias(configs: Mapping[str, LoraConfig]) -> None:
+    """Refuse several adapters of which one trains biases of the base model, which they would share.
+
+    Raises:
+        AdapterError: names the rule.
+    """
+    if len(configs) > 1 and any(config.bias != "none" for config in configs.values()):
+        raise AdapterError(
+            "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
+            "adapters."
+        )

@@ -1,0 +1,69 @@
+"""Merging into weights that two modules share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from lorica.layers import LoraLayer
+from lorica.targets.walk import base_modules, tied_with_embedding
+
+
+def _adapted_members(model: nn.Module, names: Iterable[str]) -> tuple[list[LoraLayer], int]:
+    group = tied_with_embedding(model)
+    if group is None:
+        return [], 0
+    modules = dict(base_modules(model))
+    members = [modules[name] for name in (group[0], *group[1])]
+    adapted = [m for m in members if isinstance(m, LoraLayer) and any(name in m.specs for name in names)]
+    return adapted, len(members)
+
+
+def _is_joint(adapted: list[LoraLayer], members: int, names: Iterable[str]) -> bool:
+    tied = [layer for layer in adapted if all(name in layer.tied for name in names if name in layer.specs)]
+    return len(adapted) == members and len(tied) == members - 1
+
+
+def warn_if_tied(model: nn.Module, names: list[str]) -> None:
+    """Warn where an adapter to be merged acts on an embedding that shares its weight with another module."""
+    adapted, members = _adapted_members(model, names)
+    if adapted and not _is_joint(adapted, members, names):
+        shown = [layer.target_name for layer in adapted]
+        warnings.warn(
+            f"Model with `tie_word_embeddings=True` and the tied_target_modules={shown} are part of the adapter. This "
+            "can lead to complications: merging gives them a weight of their own and sets `tie_word_embeddings=False`.",
+            stacklevel=4,
+        )
+
+
+def untie(model: nn.Module, names: list[str]) -> None:
+    """Give adapted modules that share a weight with another one a copy of their own, so that a merge changes only them.
+
+    Layers whose adapter was tied (``ensure_weight_tying``) take the same delta and stay tied.
+    """
+    adapted, members = _adapted_members(model, names)
+    if not adapted or _is_joint(adapted, members, names):
+        return
+    for layer in adapted:
+        weight = layer.base_layer.weight
+        layer.untied_from = weight
+        layer.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    _set_flag(model, False)
+
+
+def retie(model: nn.Module) -> None:
+    """Undo :func:`untie`, once nothing is merged any more."""
+    untied = [m for m in model.modules() if isinstance(m, LoraLayer) and m.untied_from is not None and not m.merged]
+    for layer in untied:
+        layer.base_layer.weight = layer.untied_from
+        layer.untied_from = None
+    if untied:
+        _set_flag(model, True)
+
+
+def _set_flag(model: nn.Module, tied: bool) -> None:
+    config = getattr(model, "config", None)
+    if hasattr(config, "tie_word_embeddings"):
+        config.tie_word_embeddings = tied  # type: ignore[union-attr]

@@ -1,0 +1,1 @@
+"""Adapter files: which tensor has which name, reading with suspicion, writing in one step."""

@@ -1,0 +1,74 @@
+"""The model card: facts in its head for the hub, a page for people that they may rewrite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorica.config import LoraConfig, TaskType
+from lorica.files.atomic import write_bytes
+
+_PIPELINES = {
+    TaskType.CAUSAL_LM: "text-generation",
+    TaskType.SEQ_CLS: "text-classification",
+    TaskType.TOKEN_CLS: "token-classification",
+    TaskType.QUESTION_ANS: "question-answering",
+    TaskType.FEATURE_EXTRACTION: "feature-extraction",
+}
+
+_PAGE = """\
+# LoRA adapter for {base}
+
+Low-rank factors for `{base}`, made with [lorica](https://pypi.org/project/lorica/).
+
+| | |
+|---|---|
+| rank | {rank} |
+| alpha | {alpha} |
+| targets | {targets} |
+| parameters that train | {trainable:,} of {total:,} |
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM
+from lorica import PeftModel  # or: from peft import PeftModel
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "path/to/this/adapter")
+```
+"""
+
+
+def write(path: Path, config: LoraConfig, *, trainable: int, total: int) -> None:
+    """Write the card, or, where there is one, renew only the facts in its head."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    page = ModelCard.load(path) if path.exists() else None
+    if page is None:
+        base = config.base_model_name_or_path or "the base model"
+        names = config.target_modules
+        page = ModelCard("")
+        page.text = _PAGE.format(
+            base=base,
+            rank=config.r,
+            alpha=config.lora_alpha,
+            targets=f"`{names}`" if isinstance(names, str) else ", ".join(f"`{name}`" for name in sorted(names or ())),
+            trainable=trainable,
+            total=total,
+        )
+        page.data = ModelCardData()
+    _renew(page.data, config)
+    write_bytes(path, str(page).encode())
+
+
+def _renew(data: Any, config: LoraConfig) -> None:
+    base = config.base_model_name_or_path
+    data.library_name = "peft"  # the hub's word for adapters in these files
+    tags = {*(getattr(data, "tags", None) or []), "lora", "lorica"}
+    if base:
+        data.base_model = base
+        tags.add(f"base_model:adapter:{base}")
+    data.tags = sorted(tags)
+    if config.task_type is not None and not getattr(data, "pipeline_tag", None):
+        data.pipeline_tag = _PIPELINES.get(TaskType(config.task_type))

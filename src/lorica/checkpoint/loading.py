@@ -1,0 +1,200 @@
+"""Loading adapters into a model: all of it or, on an error, nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.adapt import inject
+from lorica.checkpoint import reading
+from lorica.checkpoint.names import Entry, adapter_entries, embedding_entries
+from lorica.checkpoint.reading import LoadResult
+from lorica.config import LoraConfig, PeftConfig
+from lorica.errors import CheckpointError
+from lorica.layers import LoraLayer
+
+if TYPE_CHECKING:
+    from lorica.model.peft_model import PeftModel
+
+
+def load_first(
+    wrap: Callable[[], PeftModel],
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter: str,
+    *,
+    key_mapping: Mapping[str, str] | None,
+    strict: bool,
+    source: Mapping[str, Any],
+) -> PeftModel:
+    """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`."""
+    weights = reading.find_weights(model_id, **source)
+    shapes = reading.read_shapes(weights)
+    with _as_it_was(model, adapter):
+        loaded = wrap()
+        _fill(loaded, adapter, weights, shapes, key_mapping, strict=strict)
+    return loaded
+
+
+def load_further(
+    model: PeftModel,
+    model_id: str | os.PathLike[str],
+    adapter: str,
+    *,
+    is_trainable: bool,
+    autocast: bool,
+    key_mapping: Mapping[str, str] | None,
+    strict: bool,
+    source: Mapping[str, Any],
+) -> LoadResult:
+    """Load an adapter into a wrapped model; see :meth:`PeftModel.load_adapter`."""
+    weights = reading.find_weights(model_id, **source)
+    shapes = reading.read_shapes(weights)
+    if adapter in model.peft_config:
+        return _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
+    config = read_config(model_id, None, source, is_trainable=is_trainable)
+    with _as_it_was(model.get_base_model(), adapter):
+        model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
+        return _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: bool = False,
+) -> LoadResult:
+    """Write tensors, under the names they have in a file, into an adapter of a model.
+
+    Args:
+        model: an adapted model.
+        peft_model_state_dict: the tensors; a partial set is fine unless ``strict``.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: pass over tensors of the wrong shape, with a warning.
+        low_cpu_mem_usage: accepted; factors on the meta device get memory in any case.
+        strict: whether missing and unexpected names are errors; otherwise they are returned.
+
+    Returns:
+        The names of missing and unexpected tensors.
+
+    Raises:
+        CheckpointError: a tensor has the wrong shape or is not finite, or (``strict``) names do not fit. Nothing was
+            written.
+    """
+    config: LoraConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    wanted = adapter_entries(model, adapter_name, config)
+    extra = embedding_entries(model)
+    known = {**extra, **wanted}
+    shapes = {name: tuple(tensor.shape) for name, tensor in peft_model_state_dict.items()}
+    fitting = {name: shape for name, shape in shapes.items() if strict or name in known}
+    needed = wanted if strict else {name: entry for name, entry in wanted.items() if name in shapes}
+    reading.check_names(
+        fitting,
+        needed,
+        extra,
+        where=f"state dict of adapter {adapter_name!r}",
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].tensor.shape)}
+    reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
+    _write(model, known, good)
+    missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
+    return LoadResult(missing, [name for name in shapes if name not in known])
+
+
+def read_config(
+    model_id: str | os.PathLike[str], config: LoraConfig | None, source: Mapping[str, Any], *, is_trainable: bool
+) -> LoraConfig:
+    """Return a copy of the configuration, read from the adapter's files unless one is given."""
+    if config is None:
+        found = PeftConfig.from_pretrained(model_id, **source)
+        if not isinstance(found, LoraConfig):
+            raise CheckpointError(f"{model_id}: the configuration has no peft_type; expected 'LORA'")
+        config = found
+    config = copy.copy(config)
+    config.inference_mode = not is_trainable
+    return config
+
+
+def _fill(
+    model: PeftModel,
+    adapter: str,
+    weights: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    key_mapping: Mapping[str, str] | None,
+    *,
+    strict: bool,
+) -> LoadResult:
+    wanted = adapter_entries(model, adapter, model.peft_config[adapter])
+    extra = embedding_entries(model)
+    stored = reading.map_keys(shapes, key_mapping)
+    found = {name: shapes[key] for name, key in stored.items()}
+    result = reading.check_names(found, wanted, extra, where=str(weights), strict=strict)
+    known = {**extra, **wanted}
+    tensors = reading.read_tensors(weights, {name: key for name, key in stored.items() if name in known})
+    _write(model, known, tensors)
+    return result
+
+
+def _write(model: nn.Module, known: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        entry = known[name]
+        if entry.tied:
+            continue  # its source is in the file too and is the same tensor
+        if entry.tensor.is_meta:
+            owner, _, attribute = entry.live.rpartition(".")
+            module = model.get_submodule(owner)
+            device = _device_of_base(model, owner)
+            module._parameters[attribute] = nn.Parameter(
+                tensor.to(device, entry.tensor.dtype), requires_grad=entry.tensor.requires_grad
+            )
+        else:
+            with torch.no_grad():
+                entry.tensor.copy_(tensor)
+
+
+def _device_of_base(model: nn.Module, owner: str) -> torch.device:
+    # The factor lives in …<layer>.lora_A.<adapter> or …<layer>.lora_embedding_A; its layer is the nearest one above.
+    module = model
+    device = torch.device("cpu")
+    for part in owner.split("."):
+        module = module._modules[part]  # type: ignore[assignment]
+        if isinstance(module, LoraLayer):
+            device = getattr(module.base_layer, module.op.weight_name).device
+    return device
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Undo, when the block fails, what putting an adapter into ``model`` changed."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs: dict[str, LoraConfig] | None = getattr(model, "peft_config", None)
+    known = None if configs is None else dict(configs)
+    switch = inject.switch_of(model)
+    active = None if switch is None else switch.active
+    try:
+        yield
+    except Exception:
+        if known is None or adapter not in known:
+            inject.take_out(model, adapter)
+        if known is None:
+            model.__dict__.pop("peft_config", None)
+        elif configs is not None:
+            configs.clear()
+            configs.update(known)
+        if switch is not None and active is not None:
+            switch.active = active
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        raise

@@ -1,0 +1,156 @@
+"""Which tensor of a live model has which name in a file. The one place that knows.
+
+In a file the adapter's own name does not occur (``…q_proj.lora_A.weight``), in the live model it does
+(``…q_proj.lora_A.default.weight``). Names are built from the modules, never by looking for substrings, so an adapter
+may be called "lora" or "a".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorica.adapt.inject import adapter_modules
+from lorica.adapt.trainable import named_biases
+from lorica.config import LoraConfig
+from lorica.layers import LoraLayer, ModulesToSaveWrapper
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_FACTOR = re.compile(r"^(?P<target>.+)\.(?:lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])$")
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an adapter.
+
+    Attributes:
+        live: its name in the model's ``state_dict()``.
+        tensor: the live tensor; for a tied factor, the value it has through its source.
+        tied: whether it is another entry's tensor, written for readers that do not tie.
+    """
+
+    live: str
+    tensor: Tensor
+    tied: bool = False
+
+
+def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[str, Entry]:
+    """Return every tensor that belongs to an adapter: name in a file → where it lives."""
+    entries: dict[str, Entry] = {}
+    for path, module in adapter_modules(model):
+        if isinstance(module, LoraLayer):
+            entries.update(_factors(path, module, adapter))
+        elif adapter in module.modules_to_save:
+            prefix = f"{path}.modules_to_save.{adapter}"
+            for name, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items():
+                entries[f"{path}.{name}"] = Entry(f"{prefix}.{name}", tensor)
+    for name, bias in named_biases(model, config.bias):
+        entries[name] = Entry(name, bias)
+    return {_WRAPPERS.sub("", name): entry for name, entry in entries.items()}
+
+
+def _factors(path: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
+    if adapter not in layer.specs:
+        return {}
+    tensors = [tensor for tensor in layer.factors(adapter) if tensor is not None]
+    tied = adapter in layer.tied
+    return {
+        f"{path}.{name}": Entry(f"{path}.{live}", tensor, tied)
+        for (name, live), tensor in zip(layer.factor_names(adapter).items(), tensors, strict=True)
+    }
+
+
+def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[str, Entry]:
+    """Return the weights of the base model's input and output embeddings, under the names PEFT saves them by.
+
+    Args:
+        adapted_only: only those whose layer is adapted.
+    """
+    base = base_of(model)
+    ends = [getattr(base, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    entries = {}
+    for path, module in model.named_modules():
+        if not any(module is end for end in ends) or isinstance(module, ModulesToSaveWrapper):
+            continue
+        if isinstance(module, LoraLayer):
+            path = f"{path}.base_layer"
+        elif adapted_only or ".modules_to_save." in path or path.endswith(".original_module"):
+            continue
+        entries[_WRAPPERS.sub("", f"{path}.weight")] = Entry(f"{path}.weight", module.weight)
+    return entries
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the base model inside a ``PeftModel`` or ``LoraModel``, or the model itself."""
+    inner: nn.Module = model._modules.get("base_model") or model  # type: ignore[assignment]
+    return inner.model if type(inner).__name__ == "LoraModel" else inner  # type: ignore[return-value]
+
+
+def target_of_key(key: str) -> str | None:
+    """Return the name of the module that a factor's name in a file belongs to; None for other tensors."""
+    found = _FACTOR.match(key)
+    return found["target"].removeprefix("base_model.model.") if found else None
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """Return the tensors of one adapter under the names they have in a file.
+
+    Args:
+        model: an adapted model.
+        state_dict: take the values from it, by their live names, instead of from the model (sharded models).
+        adapter_name: which adapter.
+        unwrap_compiled: look inside a compiled model.
+        save_embedding_layers: add the embedding and output weights of the base model. ``"auto"``: where they are
+            targets or the vocabulary was resized.
+
+    Raises:
+        KeyError: there is no such adapter, or ``state_dict`` lacks one of its tensors.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    config: LoraConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    entries = adapter_entries(model, adapter_name, config)
+    if save_embedding_layers == "auto" and _embeddings_targeted(model, adapter_name):
+        entries.update(embedding_entries(model, adapted_only=True))
+    elif save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(model, config)):
+        entries.update(embedding_entries(model))
+    return {name: _value(entry, state_dict) for name, entry in entries.items()}
+
+
+def _value(entry: Entry, state_dict: Mapping[str, Tensor] | None) -> Tensor:
+    if state_dict is None or entry.tied:
+        return entry.tensor.detach()
+    return state_dict[entry.live]
+
+
+def _embeddings_targeted(model: nn.Module, adapter: str) -> bool:
+    return any(
+        isinstance(module, LoraLayer)
+        and adapter in module.specs
+        and module.target_name.rpartition(".")[2] in ("embed_tokens", "lm_head")
+        for _, module in adapter_modules(model)
+    )
+
+
+def _resized(model: nn.Module, config: LoraConfig) -> bool:
+    base_config: Any = getattr(base_of(model), "config", None)
+    size = getattr(base_config, "vocab_size", None)
+    path = config.base_model_name_or_path
+    if size is None or not path or not hasattr(type(base_config), "from_pretrained"):
+        return False
+    try:
+        original = type(base_config).from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return False  # the original is not at hand; PEFT assumes the same
+    return bool(original.vocab_size != size)

@@ -1,0 +1,143 @@
+"""Reading adapter files: the header first, everything checked against the model, and only then the tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorica.checkpoint.names import WEIGHTS_NAME, Entry
+from lorica.errors import CheckpointError, suggest
+from lorica.files.hub import find_file
+
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+
+
+class LoadResult(NamedTuple):
+    """Names of tensors that were expected and not found, and found and not expected."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def find_weights(source: str | os.PathLike[str], **hub: Any) -> Path:
+    """Return the path of the adapter's weights in a directory or on the hub.
+
+    Raises:
+        CheckpointError: there are none, or only a pickle, which could run code and is not read.
+    """
+    try:
+        return find_file(source, WEIGHTS_NAME, **hub)
+    except CheckpointError as error:
+        folder = Path(source, hub.get("subfolder") or "")
+        for name in _PICKLES:
+            if (folder / name).exists():
+                raise CheckpointError(
+                    f"{folder / name}: a pickle can run code when it is loaded, so lorica does not read it. Convert it "
+                    f"to {WEIGHTS_NAME} where you trust it: safetensors.torch.save_file(torch.load(path, "
+                    "weights_only=True), new_path)"
+                ) from error
+        raise
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor in a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: the file is not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def read_tensors(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return tensors from a safetensors file, on the CPU: ``names`` maps the new name to the one in the file.
+
+    Raises:
+        CheckpointError: one of them is not finite; it is named.
+    """
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensors = {name: file.get_tensor(stored) for name, stored in names.items()}
+    check_finite(tensors, str(path))
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{where}: {name} holds NaN or infinity")
+
+
+def check_names(
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Entry],
+    extra: Mapping[str, Entry],
+    *,
+    where: str,
+    strict: bool,
+    ignore_mismatched_sizes: bool = False,
+) -> LoadResult:
+    """Compare the names and shapes in a file with what the model wants.
+
+    Args:
+        found: name → shape in the file.
+        wanted: what the adapter consists of.
+        extra: what may be in the file besides (weights of the base model's embeddings).
+        where: the file, for messages.
+        strict: whether missing and unexpected names are errors; otherwise they are warnings.
+        ignore_mismatched_sizes: treat a tensor of the wrong shape as missing.
+
+    Raises:
+        CheckpointError: names what is missing, unexpected, or of the wrong shape.
+    """
+    known = {**extra, **wanted}
+    missing = [name for name, entry in wanted.items() if name not in found and not entry.tied]
+    unexpected = [name for name in found if name not in known]
+    wrong = {
+        name: (shape, tuple(known[name].tensor.shape))
+        for name, shape in found.items()
+        if name in known and shape != tuple(known[name].tensor.shape)
+    }
+    if wrong and not ignore_mismatched_sizes:
+        shown = "; ".join(f"{name} is {got}, the model needs {need}" for name, (got, need) in [*wrong.items()][:5])
+        raise CheckpointError(f"{where}: {len(wrong)} tensor(s) of the wrong shape: {shown}")
+    missing += [name for name in wrong if name in wanted]
+    for problem, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            message = f"{where}: {len(names)} tensor(s) {problem}: {_shorten(names, found, known)}"
+            if strict and not (wrong and problem == "missing" and set(names) <= set(wrong)):
+                raise CheckpointError(f"{message}. Pass strict=False to go on with a warning")
+            warnings.warn(message, stacklevel=4)
+    return LoadResult(missing, unexpected)
+
+
+def _shorten(names: list[str], found: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    pool = known if names[0] in found else found
+    return shown + suggest(names[0], pool, limit=1)
+
+
+def map_keys(names: Mapping[str, Any], mapping: Mapping[str, str] | None) -> dict[str, str]:
+    """Return new name → name in the file, with each regular expression of ``mapping`` replaced in turn."""
+    result = {}
+    for stored in names:
+        name = stored
+        for pattern, replacement in (mapping or {}).items():
+            name = re.sub(pattern, replacement, name)
+        result[name] = stored
+    return result

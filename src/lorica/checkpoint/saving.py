@@ -1,0 +1,100 @@
+"""Writing adapters: the files PEFT reads, each in one step, the configuration last."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lorica.checkpoint import card
+from lorica.checkpoint.names import WEIGHTS_NAME, get_peft_model_state_dict
+from lorica.errors import AdapterError, CheckpointError, suggest
+from lorica.files.atomic import write_tensors
+
+if TYPE_CHECKING:
+    from lorica.model.peft_model import PeftModel
+
+
+def save_adapters(
+    model: PeftModel,
+    directory: str | os.PathLike[str],
+    *,
+    safe_serialization: bool,
+    selected: Sequence[str] | None,
+    save_embedding_layers: str | bool,
+    write: bool,
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    """Write adapters; see :meth:`PeftModel.save_pretrained`."""
+    directory = Path(directory)
+    if directory.is_file():
+        raise CheckpointError(f"Provided path ({directory}) should be a directory, not a file")
+    if not safe_serialization:
+        raise CheckpointError("safe_serialization=False: lorica writes safetensors only; a pickle could run code")
+    names = list(model.peft_config) if selected is None else list(selected)
+    for name in names:
+        if name not in model.peft_config:
+            known = list(model.peft_config)
+            raise AdapterError(
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are {known} - "
+                f"got {names}.{suggest(name, known)}"
+            )
+    for name in names:
+        tensors = get_peft_model_state_dict(
+            model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
+        )
+        if write:
+            folder = directory if name == "default" else directory / name
+            folder.mkdir(parents=True, exist_ok=True)
+            # Tensors that share memory are written apart: the format does not know sharing.
+            write_tensors(folder / WEIGHTS_NAME, _apart(tensors), {"format": "pt"})
+            _write_config(model, name, folder)
+    if write:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_model_card(model, directory)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        result[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
+        seen.add(plain.untyped_storage().data_ptr())
+    return result
+
+
+def _write_config(model: PeftModel, name: str, folder: Path) -> None:
+    config = model.peft_config[name]
+    base = model.get_base_model()
+    mapping = None
+    if config.task_type is None:
+        mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    mode, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(folder, auto_mapping_dict=mapping)
+    finally:
+        config.inference_mode = mode
+
+
+def write_model_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
+    """Write ``README.md``, or bring the facts at the head of the one that is there up to date."""
+    first = next(iter(model.peft_config.values()))
+    trainable, total = model.get_nb_trainable_parameters()
+    card.write(Path(directory) / "README.md", first, trainable=trainable, total=total)
+
+
+def push_to_hub(model: PeftModel, repo_id: str, *, private: bool | None, **options: Any) -> Any:
+    """Save the adapters and upload them; see :meth:`PeftModel.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.pop("token", None))
+    options.setdefault("commit_message", "Upload LoRA adapter")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=url.repo_id, folder_path=folder, **options)

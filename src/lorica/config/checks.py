@@ -1,0 +1,197 @@
+"""What a ``LoraConfig`` may hold. Every check names the field, the value and what would be right."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorica.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from lorica.config.lora import LoraConfig
+
+#: Initialisations that PEFT has and this version does not.
+LATER_INITS = ("pissa", "olora", "eva", "loftq", "corda", "lora_ga", "mica")
+
+#: Fields whose behaviour this version does not have → the values that ask for none.
+_LATER_FIELDS: dict[str, tuple[Any, ...]] = {
+    "megatron_config": (None,),
+    "megatron_core": (None, "megatron.core"),
+    "trainable_token_indices": (None,),
+    "loftq_config": (None, {}),
+    "eva_config": (None,),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "use_dora": (False, None),
+    "velora_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "monteclora_config": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+}
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Refuse what cannot be meant or cannot be done.
+
+    Raises:
+        ConfigError: a value has the wrong type, is out of range, or contradicts another.
+        NotImplementedError: a field is set whose behaviour this version does not have.
+    """
+    for check in _CHECKS:
+        check(config)
+    _refuse_later_fields(config)
+
+
+def factor_dtype(config: LoraConfig) -> torch.dtype | None:
+    """Return the dtype that ``lora_dtype`` names, or None."""
+    return None if config.lora_dtype is None else getattr(torch, config.lora_dtype)
+
+
+def _refuse_later_fields(config: LoraConfig) -> None:
+    for name, harmless in _LATER_FIELDS.items():
+        value = getattr(config, name)
+        if not any(value is none or (type(value) is type(none) and value == none) for none in harmless):
+            raise NotImplementedError(
+                f"LoraConfig.{name}={value!r} is not implemented in this version of lorica; leave the field out"
+            )
+    if config.runtime_config.ephemeral_gpu_offload:
+        raise NotImplementedError("LoraRuntimeConfig.ephemeral_gpu_offload is not implemented in this version")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(LATER_INITS):
+        raise NotImplementedError(
+            f"LoraConfig.init_lora_weights={init!r} is not implemented in this version of lorica; "
+            f"use True, False or one of {sorted(_known_inits())}"
+        )
+
+
+def _known_inits() -> list[str]:
+    from lorica.init import INITS  # configurations must be importable without the initialisations
+
+    return [name for name in INITS if isinstance(name, str)]
+
+
+def _need(condition: bool, field: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"LoraConfig.{field}={value!r}: {wanted}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_rank(config: LoraConfig) -> None:
+    _need(_is_int(config.r), "r", config.r, "the rank is a whole number")
+    if config.r <= 0:
+        raise ConfigError(f"`r` should be a positive integer value but the value passed is {config.r}")
+    _need(_is_number(config.lora_alpha), "lora_alpha", config.lora_alpha, "the scale's numerator is a finite number")
+    group = config.qalora_group_size
+    _need(_is_int(group) and group > 0, "qalora_group_size", group, "a group size is a positive whole number")
+
+
+def _check_dropout(config: LoraConfig) -> None:
+    p = config.lora_dropout
+    _need(_is_number(p) and 0 <= p <= 1, "lora_dropout", p, "a probability lies between 0 and 1")
+    _need(config.dropout_position in ("pre", "post"), "dropout_position", config.dropout_position, "'pre' or 'post'")
+
+
+def _check_flags(config: LoraConfig) -> None:
+    for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying", "inference_mode"):
+        _need(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    _need(config.bias in ("none", "all", "lora_only"), "bias", config.bias, "'none', 'all' or 'lora_only'")
+
+
+def _check_init(config: LoraConfig) -> None:
+    init = config.init_lora_weights
+    _need(isinstance(init, bool | str), "init_lora_weights", init, "True, False or a name")
+    if isinstance(init, str) and not init.lower().startswith(LATER_INITS):
+        known = _known_inits()
+        if init.lower() not in known:
+            raise ConfigError(f"Unknown initialization {init!r}.{suggest(init, known)} Known: {known}")
+
+
+def _check_dtype(config: LoraConfig) -> None:
+    name: Any = config.lora_dtype
+    if isinstance(name, torch.dtype):
+        config.lora_dtype = name = str(name).removeprefix("torch.")
+    if name is not None:
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        wanted = "a floating dtype such as 'float32' or 'bfloat16'"
+        _need(isinstance(dtype, torch.dtype) and dtype.is_floating_point, "lora_dtype", name, wanted)
+
+
+def _check_names(config: LoraConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            _check_pattern(name, value)
+        elif value is not None:
+            _need_names(name, value)
+    if config.modules_to_save is not None:
+        _need(not isinstance(config.modules_to_save, str), "modules_to_save", config.modules_to_save, "a list of names")
+        _need_names("modules_to_save", config.modules_to_save)
+
+
+def _need_names(name: str, value: Any) -> None:
+    wanted = "a list of module names"
+    _need(isinstance(value, list | tuple | set | frozenset), name, value, wanted)
+    _need(all(isinstance(entry, str) and entry for entry in value), name, value, wanted)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    if pattern.startswith("*"):  # a wildcard; no regular expression begins so
+        return
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"LoraConfig.{name}={pattern!r} is not a valid regular expression: {error}") from error
+
+
+def _check_layers(config: LoraConfig) -> None:
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    if isinstance(config.target_modules, str):
+        if layers is not None:
+            raise ConfigError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if pattern is not None:
+            raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str.")
+    if pattern and layers is None:
+        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+    if layers is not None:
+        numbers = layers if isinstance(layers, list | tuple) else [layers]
+        _need(all(map(_is_int, numbers)), "layers_to_transform", layers, "a layer number or a list of them")
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    for name, good in (("rank_pattern", _is_int), ("alpha_pattern", _is_number)):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        _need(isinstance(value, dict), name, value, "a mapping from patterns to values")
+        for pattern, number in value.items():
+            _check_pattern(name, pattern)
+            wanted = f"the value of {pattern!r} is not a number that {name.split('_')[0]} can have"
+            _need(good(number) and (name == "alpha_pattern" or number > 0), name, value, wanted)
+
+
+_CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
+    _check_rank,
+    _check_dropout,
+    _check_flags,
+    _check_init,
+    _check_dtype,
+    _check_names,
+    _check_layers,
+    _check_patterns,
+)

@@ -1,0 +1,134 @@
+"""``LoraConfig``: every field of PEFT's, and what lorica adds (LoRA: https://arxiv.org/abs/2106.09685)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from lorica.config.base import PeftConfig, PeftType
+from lorica.config.checks import check_lora_config
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of the running process, neither saved nor restored.
+
+    Args:
+        ephemeral_gpu_offload: move weights to the accelerator only while an initialisation needs them there.
+    """
+
+    ephemeral_gpu_offload: bool = field(
+        default=False, metadata={"help": "Move weights to the accelerator only while an initialisation needs them."}
+    )
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """The configuration of one adapter: which layers, which rank, which scale, how it starts.
+
+    The delta of an adapted weight is ``s·B·A`` with ``A: [r, in]``, ``B: [out, r]`` and ``s = lora_alpha / r``
+    (``lora_alpha / √r`` with ``use_rslora``). Names, types and defaults are PEFT's; ``dropout_position`` and
+    ``lora_dtype`` are lorica's own. The meaning of each field stands in its ``help`` metadata.
+
+    Raises:
+        ConfigError: a value has the wrong type, is out of range, or contradicts another.
+        NotImplementedError: a field is set whose behaviour this version does not have; the field is named.
+    """
+
+    r: int = field(default=8, metadata=_help("The rank: rows of A, columns of B."))
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata=_help(
+            "Which modules to adapt. A list: names that are equal or that end with '.' and the entry; an entry with "
+            "'*' is matched against the whole name. A string: a regular expression for the whole name, or "
+            "'all-linear' (all linear layers but the output layer). None: the usual ones of the architecture."
+        ),
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata=_help("Modules to leave alone, matched like target_modules.")
+    )
+    lora_alpha: int | float = field(default=8, metadata=_help("α, the numerator of the scale."))
+    lora_dropout: float = field(default=0.0, metadata=_help("Dropout probability on the way into A."))
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata=_help("The base weight is stored [in, out]. Found from the layer's type; a wrong value is corrected."),
+    )
+    bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata=_help("Which biases of the base model train too.")
+    )
+    use_rslora: bool = field(default=False, metadata=_help("Scale α/√r (https://arxiv.org/abs/2312.03732)."))
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=_help("Modules that train fully, in a copy per adapter, and are saved with it.")
+    )
+    init_lora_weights: bool | str = field(
+        default=True,
+        metadata=_help(
+            "How the factors start. True: A Kaiming-uniform, B zero. False: both random. Or one of 'gaussian', "
+            "'orthogonal', 'xavier', 'kaiming', 'normal'."
+        ),
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata=_help("Adapt only the layers with these numbers.")
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata=_help("Name of the module list that layers_to_transform counts in.")
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata=_help("Regular expression for the end of a name → rank, in place of r.")
+    )
+    alpha_pattern: dict[str, float] | None = field(
+        default_factory=dict, metadata=_help("Regular expression for the end of a name → α, in place of lora_alpha.")
+    )
+    megatron_config: dict[str, Any] | None = field(default=None, metadata=_help("Megatron's transformer config."))
+    megatron_core: str | None = field(default="megatron.core", metadata=_help("Megatron's core module."))
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata=_help("Rows of the embedding that train.")
+    )
+    loftq_config: Any = field(default_factory=dict, metadata=_help("Configuration of LoftQ."))
+    eva_config: Any = field(default=None, metadata=_help("Configuration of EVA."))
+    corda_config: Any = field(default=None, metadata=_help("Configuration of CorDA."))
+    lora_ga_config: Any = field(default=None, metadata=_help("Configuration of LoRA-GA."))
+    use_dora: bool = field(default=False, metadata=_help("DoRA (https://arxiv.org/abs/2402.09353)."))
+    velora_config: Any = field(default=None, metadata=_help("Configuration of VeLoRA."))
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=_help("Activated LoRA."))
+    use_qalora: bool = field(default=False, metadata=_help("QA-LoRA (https://arxiv.org/abs/2309.14717)."))
+    qalora_group_size: int = field(default=16, metadata=_help("Group size of QA-LoRA."))
+    monteclora_config: Any = field(default=None, metadata=_help("Configuration of MonteCLoRA."))
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata=_help("Ranges of layers to stack into a new model.")
+    )
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig, metadata=_help("Settings of the running process; not saved.")
+    )
+    lora_bias: bool = field(default=False, metadata=_help("Give B a bias."))
+    target_parameters: list[str] | None = field(default=None, metadata=_help("Bare parameters to adapt."))
+    use_bdlora: Any = field(default=None, metadata=_help("Block-diagonal LoRA."))
+    arrow_config: Any = field(default=None, metadata=_help("Configuration of Arrow routing."))
+    kasa_config: Any = field(default=None, metadata=_help("Configuration of KaSA."))
+    ensure_weight_tying: bool = field(
+        default=False, metadata=_help("Adapt layers that share the embedding's weight with the same factors.")
+    )
+    dropout_position: Literal["pre", "post"] = field(
+        default="pre", metadata=_help("'pre': B·A·drop(x). 'post': drop(B·A·x), before the scale.")
+    )
+    lora_dtype: str | None = field(
+        default=None, metadata=_help("Dtype of the factors, such as 'bfloat16'. None: chosen from the base weight's.")
+    )
+
+    _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    _own_fields: ClassVar[frozenset[str]] = frozenset({"dropout_position", "lora_dtype"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        check_lora_config(self)
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}

@@ -1,0 +1,35 @@
+"""The frozen description of one adapter on one target."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """Everything about one adapter on one target that is not a tensor.
+
+    Attributes:
+        r: the rank.
+        alpha: the numerator of the scale.
+        scaling: ``s`` in ``ΔW = s·B·A``: ``alpha / r``, or ``alpha / √r`` with rank stabilisation.
+        dropout: probability.
+        dropout_position: ``"pre"`` on the way into A, ``"post"`` after B.
+        rslora: whether the scale is rank-stabilised.
+        bias: whether B has a bias.
+    """
+
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float = 0.0
+    dropout_position: Literal["pre", "post"] = "pre"
+    rslora: bool = False
+    bias: bool = False
+
+    @staticmethod
+    def scale(r: int, alpha: float, *, rslora: bool) -> float:
+        """Return ``alpha / r``, or ``alpha / √r``."""
+        return alpha / math.sqrt(r) if rslora else alpha / r

@@ -1,0 +1,111 @@
+"""Writing so that a crash at any moment leaves either the old file or the new one, never a half.
+
+A file is written under a temporary name in the same directory, flushed to the disk, and renamed over the old one
+(``rename`` is atomic on POSIX file systems). A directory of several files is complete only once its marker is there:
+it is filled under a temporary name, the marker is written last, and then the directory gets its final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+MARKER = "COMPLETE"
+_TEMPORARY = ".partial-"
+
+
+def sync(path: Path) -> None:
+    """Flush a file's or directory's data to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: str | os.PathLike[str], writer: Callable[[Path], None]) -> None:
+    """Let ``writer`` fill a temporary file, then put it in place of ``path`` in one step.
+
+    Raises:
+        OSError: the directory is not writable or the disk is full; ``path`` is then as it was.
+    """
+    path = Path(path)
+    temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix}"
+    try:
+        writer(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path`` in one step."""
+
+    def writer(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_file(path, writer)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON with sorted keys to ``path`` in one step."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file to ``path`` in one step."""
+    write_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
+
+
+@contextlib.contextmanager
+def complete_directory(final: str | os.PathLike[str], *, marker: bool = True) -> Iterator[Path]:
+    """Yield a temporary sibling of ``final`` to fill; give it its name, with the marker, once the block succeeds.
+
+    Without ``marker`` the directory holds nothing but what it was filled with; its name alone says it is whole.
+
+    Raises:
+        FileExistsError: ``final`` is already there.
+    """
+    final = Path(final)
+    if final.exists():
+        raise FileExistsError(f"{final} already exists; a complete checkpoint is never overwritten")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for directory, _, files in os.walk(temporary):
+            for name in files:
+                sync(Path(directory, name))
+            sync(Path(directory))
+        if marker:
+            write_bytes(temporary / MARKER, b"")
+        temporary.rename(final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_complete(directory: str | os.PathLike[str]) -> bool:
+    """Whether ``directory`` was finished by :func:`complete_directory`."""
+    return (Path(directory) / MARKER).is_file()
+
+
+def remove_partial(parent: str | os.PathLike[str]) -> None:
+    """Delete what interrupted writes left in ``parent``."""
+    for entry in Path(parent).glob(f"{_TEMPORARY}*"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

@@ -1,0 +1,45 @@
+"""Finding files in a directory or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lorica.errors import CheckpointError
+
+
+def find_file(source: str | os.PathLike[str], name: str, *, subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the path of ``name`` in the directory ``source``, or in the hub's repository of that id.
+
+    Args:
+        source: a directory, or a repository id such as ``"user/adapter"``.
+        name: the file's name.
+        subfolder: folder of ``source`` to look in.
+        hub: arguments of ``huggingface_hub.hf_hub_download`` (``revision``, ``token``, ``cache_dir`` …).
+
+    Raises:
+        CheckpointError: neither the directory nor the hub has the file.
+    """
+    directory = Path(source, subfolder or "")
+    if (directory / name).is_file():
+        return directory / name
+    if Path(source).exists() or not _is_repository_id(os.fspath(source)):
+        raise CheckpointError(f"Can't find '{name}' at '{directory}'")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder, **hub))
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise CheckpointError(f"Can't find '{name}' at '{source}': {error}") from error
+
+
+def _is_repository_id(source: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True

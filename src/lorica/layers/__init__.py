@@ -1,0 +1,7 @@
+"""The live modules that stand in the place of adapted ones."""
+
+from lorica.layers.layer import Factor, LoraLayer
+from lorica.layers.saved import ModulesToSaveWrapper
+from lorica.layers.switch import Switch
+
+__all__ = ["Factor", "LoraLayer", "ModulesToSaveWrapper", "Switch"]

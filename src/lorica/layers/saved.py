@@ -1,0 +1,68 @@
+"""Modules that train fully beside the factors: one trainable copy per adapter (``modules_to_save``)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from lorica.errors import TargetError
+from lorica.layers.switch import Switch
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """Stands in the place of a module and runs the active adapter's copy of it, or the original.
+
+    Args:
+        original_module: the module of the base model; it stays as it is.
+        switch: which adapters are on, shared with the other layers of the model.
+        target_name: full name of the module in the base model, for messages.
+
+    Raises:
+        TargetError: the module is a container without a forward.
+    """
+
+    def __init__(self, original_module: nn.Module, switch: Switch, target_name: str) -> None:
+        super().__init__()
+        if isinstance(original_module, nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList):
+            raise TargetError(
+                f"{target_name}: modules_to_save cannot be applied to modules of type {type(original_module)}; "
+                "name the modules inside it"
+            )
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.switch = switch
+        self.target_name = target_name
+
+    def __getattr__(self, name: str) -> Any:
+        """Look in the module that is in use for what this one does not have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("__"):
+                raise
+            return getattr(self.in_use(), name)
+
+    def add_adapter(self, name: str, source: nn.Module | None = None) -> None:
+        """Make a trainable copy for an adapter; with ``source``, one that shares that module's weight."""
+        self.modules_to_save[name] = duplicate = copy.deepcopy(self.original_module)
+        if source is not None:
+            duplicate.weight = source.weight
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter's copy; one that is not there is no error."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+
+    def in_use(self) -> nn.Module:
+        """Return the first active adapter's copy, or the original."""
+        if self.switch.enabled:
+            for name in self.switch.active:
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self._modules["original_module"]  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module that is in use."""
+        return self.in_use()(*args, **kwargs)

@@ -1,0 +1,17 @@
+"""Which adapters of a model are on: one object, shared by all its layers."""
+
+from __future__ import annotations
+
+
+class Switch:
+    """The active adapters of one model. Every layer of the model holds the same object, so that switching adapters
+    does not visit the layers.
+
+    Attributes:
+        active: names of the adapters that take part in a forward, in their order.
+        enabled: whether adapters take part at all.
+    """
+
+    def __init__(self, active: tuple[str, ...] = ()) -> None:
+        self.active = active
+        self.enabled = True

@@ -1,0 +1,31 @@
+"""The adapted model as users hold it: injection, the wrappers with PEFT's interface, and their status."""
+
+from lorica.model.factory import get_peft_model, inject_adapter_in_model
+from lorica.model.lora_model import LoraModel
+from lorica.model.peft_model import PeftModel
+from lorica.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from lorica.model.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+
+__all__ = [
+    "LoraModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "inject_adapter_in_model",
+]

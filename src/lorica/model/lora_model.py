@@ -1,0 +1,292 @@
+"""``LoraModel``: a base model with any number of adapters in it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from lorica.adapt import inject, trainable
+from lorica.adapt.tying import retie, untie, warn_if_tied
+from lorica.config import LoraConfig
+from lorica.errors import AdapterError, suggest
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
+from lorica.layers.layer import inexact_message
+from lorica.targets import make_plan
+from lorica.targets.plan import config_of
+from lorica.targets.walk import bare
+
+
+class LoraModel(nn.Module):
+    """Adapters in a base model, changed in place.
+
+    Args:
+        model: the model to adapt.
+        config: the configuration of the first adapter.
+        adapter_name: its name.
+        low_cpu_mem_usage: make the factors on the meta device, to be filled from a file.
+        autocast_adapter_dtype: give 16-bit base weights float32 factors.
+        exactly: full names of the targets, instead of what the configuration says.
+
+    Raises:
+        TargetError: the configuration does not fit the model. The model is then as it was.
+    """
+
+    prefix = "lora_"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = False,
+        exactly: Collection[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, LoraConfig] = dict(getattr(model, "peft_config", None) or {})
+        self.switch = inject.switch_of(model) or Switch()
+        self.inject_adapter(
+            config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            exactly=exactly,
+        )
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        """Look in the base model for what this wrapper does not have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__"):
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model."""
+        return self.model(*args, **kwargs)
+
+    # ---- adding and removing ----------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        config: LoraConfig,
+        adapter_name: str,
+        *,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = False,
+        exactly: Collection[str] | None = None,
+    ) -> None:
+        """Put a further adapter in. It is not active unless it is the first; nothing else changes.
+
+        Args:
+            exactly: full names of the targets, instead of what the configuration says.
+
+        Raises:
+            AdapterError: the name is taken or impossible, or two adapters would share the base model's biases.
+            TargetError: the configuration does not fit the model. The model is then as it was.
+        """
+        inject.check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise AdapterError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        trainable.check_one_bias({**self.peft_config, adapter_name: config})
+        plan = make_plan(self.model, config, exactly=exactly)
+        inject.inject(
+            self.model,
+            plan,
+            config,
+            adapter_name,
+            self.switch,
+            on_meta=low_cpu_mem_usage,
+            autocast=autocast_adapter_dtype,
+        )
+        if not self.peft_config:
+            trainable.freeze_base(self.model)
+        config = copy.copy(config)
+        config.target_modules = plan.names if isinstance(plan.names, str) else set(plan.names or ())
+        self.peft_config[adapter_name] = config
+        active = adapter_name in self.switch.active and not config.inference_mode
+        trainable.set_requires_grad(self.model, adapter_name, active)
+        if active:
+            trainable.train_biases(self.model, config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If none is active then, the first of those left becomes active, with a warning.
+
+        Raises:
+            AdapterError: there is no such adapter, or it is merged.
+        """
+        self._need(adapter_name)
+        inject.take_out(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        if adapter_name not in self.switch.active:
+            return
+        left = [name for name in self.switch.active if name != adapter_name]
+        if not left and self.peft_config:
+            left = [next(iter(self.peft_config))]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                stacklevel=3,
+            )
+        self.set_adapter(left)
+
+    # ---- switching --------------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.switch.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list where several are."""
+        return self.switch.active[0] if len(self.switch.active) == 1 else list(self.switch.active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several; the others rest and do not train.
+
+        Args:
+            adapter_name: one name or several, in the order in which their parts are added.
+            inference_mode: freeze the active ones too.
+
+        Raises:
+            AdapterError: a name is unknown, or several adapters have a copy of one whole module.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self._need(name)
+        self._refuse_two_copies(names)
+        if any(layer.merged for layer in inject.lora_layers(self.model)):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self.unmerge_adapter()
+        self.switch.active = names
+        trainable.train_only(self.model, self.peft_config, names, frozen=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Let the parameters of the named adapters train, or freeze them."""
+        trainable.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Turn all adapters on again."""
+        self.switch.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Turn all adapters off: the output is the base model's (its biases too, unless ``bias`` trained them)."""
+        for config in self.peft_config.values():
+            if config.bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{config.bias}' does not produce "
+                    "the same output as the base model would without adaption.",
+                    stacklevel=3,
+                )
+        self.switch.enabled = False
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        progressbar: bool = False,
+    ) -> None:
+        """Add the deltas of adapters to the base weights; all of them or, on an error, none.
+
+        Args:
+            adapter_names: which ones; None: the active ones.
+            safe_merge: look for NaN and infinity in each result before its weight is touched.
+            progressbar: show one.
+
+        Raises:
+            AdapterError: a name is unknown, or a result is not finite (``safe_merge``).
+            TargetError: a delta has no place in its weight (a grouped convolution).
+        """
+        names = list(self.switch.active if adapter_names is None else adapter_names)
+        for name in names:
+            self._need(name)
+        warn_if_tied(self.model, names)
+        untie(self.model, names)
+        done: list[LoraLayer] = []
+        try:
+            for layer in tqdm(inject.lora_layers(self.model), disable=not progressbar, desc="Merging"):
+                fresh = [name for name in names if name in layer.specs and name not in layer.merged_adapters]
+                layer.merge(safe_merge=safe_merge, adapter_names=fresh)
+                if fresh:
+                    done.append(layer)
+        except Exception:
+            for layer in done:
+                layer.unmerge_quietly()
+            retie(self.model)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged deltas out again; a warning says so where a weight's dtype could not keep it exactly."""
+        inexact = None
+        for layer in inject.lora_layers(self.model):
+            if layer.merged and not layer.unmerge_quietly():
+                inexact = layer.base_layer.weight.dtype
+        retie(self.model)
+        if inexact is not None:
+            warnings.warn(inexact_message(inexact), stacklevel=3)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge the adapters and return the base model, plain again, with the deltas in its weights.
+
+        Args:
+            progressbar: show one.
+            safe_merge: look for NaN and infinity in each result before its weight is touched.
+            adapter_names: which ones; None: the active ones.
+
+        Raises:
+            AdapterError: a name is unknown, or a result is not finite (``safe_merge``). Nothing was changed.
+        """
+        if self.switch.active or adapter_names:
+            self.merge_adapter(adapter_names, safe_merge, progressbar=progressbar)
+        names = self.switch.active if adapter_names is None else tuple(adapter_names)
+        return self._unload(names)
+
+    def unload(self) -> nn.Module:
+        """Return the base model without its adapters, as it was."""
+        for layer in inject.lora_layers(self.model):
+            layer.unmerge_quietly()
+        retie(self.model)
+        return self._unload(())
+
+    def _unload(self, merged: Sequence[str]) -> nn.Module:
+        for name, module in reversed(list(inject.adapter_modules(self.model))):
+            plain = bare(module)
+            if isinstance(module, ModulesToSaveWrapper):
+                copies = [module.modules_to_save[key] for key in merged if key in module.modules_to_save]
+                plain = copies[0] if copies else plain
+            inject.replace(self.model, name, plain)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    def _need(self, name: str) -> None:
+        if name not in self.peft_config:
+            raise AdapterError(
+                f"Adapter {name} not found in {list(self.peft_config)}.{suggest(name, self.peft_config)}"
+            )
+
+    def _refuse_two_copies(self, names: Sequence[str]) -> None:
+        for key, module in inject.adapter_modules(self.model):
+            if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in names) > 1:
+                raise AdapterError(f"Only one adapter can be set at a time for {key}: several train a copy of it")
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Return the model's configuration as a dictionary; an empty one where it has none."""
+        return config_of(model)

@@ -1,0 +1,151 @@
+"""What state an adapted model is in: per layer and as a whole, in PEFT's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lorica.adapt.inject import AdapterModule, adapter_modules
+from lorica.checkpoint.names import base_of
+from lorica.errors import AdapterError
+from lorica.layers import LoraLayer, ModulesToSaveWrapper
+
+
+@dataclass(frozen=True)
+class TunerLayerStatus:
+    """The state of one adapted layer, or of one module that is saved whole."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass(frozen=True)
+class TunerModelStatus:
+    """The state of an adapted model; ``"irregular"`` where its layers differ."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Literal["irregular"]
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """Return the state of every adapted layer and of every module that is saved whole.
+
+    Raises:
+        AdapterError: nothing in the model is adapted.
+    """
+    layers = [_layer_status(name, module) for name, module in adapter_modules(_tuner(model))]
+    if not layers:
+        raise AdapterError("No adapter layers found in the model, please ensure that it's a PEFT model or inject one.")
+    return layers
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """Return the state of the model as a whole.
+
+    Raises:
+        AdapterError: nothing in the model is adapted.
+    """
+    layers = get_layer_status(model)
+    tuner = _tuner(model)
+    base = base_of(model)
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    trainable, total = count_parameters(model)
+    adapted = [status for status in layers if status.module_type != "ModulesToSaveWrapper"]
+    available = sorted({name for status in layers for name in status.available_adapters})
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(tuner).__name__ if tuner is not base else "None",
+        peft_types={name: str(getattr(config.peft_type, "value", "LORA")) for name, config in configs.items()},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_common(status.enabled for status in layers),
+        active_adapters=_common(status.active_adapters for status in layers),
+        # An adapter need not have factors in every layer; only layers that could have merged it count.
+        merged_adapters=_merged(adapted),
+        requires_grad={
+            name: _common(status.requires_grad[name] for status in layers if name in status.requires_grad)
+            for name in available
+        },
+        available_adapters=available,
+        devices={
+            name: sorted({device for status in layers for device in status.devices.get(name, [])}) for name in available
+        },
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters train, and how many there are."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        # Four-bit weights are packed two to a byte; count what they stand for.
+        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _tuner(model: nn.Module) -> nn.Module:
+    return model._modules.get("base_model") or model if "peft_config" in dir(type(model)) else model
+
+
+def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
+    own = {adapter: _parameters(module, adapter) for adapter in _adapters(module)}
+    return TunerLayerStatus(
+        name=name,
+        module_type=module._get_name(),
+        enabled=module.switch.enabled,
+        active_adapters=[*module.switch.active],
+        merged_adapters=list(module.merged_adapters) if isinstance(module, LoraLayer) else [],
+        requires_grad={a: _common(p.requires_grad for p in parameters) for a, parameters in own.items() if parameters},
+        available_adapters=sorted(own),
+        devices={a: sorted({p.device.type for p in parameters}) for a, parameters in own.items()},
+    )
+
+
+def _adapters(module: AdapterModule) -> list[str]:
+    return list(module.specs if isinstance(module, LoraLayer) else module.modules_to_save)
+
+
+def _parameters(module: AdapterModule, adapter: str) -> list[nn.Parameter]:
+    if isinstance(module, ModulesToSaveWrapper):
+        return list(module.modules_to_save[adapter].parameters())
+    source = module.tied.get(adapter, module)
+    return [tensor for tensor in source.factors(adapter) if isinstance(tensor, nn.Parameter)]
+
+
+def _common(values: Iterable[Any]) -> Any:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found[0] if len(found) == 1 else "irregular"
+
+
+def _merged(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
+    merged = sorted({name for status in layers for name in status.merged_adapters})
+    for name in merged:
+        if any(name in status.available_adapters and name not in status.merged_adapters for status in layers):
+            return "irregular"
+    return merged

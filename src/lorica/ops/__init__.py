@@ -1,0 +1,39 @@
+"""The mathematics of low-rank adaptation, once for each kind of base layer, and the registry that finds it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorica.ops.attention import Attention
+from lorica.ops.base import FactorShapes, Op
+from lorica.ops.conv import Conv
+from lorica.ops.embedding import Embedding
+from lorica.ops.linear import Linear, TransposedLinear
+
+#: Class of a base layer, or its full name where lorica does not depend on its package → op.
+OPS: dict[type[nn.Module] | str, Op] = {
+    nn.Linear: Linear(),
+    nn.Embedding: Embedding(),
+    nn.Conv1d: Conv(1),
+    nn.Conv2d: Conv(2),
+    nn.Conv3d: Conv(3),
+    nn.MultiheadAttention: Attention(),
+    "transformers.pytorch_utils.Conv1D": TransposedLinear(),
+}
+
+
+def op_of(module: nn.Module) -> Op | None:
+    """Return the op for a base layer or None; subclasses are found by their bases."""
+    for cls in type(module).__mro__:
+        op = OPS.get(cls) or OPS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if op is not None:
+            return op
+    return None
+
+
+def supported_layers() -> list[str]:
+    """Return the names of the base layers that can be adapted."""
+    return [key if isinstance(key, str) else f"torch.nn.{key.__name__}" for key in OPS]
+
+
+__all__ = ["OPS", "FactorShapes", "Op", "op_of", "supported_layers"]

@@ -1,0 +1,46 @@
+"""Linear layers: ``y = x Wᵀ + s·(x Aᵀ) Bᵀ``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorica.config.spec import AdapterSpec
+from lorica.init import Factors
+from lorica.ops.base import FactorShapes, Op, add_product, drop
+
+
+class Linear(Op):
+    """``nn.Linear`` and what behaves like it; the weight is ``[out, in]``."""
+
+    kind = "Linear"
+
+    def factor_shapes(self, base: Any, r: int) -> FactorShapes:
+        """A ``[r, in]``, B ``[out, r]``."""
+        out_features, in_features = self.logical_weight(base).shape
+        return FactorShapes(torch.Size((r, in_features)), torch.Size((out_features, r)))
+
+    def add(self, y: Tensor, x: Tensor, base: Any, factors: Factors, spec: AdapterSpec, training: bool) -> Tensor:
+        """Add ``s·(x Aᵀ) Bᵀ`` in one ``addmm``; the factors follow the dtype of ``y``, so ``x`` is never widened."""
+        a_RI = factors.a.to(y.dtype)
+        x_TI = drop(x.to(y.dtype), spec, "pre", training).reshape(-1, a_RI.shape[1])
+        return add_product(y, F.linear(x_TI, a_RI), factors, spec, training)
+
+    def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
+        """``B, A``."""
+        return factors.b, factors.a
+
+
+class TransposedLinear(Linear):
+    """transformers' ``Conv1D``: a linear whose weight is stored ``[in, out]`` (``fan_in_fan_out``)."""
+
+    def logical_weight(self, base: Any) -> Tensor:
+        """``[out, in]``, a view."""
+        return super().logical_weight(base).T
+
+    def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
+        """``Aᵀ, Bᵀ``."""
+        return factors.a.T, factors.b.T

@@ -1,0 +1,295 @@
+"""What an adapter will be put into: worked out, and checked, before anything of the model is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lorica.config import AdapterSpec, LoraConfig, TaskType
+from lorica.errors import TargetError, suggest
+from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.ops import Op, op_of, supported_layers
+from lorica.targets.defaults import DEFAULT_TARGETS
+from lorica.targets.match import Names, entry_matches, excluded, matches, pattern_value, selected, shortest_names
+from lorica.targets.walk import bare, base_modules, tied_with_embedding
+
+#: Heads that a task trains fully; a model has one of them.
+TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One base layer that gets factors.
+
+    Attributes:
+        name: full name in the base model.
+        base: the base layer.
+        op: its mathematics.
+        spec: rank, scale and the rest.
+        tied_to: name of the embedding whose factors it uses, if it has none of its own.
+    """
+
+    name: str
+    base: nn.Module
+    op: Op
+    spec: AdapterSpec
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an adapter will be put into.
+
+    Attributes:
+        names: the target names as they go into the configuration, with shorthands resolved.
+        targets: in the order of the model; tied ones last.
+        saved: full names of the modules to train fully → None, or the name of the one whose weight each shares.
+    """
+
+    names: Names | None
+    targets: tuple[Target, ...]
+    saved: dict[str, str | None]
+
+
+def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] | None = None) -> Plan:
+    """Work out where the adapter goes.
+
+    Args:
+        model: the base model, adapted already or not.
+        config: the configuration.
+        exactly: full names of the targets, instead of what the configuration says.
+
+    Raises:
+        TargetError: nothing matches, a match cannot be adapted, or a layer cannot have the spec. Nothing was changed.
+    """
+    modules = dict(base_modules(model))
+    names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
+    saved, names, tied = _tying(model, modules, config, names)
+    chosen = [key for key in modules if key and selected(config, names, key) and not excluded(config, key)]
+    chosen = [key for key in chosen if key not in tied]
+    if not chosen:
+        _explain_no_match(config, names, modules)
+    _warn_of_idle_entries(config, names, modules)
+    chosen = _without_attention_inside(chosen, modules)
+    targets = [target for key in chosen for target in _targets_at(key, modules[key], config)]
+    by_name = {target.name: target for target in targets}
+    for key, source in tied.items():
+        targets.append(_tied_target(key, modules[key], by_name[source]))
+    return Plan(names, tuple(targets), saved)
+
+
+def resolve_names(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> Names:
+    """Return the target names with "all-linear" and the architecture's defaults filled in.
+
+    Raises:
+        TargetError: the configuration names none and the architecture is not known.
+    """
+    names = config.target_modules
+    if names is None or names == set():
+        model_type = config_of(model).get("model_type")
+        if model_type not in DEFAULT_TARGETS:
+            raise TargetError(
+                f"Please specify `target_modules` in `peft_config`: there is no default for model type {model_type!r}."
+                f"{suggest(str(model_type), DEFAULT_TARGETS)}"
+            )
+        default = DEFAULT_TARGETS[model_type]
+        return default if isinstance(default, str) else set(default)
+    if isinstance(names, str) and names.lower() == "all-linear":
+        return _all_linear(model, modules, config)
+    return names
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Return the model's configuration as a dictionary; an empty one where it has none."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    return dict(config) if isinstance(config, dict) else dict(vars(config))
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> set[str]:
+    linear = {name for name, module in modules.items() if getattr(_op(module), "kind", None) == "Linear"}
+    inside_attention = {
+        name for name in linear if isinstance(bare(modules[name.rpartition(".")[0]]), nn.MultiheadAttention)
+    }
+    output = _output_layer(model, config)
+    chosen = {name for name in linear - inside_attention if modules[name] is not output}
+    return shortest_names(chosen, modules.keys() - chosen)
+
+
+def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    output: nn.Module | None = get() if get is not None else None
+    if output is None and config.task_type == TaskType.SEQ_CLS:
+        heads = (getattr(model, name, None) for name in ("score", "classifier"))
+        output = next((head for head in heads if head is not None), None)
+    return output
+
+
+def _op(module: nn.Module) -> Op | None:
+    return module.op if isinstance(module, LoraLayer) else op_of(module)
+
+
+def _targets_at(key: str, module: nn.Module, config: LoraConfig) -> list[Target]:
+    if isinstance(module, ModulesToSaveWrapper):
+        raise TargetError(
+            f"{key}: already trained fully by another adapter (modules_to_save); it cannot be adapted too"
+        )
+    op, base = _op(module), bare(module)
+    if op is None:
+        raise TargetError(
+            f"Target module {key} of type {type(module).__name__} is not supported. Currently, only the following "
+            f"modules are supported: {', '.join(supported_layers())}."
+        )
+    spec = spec_for(config, key)
+    op.check(base, spec, key)
+    targets = [Target(key, base, op, spec)]
+    for child_name in op.children:
+        child = getattr(base, child_name)
+        child_op = _op(child)
+        assert child_op is not None
+        targets.append(Target(f"{key}.{child_name}", bare(child), child_op, spec))
+    if op.children and config.lora_dropout:
+        warnings.warn(
+            f"{key}: lora_dropout is not applied inside {type(base).__name__}, whose adapter acts on its weights",
+            stacklevel=2,
+        )
+    return targets
+
+
+def spec_for(config: LoraConfig, key: str) -> AdapterSpec:
+    """Return the frozen spec that ``config`` gives to the module ``key``."""
+    r = int(pattern_value(config.rank_pattern, key, config.r))
+    alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
+    return AdapterSpec(
+        r=r,
+        alpha=alpha,
+        scaling=AdapterSpec.scale(r, alpha, rslora=config.use_rslora),
+        dropout=config.lora_dropout,
+        dropout_position=config.dropout_position,
+        rslora=config.use_rslora,
+        bias=config.lora_bias,
+    )
+
+
+# ---- tied embeddings ------------------------------------------------------------------------------------------------
+
+_TIED_WARNING = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not "
+    "set to True. The adapted layer then differs from the one it shares its weight with, and merging has to untie them."
+)
+
+
+def _tying(
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, names: Names
+) -> tuple[dict[str, str | None], Names, dict[str, str]]:
+    """Return the modules to save, the target names and the tied targets, with ``ensure_weight_tying`` carried out."""
+    saved: dict[str, str | None] = dict.fromkeys(_saved_modules(config, modules))
+    group = tied_with_embedding(model)
+    if group is None:
+        if config.ensure_weight_tying:
+            warnings.warn(
+                "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=4
+            )
+        return saved, names, {}
+    source, others = group
+    members = {source, *others}
+    in_saved = members & saved.keys()
+    in_targets = {key for key in members if matches(names, key) and not excluded(config, key)}
+    if not config.ensure_weight_tying:
+        if in_saved or in_targets:
+            warnings.warn(_TIED_WARNING, stacklevel=4)
+        return saved, names, {}
+    if in_saved:
+        return {**saved, source: None, **dict.fromkeys(others, source)}, names, {}
+    if in_targets:
+        return saved, _with_name(names, source), dict.fromkeys(others, source)
+    warnings.warn(
+        "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+        "`target_modules`",
+        stacklevel=4,
+    )
+    return saved, names, {}
+
+
+def _with_name(names: Names, name: str) -> Names:
+    if matches(names, name):
+        return names
+    return f"(?:{names}|{name.replace('.', '[.]')})" if isinstance(names, str) else {*names, name}
+
+
+def _tied_target(key: str, module: nn.Module, source: Target) -> Target:
+    op = _op(module)
+    if op is None or op.kind != "Linear":
+        raise TargetError(
+            f"{key}: shares its weight with {source.name} but is no linear layer; it cannot be tied to it"
+        )
+    return Target(key, bare(module), op, source.spec, tied_to=source.name)
+
+
+# ---- what to say when names do not fit ----------------------------------------------------------------------------
+
+
+def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+    wanted = config.modules_to_save or []
+    found = [key for key in modules if any(entry_matches(name, key) for name in wanted)]
+    heads = {head for heads in TASK_HEADS.values() for head in heads}
+    for name in wanted:
+        if name not in heads and not any(entry_matches(name, key) for key in found):
+            raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, _endings(modules))}")
+    return found
+
+
+def _endings(modules: Collection[str]) -> list[str]:
+    return list(dict.fromkeys([*(name.rpartition(".")[2] for name in modules), *modules]))
+
+
+def _explain_no_match(config: LoraConfig, names: Names, modules: dict[str, nn.Module]) -> None:
+    if any(selected(config, names, key) for key in modules):
+        raise TargetError(
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
+            "`modules_to_save` configuration."
+        )
+    shown = names if isinstance(names, str) else sorted(names)
+    hint = ""
+    for name in [names] if isinstance(names, str) else sorted(names):
+        hint += suggest(name.rpartition(".")[2] or name, _endings(modules))
+    if isinstance(names, str) and any(entry_matches(names, key) for key in modules):
+        hint = f" A string is a regular expression for the whole name; pass the list [{names!r}] to match its end."
+    if config.layers_to_transform is not None and any(matches(names, key) for key in modules):
+        hint = f" No match is in layers_to_transform={config.layers_to_transform!r}."
+    raise TargetError(
+        f"Target modules {shown} not found in the base model. Please check the target modules and try again.{hint}"
+    )
+
+
+def _warn_of_idle_entries(config: LoraConfig, names: Names, modules: dict[str, nn.Module]) -> None:
+    if isinstance(names, str) or config.target_modules is None:
+        return
+    for name in sorted(names):
+        if not any(entry_matches(name, key) for key in modules):
+            warnings.warn(f"target_modules: {name!r} matches nothing.{suggest(name, _endings(modules))}", stacklevel=4)
+
+
+def _without_attention_inside(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    outside = []
+    for key in chosen:
+        parent = key.rpartition(".")[0]
+        if not isinstance(modules.get(parent), nn.MultiheadAttention):
+            outside.append(key)
+        elif parent not in chosen:
+            raise TargetError(
+                f"{key}: nn.MultiheadAttention computes from its weights and never calls this layer, so an adapter on "
+                f"it would do nothing; target {parent!r}, which adapts its projections together"
+            )
+    return outside
