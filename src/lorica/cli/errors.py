@@ -63,6 +63,6 @@ def quiet() -> None:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()

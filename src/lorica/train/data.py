@@ -313,6 +313,8 @@ def _text(row: tuple[int, Row], form: Format, role: str, *, optional: bool = Fal
     value = values.get(column)
     if value is None and optional:
         return ""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a table of answers that are numbers
     if not isinstance(value, str):
         raise RecipeError(f"Row {number}: column {column!r} holds {type(value).__name__}, not text")
     return value

@@ -10,8 +10,8 @@ from lorica.errors import suggest_path
 def meant_as_path(name: str) -> bool:
     """Whether ``name``, which does not exist on the disk, must have been meant to.
 
-    A hub name is ``owner/name`` or ``name``; what begins like a path, goes deeper, lies in a directory that is there, or
-    looks much like a file that is there, is a path with a mistake in it.
+    A hub name is ``owner/name`` or ``name``; what begins like a path, goes deeper, lies in a directory that exists,
+    or looks much like a file that does, is a path with a mistake in it.
     """
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~")) or len(path.parts) > 2:
