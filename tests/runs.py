@@ -68,6 +68,7 @@ def llama(**changes: Any) -> Any:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "tie_word_embeddings": False,
+        "initializer_range": 0.2,  # so that the logits are large enough for an adapter to change them
     }
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 

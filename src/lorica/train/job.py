@@ -239,7 +239,7 @@ def _open_output(recipe: Recipe, *, fresh: bool, step: int) -> None:
     except OSError as error:
         raise RecipeError(f"output_dir: {output} cannot be written: {error.strerror or error}") from None
     atomic.remove_partial(output)
-    atomic.remove_partial(state.directory_of(output))
+    state.clean(output)
     if not fresh:
         metrics.rewind(output / "metrics.jsonl", step)
 
@@ -251,13 +251,9 @@ def _seed(seed: int) -> None:
 
 
 def _checkpoint_gradients(model: Any, kind: bool | str) -> None:
-    if not kind:
-        return
-    reentrant = kind == "reentrant"
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:
-        # The frozen embedding's output needs no gradient, and reentrant checkpoints cut the graph at such inputs.
-        model.enable_input_require_grads()
+    if kind:
+        # The argument's name differs between releases of transformers, its place does not.
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
 
 
 def _check_packing(model: nn.Module, packs: list[Any], collate: Collator, where: torch.device) -> None:

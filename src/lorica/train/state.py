@@ -100,11 +100,15 @@ def save(output: Path, live: Live, recipe: Recipe, data_fingerprint: str, keep: 
 
 
 def prune(output: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what interrupted writes left."""
+    """Delete all but the newest ``keep`` checkpoints."""
     for path in complete(output)[:-keep]:
         # Without its marker it no longer counts, so a kill while it is deleted leaves no half that looks whole.
         (path / atomic.MARKER).unlink()
         shutil.rmtree(path)
+
+
+def clean(output: Path) -> None:
+    """Delete what a kill left of checkpoints that were being written or deleted."""
     for path in directory_of(output).glob("step-*"):
         if _NAME.fullmatch(path.name) and not atomic.is_complete(path):
             shutil.rmtree(path)
@@ -183,11 +187,9 @@ def _collect(live: Live) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, parameter in _named_parameters(live.optimizer):
         for key, value in live.optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
-    scheduler = live.scheduler.state_dict()
-    scheduler.pop("lr_lambdas", None)
     numbers = {
         "optimizer": [{"names": group["names"], "lr": group["lr"]} for group in live.optimizer.param_groups],
-        "scheduler": {key: value for key, value in scheduler.items() if _plain(value)},
+        "scheduler": live.scheduler.state_dict(),
         "batches": live.batches.state_dict(),
         "progress": asdict(live.progress),
         "random": _collect_random(tensors),
@@ -241,7 +243,3 @@ def _restore_random(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     if cuda and torch.cuda.is_available():
         for index in range(min(len(cuda), torch.cuda.device_count())):
             torch.cuda.set_rng_state(tensors[f"random/cuda/{index}"], index)
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, bool, list)) or value is None
