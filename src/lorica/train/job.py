@@ -196,8 +196,9 @@ def _place(output: Path, *, resume: bool, overwrite: bool, notify: Callable[[str
     """The checkpoint to start from, or None for a new run; refuses a directory that holds what would be lost."""
     if resume and overwrite:
         raise RecipeError("--resume continues the run in output_dir and --overwrite removes it: give one of them")
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"output_dir: {output} is a file")
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise RecipeError(f"output_dir: {nearest} is a file")
     present = [name for name in (*_FILES, *_DIRECTORIES) if (output / name).exists()]
     if resume:
         found = state.complete(output)
