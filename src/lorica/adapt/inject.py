@@ -71,14 +71,15 @@ def inject(
         if target.tied_to is None
     }
     layers: dict[str, LoraLayer] = {}
+    places = Places(model)
     for target in plan.targets:
-        layer = _layer_at(model, target, switch)
+        layer = _layer_at(target, places, switch)
         layers[target.name] = layer
         if target.tied_to is None:
             layer.add_adapter(adapter, target.spec, factors[target.name])
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
-    _save_whole(model, plan, adapter, switch)
+    _save_whole(model, plan, adapter, switch, places)
     _keep_from_fast_path(model)
 
 
@@ -94,15 +95,32 @@ def take_out(model: nn.Module, adapter: str) -> None:
             raise AdapterError(f"{module.target_name}: adapter {adapter!r} is merged; unmerge it before deleting it")
     for _, module in layers:
         module.remove_adapter(adapter)
-    for name, module in reversed(layers):
+    places = Places(model)
+    for _, module in reversed(layers):
         if not (module.specs if isinstance(module, LoraLayer) else module.modules_to_save):
-            replace(model, name, bare(module))
+            places.put(module, bare(module))
 
 
-def replace(model: nn.Module, live_name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place that is called ``live_name``."""
-    parent, _, child = live_name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
+class Places:
+    """Where in a model each module stands. One module can stand in several places (a shared embedding).
+
+    Attributes:
+        owner: id of a base layer → the adapted layer around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.owner: dict[int, LoraLayer] = {}
+        for parent in model.modules():
+            if isinstance(parent, LoraLayer):
+                self.owner[id(parent.base_layer)] = parent
+            for name, child in parent._modules.items():
+                self._slots.setdefault(id(child), []).append((parent, name))
+
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` wherever ``old`` stood."""
+        for parent, name in self._slots[id(old)]:
+            parent._modules[name] = new
 
 
 def check_adapter_name(name: Any) -> None:
@@ -148,29 +166,24 @@ def _factor_dtype(weight: Tensor, config: LoraConfig, *, autocast: bool) -> torc
     return torch.float32 if autocast and weight.dtype.itemsize == 2 else weight.dtype
 
 
-def _layer_at(model: nn.Module, target: Target, switch: Switch) -> LoraLayer:
-    parent_name, _, child = target.name.rpartition(".")
-    parent = model
-    for part in filter(None, parent_name.split(".")):
-        parent = bare(parent)._modules[part]  # type: ignore[assignment]
-    parent = bare(parent)
-    module = parent._modules[child]
-    if isinstance(module, LoraLayer):
-        return module
+def _layer_at(target: Target, places: Places, switch: Switch) -> LoraLayer:
+    owner = places.owner.get(id(target.base))
+    if owner is not None:
+        return owner
     layer = LoraLayer(target.base, target.op, switch, target.name)
     layer.training = target.base.training
-    parent._modules[child] = layer
+    places.put(target.base, layer)
     return layer
 
 
-def _save_whole(model: nn.Module, plan: Plan, adapter: str, switch: Switch) -> None:
+def _save_whole(model: nn.Module, plan: Plan, adapter: str, switch: Switch, places: Places) -> None:
     wrappers: dict[str, ModulesToSaveWrapper] = {}
     for name, source in sorted(plan.saved.items(), key=lambda item: item[1] is not None):
         module = model.get_submodule(name)
         if not isinstance(module, ModulesToSaveWrapper):
             wrapper = ModulesToSaveWrapper(module, switch, name)
             wrapper.training = module.training
-            replace(model, name, wrapper)
+            places.put(module, wrapper)
             module = wrapper
         module.add_adapter(adapter, wrappers[source].modules_to_save[adapter] if source else None)
         wrappers[name] = module

@@ -47,9 +47,7 @@ def untie(model: nn.Module, names: list[str]) -> None:
     if not adapted or _is_joint(adapted, members, names):
         return
     for layer in adapted:
-        weight = layer.base_layer.weight
-        layer.untied_from = weight
-        layer.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        layer.give_own_weight()
     _set_flag(model, False)
 
 
@@ -57,8 +55,7 @@ def retie(model: nn.Module) -> None:
     """Undo :func:`untie`, once nothing is merged any more."""
     untied = [m for m in model.modules() if isinstance(m, LoraLayer) and m.untied_from is not None and not m.merged]
     for layer in untied:
-        layer.base_layer.weight = layer.untied_from
-        layer.untied_from = None
+        layer.take_shared_weight()
     if untied:
         _set_flag(model, True)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorica.adapt import inject
 from lorica.checkpoint import reading
-from lorica.checkpoint.names import Entry, adapter_entries, embedding_entries
+from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, embedding_entries
 from lorica.checkpoint.reading import LoadResult
 from lorica.config import LoraConfig, PeftConfig
 from lorica.errors import CheckpointError
@@ -91,8 +91,7 @@ def set_peft_model_state_dict(
         CheckpointError: a tensor has the wrong shape or is not finite, or (``strict``) names do not fit. Nothing was
             written.
     """
-    config: LoraConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
-    wanted = adapter_entries(model, adapter_name, config)
+    wanted = adapter_entries(model, adapter_name, config_of_adapter(model, adapter_name))
     extra = embedding_entries(model)
     known = {**extra, **wanted}
     shapes = {name: tuple(tensor.shape) for name, tensor in peft_model_state_dict.items()}

@@ -8,6 +8,7 @@ may be called "lora" or "a".
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from lorica.adapt.inject import adapter_modules
 from lorica.adapt.trainable import named_biases
 from lorica.config import LoraConfig
+from lorica.errors import AdapterError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_FACTOR = re.compile(r"^(?P<target>.+)\.(?:lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])$")
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -91,10 +92,16 @@ def base_of(model: nn.Module) -> nn.Module:
     return inner.model if type(inner).__name__ == "LoraModel" else inner  # type: ignore[return-value]
 
 
-def target_of_key(key: str) -> str | None:
-    """Return the name of the module that a factor's name in a file belongs to; None for other tensors."""
-    found = _FACTOR.match(key)
-    return found["target"].removeprefix("base_model.model.") if found else None
+def config_of_adapter(model: nn.Module, adapter: str) -> LoraConfig:
+    """Return an adapter's configuration.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+    """
+    configs: Mapping[str, LoraConfig] = getattr(model, "peft_config", None) or {}
+    if adapter not in configs:
+        raise AdapterError(f"Adapter {adapter} not found in {list(configs)}.{suggest(adapter, configs)}")
+    return configs[adapter]
 
 
 def get_peft_model_state_dict(
@@ -115,16 +122,21 @@ def get_peft_model_state_dict(
             targets or the vocabulary was resized.
 
     Raises:
-        KeyError: there is no such adapter, or ``state_dict`` lacks one of its tensors.
+        AdapterError: there is no such adapter.
+        KeyError: ``state_dict`` lacks one of its tensors.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    config: LoraConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    config = config_of_adapter(model, adapter_name)
     entries = adapter_entries(model, adapter_name, config)
-    if save_embedding_layers == "auto" and _embeddings_targeted(model, adapter_name):
-        entries.update(embedding_entries(model, adapted_only=True))
-    elif save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(model, config)):
-        entries.update(embedding_entries(model))
+    targeted = _embeddings_targeted(model, adapter_name)
+    reason = "embedding layers found in `target_modules`" if targeted else "the vocabulary was resized"
+    if save_embedding_layers == "auto":
+        save_embedding_layers = targeted or _resized(model, config)
+        if save_embedding_layers:
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", stacklevel=2)
+    if save_embedding_layers:
+        entries.update(embedding_entries(model, adapted_only=targeted))
     return {name: _value(entry, state_dict) for name, entry in entries.items()}
 
 

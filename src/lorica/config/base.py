@@ -5,6 +5,7 @@ The names, defaults and the JSON form are PEFT's, so that its tools read our fil
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import inspect
@@ -93,7 +94,7 @@ class PeftConfig:
             value = getattr(self, item.name)
             if item.name in self._not_saved or (item.name in self._own_fields and value == item.default):
                 continue
-            result[item.name] = _plain(value)
+            result[item.name] = dataclasses.asdict(value) if _is_instance(value) else copy.copy(value)
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -108,7 +109,7 @@ class PeftConfig:
         output = self.to_dict()
         if (auto_mapping := kwargs.pop("auto_mapping_dict", None)) is not None:
             output["auto_mapping"] = auto_mapping
-        write_json(Path(save_directory) / CONFIG_NAME, output)
+        write_json(Path(save_directory) / CONFIG_NAME, {name: _json(value) for name, value in output.items()})
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -166,13 +167,11 @@ class PeftConfig:
         return loaded
 
 
-def _plain(value: Any) -> Any:
+def _is_instance(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _json(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return dict(value)
-    return list(value) if isinstance(value, list | tuple) else value
+    return sorted(value) if isinstance(value, set | frozenset) else value

@@ -29,6 +29,11 @@ class AdapterSpec:
     rslora: bool = False
     bias: bool = False
 
+    @property
+    def natural_scaling(self) -> float:
+        """The scale that rank and alpha give, before anybody changed it."""
+        return self.scale(self.r, self.alpha, rslora=self.rslora)
+
     @staticmethod
     def scale(r: int, alpha: float, *, rslora: bool) -> float:
         """Return ``alpha / r``, or ``alpha / √r``."""

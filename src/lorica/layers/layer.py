@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -137,6 +139,40 @@ class LoraLayer(nn.Module):
         first, second = _container_names(self.op)
         return self._modules[first], self._modules[second]
 
+    # ---- scale ------------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale to ``scale`` times what its rank and alpha give.
+
+        Raises:
+            AdapterError: the adapter is merged with its present scale.
+        """
+        if adapter in self.specs:
+            self._rescale(adapter, scale * self.specs[adapter].natural_scaling)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter by ``scale``."""
+        for adapter in self.switch.active:
+            if adapter in self.specs:
+                self._rescale(adapter, scale * self.specs[adapter].scaling)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of every active adapter by ``scale``; without one, set it back to what it was."""
+        for adapter in self.switch.active:
+            if adapter in self.specs:
+                spec = self.specs[adapter]
+                self._rescale(adapter, spec.natural_scaling if scale is None else spec.scaling / scale)
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """The scale ``s`` of each adapter; :meth:`set_scale` changes it."""
+        return MappingProxyType({name: spec.scaling for name, spec in self.specs.items()})
+
+    def _rescale(self, adapter: str, scaling: float) -> None:
+        if adapter in self.merged_adapters:
+            raise AdapterError(f"{self.target_name}: adapter {adapter!r} is merged; unmerge it before scaling it")
+        self.specs[adapter] = replace(self.specs[adapter], scaling=scaling)
+
     # ---- forward --------------------------------------------------------------------------------------------------
 
     def running(self) -> list[tuple[Factors, AdapterSpec]]:
@@ -164,9 +200,15 @@ class LoraLayer(nn.Module):
         """The weight that the base layer shared with another module before a merge gave it its own."""
         return self._untied_from[0] if self._untied_from else None
 
-    @untied_from.setter
-    def untied_from(self, weight: nn.Parameter | None) -> None:
-        self._untied_from = [] if weight is None else [weight]
+    def give_own_weight(self) -> None:
+        """Replace a base weight that another module shares with a copy, and remember the shared one."""
+        shared = self.base_layer.weight
+        self._untied_from = [shared]
+        self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+
+    def take_shared_weight(self) -> None:
+        """Undo :meth:`give_own_weight`."""
+        self.base_layer.weight = self._untied_from.pop()
 
     @property
     def merged(self) -> bool:
@@ -188,7 +230,7 @@ class LoraLayer(nn.Module):
         left, right = self.op.delta(self.base_layer, factors)
         wide = torch.promote_types(left.dtype, torch.float32)
         delta = (left.to(wide) @ right.to(wide)) * self.specs[adapter].scaling
-        return delta.view(self._weight().shape).to(factors.b.dtype)
+        return delta.view(self.base_weight.shape).to(factors.b.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Add the deltas of adapters to the base weight, in place.
@@ -201,14 +243,40 @@ class LoraLayer(nn.Module):
             AdapterError: the result is not finite (``safe_merge``), or B has a bias and the base layer none.
             TargetError: the delta of this layer has no place in its weight (a grouped convolution).
         """
-        for name in self.switch.active if adapter_names is None else adapter_names:
-            if name not in self.specs:
-                continue
-            if name in self.merged_adapters:
-                warnings.warn(f"{self.target_name}: adapter {name!r} is already merged; skipped", stacklevel=2)
-                continue
-            self._add_delta(name, self.specs[name].scaling, check=safe_merge)
+        names = self.mergeable(self.switch.active if adapter_names is None else adapter_names)
+        self.check_merge(names, finite=safe_merge)
+        for name in names:
+            self._add_delta(name, self.base_weight, self.specs[name].scaling)
+            self._add_bias(name, self.specs[name].scaling)
             self.merged_adapters.append(name)
+
+    def mergeable(self, names: Iterable[str]) -> list[str]:
+        """Return those adapters of ``names`` that this layer has and that are not merged yet."""
+        return [name for name in names if name in self.specs and name not in self.merged_adapters]
+
+    @torch.no_grad()
+    def check_merge(self, names: Iterable[str], *, finite: bool) -> None:
+        """Refuse a merge that cannot be done, before anything is touched; for the errors see :meth:`merge`.
+
+        Args:
+            names: adapters of this layer.
+            finite: compute the merged weight in a copy and look for NaN and infinity.
+        """
+        trial = self.base_weight.clone() if finite else None
+        for name in names:
+            storage_of(self.base_weight, self.target_name)
+            self.op.delta(self.base_layer, self.factors(name))
+            if self.specs[name].bias and getattr(self.base_layer, self.op.bias_name, None) is None:
+                raise AdapterError(
+                    f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
+                )
+            if trial is not None:
+                self._add_delta(name, trial, self.specs[name].scaling)
+                if not trial.isfinite().all():
+                    raise AdapterError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
+                        f"({self.target_name})"
+                    )
 
     def unmerge(self) -> None:
         """Take every merged delta out of the base weight again, the last one first.
@@ -219,43 +287,37 @@ class LoraLayer(nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         elif not self.unmerge_quietly():
-            warnings.warn(inexact_message(self._weight().dtype), stacklevel=2)
+            warnings.warn(inexact_message(self.base_weight.dtype), stacklevel=2)
 
     def unmerge_quietly(self) -> bool:
         """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding."""
-        exact = not self.merged or storage_of(self._weight(), self.target_name).exact
+        exact = not self.merged or storage_of(self.base_weight, self.target_name).exact
         while self.merged_adapters:
             name = self.merged_adapters[-1]
-            self._add_delta(name, -self.specs[name].scaling, check=False)
+            self._add_delta(name, self.base_weight, -self.specs[name].scaling)
+            self._add_bias(name, -self.specs[name].scaling)
             self.merged_adapters.pop()
         return exact
 
-    def _weight(self) -> Tensor:
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight that the deltas belong to, detached."""
         weight: Tensor = getattr(self.base_layer, self.op.weight_name)
         return weight.data
 
     @torch.no_grad()
-    def _add_delta(self, name: str, scale: float, *, check: bool) -> None:
-        if name in self.tied and self.tied[name]._weight().data_ptr() == self._weight().data_ptr():
+    def _add_delta(self, name: str, weight: Tensor, scale: float) -> None:
+        if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
             return  # the same memory: the source's delta is this one's too
-        weight, factors = self._weight(), self.factors(name)
-        storage = storage_of(weight, self.target_name)
-        left, right = self.op.delta(self.base_layer, factors)
-        bias = getattr(self.base_layer, self.op.bias_name, None)
-        if factors.bias is not None and bias is None:
-            raise AdapterError(
-                f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge into"
-            )
-        target = weight.clone() if check else weight
-        add_low_rank_(target.view(target.shape[0], -1), left, right, scale, storage)
-        if check:
-            if not target.isfinite().all():
-                raise AdapterError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken ({self.target_name})"
-                )
-            weight.copy_(target)
-        if factors.bias is not None and bias is not None:
-            bias.data.add_(factors.bias.to(bias.dtype), alpha=scale)
+        left, right = self.op.delta(self.base_layer, self.factors(name))
+        add_low_rank_(weight.view(weight.shape[0], -1), left, right, scale, storage_of(weight, self.target_name))
+
+    @torch.no_grad()
+    def _add_bias(self, name: str, scale: float) -> None:
+        bias = self.factors(name).bias
+        if bias is not None:
+            base_bias: Tensor = getattr(self.base_layer, self.op.bias_name)
+            base_bias.add_(bias.to(base_bias.dtype), alpha=scale)
 
 
 def inexact_message(dtype: torch.dtype) -> str:

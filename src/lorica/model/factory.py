@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lorica.checkpoint.names import target_of_key
 from lorica.config import LoraConfig, TaskType
 from lorica.model.lora_model import LoraModel
 from lorica.model.peft_model import PeftModel
@@ -71,6 +70,5 @@ def inject_adapter_in_model(
     Raises:
         TargetError: the configuration does not fit the model. The model is then as it was.
     """
-    exactly = None if state_dict is None else [name for name in map(target_of_key, state_dict) if name is not None]
-    LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, exactly=exactly)
+    LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
     return model

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorica.adapt import inject, trainable
 from lorica.adapt.tying import retie, untie, warn_if_tied
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, suggest
-from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
+from lorica.layers import ModulesToSaveWrapper, Switch
 from lorica.layers.layer import inexact_message
 from lorica.targets import make_plan
 from lorica.targets.plan import config_of
-from lorica.targets.walk import bare
+from lorica.targets.walk import bare, targets_of_keys
 
 
 class LoraModel(nn.Module):
@@ -26,11 +26,11 @@ class LoraModel(nn.Module):
 
     Args:
         model: the model to adapt.
-        config: the configuration of the first adapter.
+        peft_config: the configuration of the first adapter; it is copied.
         adapter_name: its name.
         low_cpu_mem_usage: make the factors on the meta device, to be filled from a file.
+        state_dict: tensors of an adapter, whose names say which layers are adapted, instead of the configuration.
         autocast_adapter_dtype: give 16-bit base weights float32 factors.
-        exactly: full names of the targets, instead of what the configuration says.
 
     Raises:
         TargetError: the configuration does not fit the model. The model is then as it was.
@@ -41,24 +41,25 @@ class LoraModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        config: LoraConfig,
-        adapter_name: str = "default",
+        peft_config: LoraConfig,
+        adapter_name: str,
         low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
         autocast_adapter_dtype: bool = False,
-        exactly: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.peft_config: dict[str, LoraConfig] = dict(getattr(model, "peft_config", None) or {})
         self.switch = inject.switch_of(model) or Switch()
-        self.inject_adapter(
-            config,
+        self.add_adapter(
             adapter_name,
+            peft_config,
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            exactly=exactly,
+            state_dict=state_dict,
         )
-        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         model.peft_config = self.peft_config  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
@@ -76,19 +77,16 @@ class LoraModel(nn.Module):
 
     # ---- adding and removing ----------------------------------------------------------------------------------------
 
-    def inject_adapter(
+    def add_adapter(
         self,
-        config: LoraConfig,
         adapter_name: str,
-        *,
+        peft_config: LoraConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = False,
-        exactly: Collection[str] | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Put a further adapter in. It is not active unless it is the first; nothing else changes.
-
-        Args:
-            exactly: full names of the targets, instead of what the configuration says.
+        """Put a further adapter in. It is not active; nothing else changes. For the arguments see the class.
 
         Raises:
             AdapterError: the name is taken or impossible, or two adapters would share the base model's biases.
@@ -97,8 +95,9 @@ class LoraModel(nn.Module):
         inject.check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise AdapterError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        config = copy.copy(peft_config)
         trainable.check_one_bias({**self.peft_config, adapter_name: config})
-        plan = make_plan(self.model, config, exactly=exactly)
+        plan = make_plan(self.model, config, exactly=None if state_dict is None else targets_of_keys(state_dict))
         inject.inject(
             self.model,
             plan,
@@ -110,7 +109,7 @@ class LoraModel(nn.Module):
         )
         if not self.peft_config:
             trainable.freeze_base(self.model)
-        config = copy.copy(config)
+        config.fan_in_fan_out = plan.fan_in_fan_out
         config.target_modules = plan.names if isinstance(plan.names, str) else set(plan.names or ())
         self.peft_config[adapter_name] = config
         active = adapter_name in self.switch.active and not config.inference_mode
@@ -170,8 +169,22 @@ class LoraModel(nn.Module):
         self.switch.active = names
         trainable.train_only(self.model, self.peft_config, names, frozen=inference_mode)
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Full names of the adapted layers in the base model."""
+        layers = inject.lora_layers(self.model)
+        inside = {f"{layer.target_name}.{child}" for layer in layers for child in layer.op.children}
+        return [layer.target_name for layer in layers if layer.target_name not in inside]
+
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        """Let the parameters of the named adapters train, or freeze them."""
+        """Let the parameters of the named adapters train, or freeze them.
+
+        Raises:
+            AdapterError: a name is unknown.
+        """
+        adapter_names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in adapter_names:
+            self._need(name)
         trainable.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
@@ -212,27 +225,20 @@ class LoraModel(nn.Module):
         names = list(self.switch.active if adapter_names is None else adapter_names)
         for name in names:
             self._need(name)
+        layers = inject.lora_layers(self.model)
+        for layer in tqdm(layers, disable=not (progressbar and safe_merge), desc="Checking"):
+            layer.check_merge(layer.mergeable(names), finite=safe_merge)
         warn_if_tied(self.model, names)
         untie(self.model, names)
-        done: list[LoraLayer] = []
-        try:
-            for layer in tqdm(inject.lora_layers(self.model), disable=not progressbar, desc="Merging"):
-                fresh = [name for name in names if name in layer.specs and name not in layer.merged_adapters]
-                layer.merge(safe_merge=safe_merge, adapter_names=fresh)
-                if fresh:
-                    done.append(layer)
-        except Exception:
-            for layer in done:
-                layer.unmerge_quietly()
-            retie(self.model)
-            raise
+        for layer in tqdm(layers, disable=not progressbar, desc="Merging"):
+            layer.merge(adapter_names=layer.mergeable(names))
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas out again; a warning says so where a weight's dtype could not keep it exactly."""
         inexact = None
         for layer in inject.lora_layers(self.model):
             if layer.merged and not layer.unmerge_quietly():
-                inexact = layer.base_layer.weight.dtype
+                inexact = layer.base_weight.dtype
         retie(self.model)
         if inexact is not None:
             warnings.warn(inexact_message(inexact), stacklevel=3)
@@ -263,12 +269,13 @@ class LoraModel(nn.Module):
         return self._unload(())
 
     def _unload(self, merged: Sequence[str]) -> nn.Module:
-        for name, module in reversed(list(inject.adapter_modules(self.model))):
+        places = inject.Places(self.model)
+        for _, module in reversed(list(inject.adapter_modules(self.model))):
             plain = bare(module)
             if isinstance(module, ModulesToSaveWrapper):
                 copies = [module.modules_to_save[key] for key in merged if key in module.modules_to_save]
                 plain = copies[0] if copies else plain
-            inject.replace(self.model, name, plain)
+            places.put(module, plain)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

@@ -66,21 +66,16 @@ class PeftModel(nn.Module):
         )
         self.training = model.training
         self.base_model.training = model.training
-        if getattr(
-            model,
-            "is_activation_checkpointing"
-            if hasattr(model, "is_activation_checkpointing")
-            else "is_gradient_checkpointing",
-            False,
-        ):
+        newer = hasattr(model, "is_activation_checkpointing")
+        if getattr(model, "is_activation_checkpointing" if newer else "is_gradient_checkpointing", False):
             self._let_inputs_require_grad()
 
     @staticmethod
     def _own_config(model: nn.Module, peft_config: LoraConfig) -> LoraConfig:
         config = copy.copy(peft_config)
         if config.base_model_name_or_path is None:
-            path = getattr(model, "name_or_path", None) or getattr(model, "__dict__", {}).get("name_or_path")
-            config.base_model_name_or_path = path or config_of(model).get("_name_or_path")
+            path = getattr(model, "name_or_path", None) or config_of(model).get("_name_or_path")
+            config.base_model_name_or_path = path if isinstance(path, str) and path else None
         if config.task_type in TASK_HEADS:
             heads = TASK_HEADS[TaskType(config.task_type)]
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
@@ -158,9 +153,9 @@ class PeftModel(nn.Module):
             AdapterError: the name is taken or impossible.
             TargetError: the configuration does not fit the model. The model is then as it was.
         """
-        self.base_model.inject_adapter(
-            self._own_config(self.get_base_model(), peft_config),
+        self.base_model.add_adapter(
             adapter_name,
+            self._own_config(self.get_base_model(), peft_config),
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
@@ -172,7 +167,7 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; see :meth:`LoraModel.delete_adapter`."""
         if adapter_name not in self.peft_config:
-            raise AdapterError(f"Adapter {adapter_name} does not exist")
+            raise AdapterError(f"Adapter {adapter_name} does not exist; there are {list(self.peft_config)}")
         self.base_model.delete_adapter(adapter_name)
 
     @contextlib.contextmanager
@@ -216,14 +211,20 @@ class PeftModel(nn.Module):
 
     # ---- gradient checkpointing -------------------------------------------------------------------------------------
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn gradient checkpointing on in the base model.
 
         Only factors train, and a re-entrant checkpoint passes no gradient to them unless its input requires one; so the
         embedding's output is made to.
         """
-        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        model = self.get_base_model()
+        # transformers 5.23 renamed it; older releases know only the second name.
+        newer = hasattr(model, "activation_checkpointing_enable")
+        enable: Any = getattr(model, "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable")
+        enable(*args, **kwargs)
         self._let_inputs_require_grad()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def _let_inputs_require_grad(self) -> None:
         model = self.get_base_model()

@@ -32,6 +32,7 @@ class Op(ABC):
         weight_name: the parameter of the base layer that the delta belongs to.
         bias_name: the parameter that the bias of B belongs to.
         lookup: whether A is looked up by index rather than multiplied.
+        transposed: whether the base weight is stored ``[in, out]`` (``fan_in_fan_out``).
         children: modules inside the base layer that are adapted along with it.
     """
 
@@ -39,6 +40,7 @@ class Op(ABC):
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
     lookup: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
     children: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

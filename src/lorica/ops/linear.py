@@ -37,6 +37,8 @@ class Linear(Op):
 class TransposedLinear(Linear):
     """transformers' ``Conv1D``: a linear whose weight is stored ``[in, out]`` (``fan_in_fan_out``)."""
 
+    transposed = True
+
     def logical_weight(self, base: Any) -> Tensor:
         """``[out, in]``, a view."""
         return super().logical_weight(base).T

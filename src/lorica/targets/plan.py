@@ -52,11 +52,13 @@ class Plan:
         names: the target names as they go into the configuration, with shorthands resolved.
         targets: in the order of the model; tied ones last.
         saved: full names of the modules to train fully → None, or the name of the one whose weight each shares.
+        fan_in_fan_out: whether the adapted weights are stored ``[in, out]``.
     """
 
     names: Names | None
     targets: tuple[Target, ...]
     saved: dict[str, str | None]
+    fan_in_fan_out: bool
 
 
 def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] | None = None) -> Plan:
@@ -83,7 +85,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     by_name = {target.name: target for target in targets}
     for key, source in tied.items():
         targets.append(_tied_target(key, modules[key], by_name[source]))
-    return Plan(names, tuple(targets), saved)
+    return Plan(names, tuple(targets), saved, _orientation(config, targets))
 
 
 def resolve_names(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> Names:
@@ -93,7 +95,7 @@ def resolve_names(model: nn.Module, modules: dict[str, nn.Module], config: LoraC
         TargetError: the configuration names none and the architecture is not known.
     """
     names = config.target_modules
-    if names is None or names == set():
+    if names is None:
         model_type = config_of(model).get("model_type")
         if model_type not in DEFAULT_TARGETS:
             raise TargetError(
@@ -165,6 +167,19 @@ def _targets_at(key: str, module: nn.Module, config: LoraConfig) -> list[Target]
             stacklevel=2,
         )
     return targets
+
+
+def _orientation(config: LoraConfig, targets: list[Target]) -> bool:
+    linear = [target for target in targets if target.op.kind == "Linear"]
+    found = config.fan_in_fan_out if not linear else any(target.op.transposed for target in linear)
+    if found != config.fan_in_fan_out:
+        kind = type(linear[0].base).__name__
+        warnings.warn(
+            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. Setting "
+            f"fan_in_fan_out to {found}.",
+            stacklevel=4,
+        )
+    return found
 
 
 def spec_for(config: LoraConfig, key: str) -> AdapterSpec:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 
+_FACTOR = re.compile(r"^(?P<target>.+)\.(?:lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])$")
+
+
+def targets_of_keys(keys: Iterable[str]) -> set[str]:
+    """Return the full names of the modules that the factors under these names in a file belong to."""
+    found = filter(None, map(_FACTOR.match, keys))
+    return {factor["target"].removeprefix("base_model.model.") for factor in found}
+
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module with its name in the base model. An adapted layer is yielded as it is, its inside is not."""
-    yield from _walk(model, "")
+    """Yield every module with its name in the base model.
+
+    An adapted layer is yielded as it is, its inside is not.
+
+    A module that stands in several places is yielded once, under its first name.
+    """
+    yield from _walk(model, "", set())
 
 
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
     yield name, module
     if isinstance(module, LoraLayer | ModulesToSaveWrapper):
         return
     for child_name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name)
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def bare(module: nn.Module) -> nn.Module:
