@@ -1,4 +1,4 @@
-"""A real process, a real signal: the state is saved, the exit code says why, and --resume goes on as if never stopped."""
+"""A real process, a real signal: the state is saved, the exit code says why, --resume goes on as if never stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def records(output: Path) -> list[dict[str, object]]:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 def test_sigterm_saves_and_resume_goes_on_bit_for_bit(base: Path, data_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(runs.settings(base, data_file, tmp_path / "whole", training__steps=60)))
+    recipe.write_text(yaml.safe_dump(runs.settings(base, data_file, tmp_path / "whole", training__steps=40)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(*arguments: str) -> subprocess.Popen[str]:
@@ -55,6 +55,6 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(base: Path, data_file: Pat
     assert "Resuming after step" in said
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     for name in ("adapter_model.safetensors", "training_state.safetensors"):
-        ours, theirs = (load_file(tmp_path / run / "checkpoints" / "step-000060" / name) for run in ("cut", "whole"))
+        ours, theirs = (load_file(tmp_path / run / "checkpoints" / "step-000040" / name) for run in ("cut", "whole"))
         assert ours.keys() == theirs.keys()
         assert all(value.equal(theirs[key]) for key, value in ours.items())

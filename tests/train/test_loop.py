@@ -109,6 +109,7 @@ def test_a_run_learns(base: Path, data_file: Path, tmp_path: Path, packing: bool
     values = runs.settings(base, data_file, tmp_path / "out", **changes, checkpoint={"every": None, "keep": 1})
     values["training"]["loraplus_lr_ratio"] = 4
     values["data"]["max_length"] = 40
+    values["training"]["eval_every"] = None  # before and after all the same
     result = job.run(recipe.parse(values), progress=False, notify=lambda _: None)
     assert result.eval_loss_before is not None
     assert result.eval_loss_after is not None

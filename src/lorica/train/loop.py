@@ -113,7 +113,7 @@ def train(
     window = torch.tensor(progress.window_loss, device=next(live.model.parameters()).device)
     live.model.train()
     while not stop():
-        if schedule.due(schedule.eval_every, progress.step):
+        if progress.step == 0 or schedule.due(schedule.eval_every, progress.step):
             _evaluate(trainer, stop, record)
         if progress.step >= schedule.steps or stop():
             break
