@@ -62,7 +62,7 @@ def named_biases(model: nn.Module, which: str) -> list[tuple[str, nn.Parameter]]
     return [
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if "bias" in name.rpartition(".")[2] and not name.startswith(own)
+        if name.rpartition(".")[2] == "bias" and not name.startswith(own)
     ]
 
 
@@ -77,12 +77,12 @@ def _own_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def check_one_bias(configs: Mapping[str, LoraConfig]) -> None:
-    """Refuse several adapters of which one trains biases of the base model, which they would share.
+    """Refuse a second adapter that trains biases of the base model, which both would share.
 
     Raises:
         AdapterError: names the rule.
     """
-    if len(configs) > 1 and any(config.bias != "none" for config in configs.values()):
+    if sum(config.bias != "none" for config in configs.values()) > 1:
         raise AdapterError(
             "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
             "adapters."

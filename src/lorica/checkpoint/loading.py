@@ -62,7 +62,10 @@ def load_further(
     config = read_config(model_id, None, source, is_trainable=is_trainable)
     with _as_it_was(model.get_base_model(), adapter):
         model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
-        return _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
+        result = _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
+    if is_trainable:
+        model.set_requires_grad(adapter)
+    return result
 
 
 def set_peft_model_state_dict(

@@ -88,7 +88,7 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
 
 def base_of(model: nn.Module) -> nn.Module:
     """Return the base model inside a ``PeftModel`` or ``LoraModel``, or the model itself."""
-    inner: nn.Module = model._modules.get("base_model") or model  # type: ignore[assignment]
+    inner: nn.Module = model._modules.get("base_model") or model
     return inner.model if type(inner).__name__ == "LoraModel" else inner  # type: ignore[return-value]
 
 

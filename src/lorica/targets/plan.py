@@ -257,10 +257,11 @@ def _tied_target(key: str, module: nn.Module, source: Target) -> Target:
 
 def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
     wanted = config.modules_to_save or []
-    found = [key for key in modules if any(entry_matches(name, key) for name in wanted)]
+    # Without a dot, as PEFT has it: "norm" means "input_layernorm" too. Files name what was saved, so both must agree.
+    found = [key for key in modules if key.endswith(tuple(wanted))]
     heads = {head for heads in TASK_HEADS.values() for head in heads}
     for name in wanted:
-        if name not in heads and not any(entry_matches(name, key) for key in found):
+        if name not in heads and not any(key.endswith(name) for key in found):
             raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, _endings(modules))}")
     return found
 
