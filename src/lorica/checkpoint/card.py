@@ -8,6 +8,7 @@ from typing import Any
 from lorica.config import LoraConfig, TaskType
 from lorica.files.atomic import write_bytes
 
+_LIBRARY = "peft"  # the hub's word for adapters in these files
 _PIPELINES = {
     TaskType.CAUSAL_LM: "text-generation",
     TaskType.SEQ_CLS: "text-classification",
@@ -42,14 +43,13 @@ model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 
 def write(path: Path, config: LoraConfig, *, trainable: int, total: int) -> None:
     """Write the card, or, where there is one, renew only the facts in its head."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     page = ModelCard.load(path) if path.exists() else None
     if page is None:
         base = config.base_model_name_or_path or "the base model"
         names = config.target_modules
-        page = ModelCard("")
-        page.text = _PAGE.format(
+        text = _PAGE.format(
             base=base,
             rank=config.r,
             alpha=config.lora_alpha,
@@ -57,14 +57,14 @@ def write(path: Path, config: LoraConfig, *, trainable: int, total: int) -> None
             trainable=trainable,
             total=total,
         )
-        page.data = ModelCardData()
+        page = ModelCard(f"---\nlibrary_name: {_LIBRARY}\n---\n{text}")
     _renew(page.data, config)
     write_bytes(path, str(page).encode())
 
 
 def _renew(data: Any, config: LoraConfig) -> None:
     base = config.base_model_name_or_path
-    data.library_name = "peft"  # the hub's word for adapters in these files
+    data.library_name = _LIBRARY
     tags = {*(getattr(data, "tags", None) or []), "lora", "lorica"}
     if base:
         data.base_model = base

@@ -310,7 +310,10 @@ class LoraLayer(nn.Module):
         if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
             return  # the same memory: the source's delta is this one's too
         left, right = self.op.delta(self.base_layer, self.factors(name))
-        add_low_rank_(weight.view(weight.shape[0], -1), left, right, scale, storage_of(weight, self.target_name))
+        matrix = weight.flatten(1)
+        add_low_rank_(matrix, left, right, scale, storage_of(weight, self.target_name))
+        if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
+            weight.copy_(matrix.view(weight.shape))
 
     @torch.no_grad()
     def _add_bias(self, name: str, scale: float) -> None:

@@ -341,7 +341,8 @@ class PeftModel(nn.Module):
     ) -> LoadResult:
         """Load a further adapter, or the weights of one that is there; see :meth:`from_pretrained` for the arguments.
 
-        It becomes active only if it is the first.
+        It is not active before :meth:`set_adapter` makes it so. ``torch_device`` is accepted and has no effect: factors
+        lie where their base layer lies.
 
         Returns:
             The names of missing and unexpected tensors; both empty unless ``strict`` is false.

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from lorica.config.spec import AdapterSpec
 from lorica.errors import TargetError
 from lorica.init import Factors
-from lorica.ops.base import FactorShapes, Op, Running
+from lorica.ops.base import FactorShapes, Op, Running, autocast_off
 
 
 class Attention(Op):
@@ -50,8 +50,9 @@ class Attention(Op):
     def forward(self, layer: nn.Module, base: Any, running: Running, *args: Any, **kwargs: Any) -> Any:
         """Call the base module with the deltas in its weights."""
         projection = base.out_proj
-        weights = _adapted(self, base, running, "")
-        weights |= _adapted(projection.op, projection.base_layer, projection.running(), "out_proj.base_layer.")
+        with autocast_off(base.in_proj_weight.device.type):
+            weights = _adapted(self, base, running, "")
+            weights |= _adapted(projection.op, projection.base_layer, projection.running(), "out_proj.base_layer.")
         return functional_call(base, weights, args, kwargs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,11 +75,12 @@ class Op(ABC):
 
     def forward(self, layer: nn.Module, base: Any, running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer, then add each running adapter's part into its output."""
-        x, *rest = args
+        x, *rest = args or (kwargs.pop("input" if "input" in kwargs else "x"),)
         x = _autocast(x)
         y = base(x, *rest, **kwargs)
-        for factors, spec in running:
-            y = self.add(y, x, base, factors, spec, layer.training)
+        with autocast_off(x.device.type):
+            for factors, spec in running:
+                y = self.add(y, x, base, factors, spec, layer.training)
         return y
 
 
@@ -88,6 +90,11 @@ def _autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def autocast_off(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which dtypes are what the op says: autocast would narrow a float32 output it adds to."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def drop(x: Tensor, spec: AdapterSpec, position: str, training: bool) -> Tensor:
