@@ -48,9 +48,9 @@ def test_accumulated_batches_make_the_same_step_as_one_large_batch() -> None:
     one, four = (trainer(rows, batch=b, accumulation=a, learning_rate=1e-3) for b, a in ((4, 1), (1, 4)))
     for _ in range(2):
         first, second = one.step(), four.step()
-        assert first[1] == second[1]
-        assert float(first[0]) == pytest.approx(float(second[0]), rel=1e-6)
-        assert float(first[2]) == pytest.approx(float(second[2]), rel=1e-5)
+        assert (first.learned, first.tokens) == (second.learned, second.tokens)
+        assert float(first.loss) == pytest.approx(float(second.loss), rel=1e-6)
+        assert float(first.norm) == pytest.approx(float(second.norm), rel=1e-5)
     for name, expected in factors(one).items():
         torch.testing.assert_close(factors(four)[name], expected, rtol=0, atol=1e-6)
 
@@ -59,9 +59,10 @@ def test_the_loss_is_the_mean_over_all_learned_tokens() -> None:
     rows = documents(4)
     run = trainer(rows, batch=1, accumulation=4)
     expected = evaluate.loss(run.live.model, rows)
-    summed, tokens, _ = run.step()
-    assert float(summed) / tokens == pytest.approx(expected, rel=1e-6)
-    assert tokens == sum(int((row.labels != IGNORE).sum()) for row in rows)
+    step = run.step()
+    assert float(step.loss) / step.learned == pytest.approx(expected, rel=1e-6)
+    assert step.learned == sum(int((row.labels != IGNORE).sum()) for row in rows)
+    assert step.tokens == sum(map(len, rows))
 
 
 def test_gradients_are_scaled_down_to_the_norm() -> None:
@@ -70,7 +71,7 @@ def test_gradients_are_scaled_down_to_the_norm() -> None:
     seen = []
     for run in (free, bound):
         run.live.optimizer.zero_grad = lambda **_: None  # type: ignore[method-assign]
-        norm = float(run.step()[2])
+        norm = float(run.step().norm)
         left = torch.nn.utils.get_total_norm([p.grad for p in run._trainable if p.grad is not None])
         seen.append((norm, float(left)))
     assert seen[0][0] == pytest.approx(seen[0][1], rel=1e-5)

@@ -50,7 +50,7 @@ def adapted(**config: Any) -> Any:
 
 
 def test_lora_plus_speeds_up_b_and_embedding_factors_and_spares_vectors_decay() -> None:
-    model = adapted(target_modules=["q_proj", "embed_tokens"], lora_bias=False, modules_to_save=["norm"])
+    model = adapted(target_modules=["q_proj", "embed_tokens"], lora_bias=False, modules_to_save=["model.norm"])
     settings = TrainingSection(learning_rate=0.1, loraplus_lr_ratio=16, weight_decay=0.5)
     found = {
         name: (group["lr"], group["weight_decay"]) for group in optim.groups(model, settings) for name in group["names"]

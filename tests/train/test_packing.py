@@ -78,6 +78,34 @@ def test_a_model_that_mixes_documents_is_found_out() -> None:
     assert not collate.documents_are_separate(blind, batch)
 
 
+def architecture(name: str) -> Any:
+    import transformers
+
+    small: dict[str, Any] = {"vocab_size": 304, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    window = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8, "sliding_window": 4}
+    torch.manual_seed(0)
+    kinds = {
+        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, {}),
+        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM, window),
+        "bloom": (transformers.BloomConfig, transformers.BloomForCausalLM, {}),
+        "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM, {"state_size": 4}),
+    }
+    config, model, more = kinds[name]
+    return model(config(initializer_range=0.2, **small, **more)).eval()
+
+
+@pytest.mark.parametrize(("name", "separate"), [("gpt2", True), ("gemma2", True), ("bloom", False), ("mamba", False)])
+def test_whether_an_architecture_can_be_packed_is_found_by_trying(name: str, separate: bool) -> None:
+    model = architecture(name)
+    batch = Collator(0)([DOCUMENTS[:3]])
+    assert collate.documents_are_separate(model, batch) is separate
+    if separate:
+        with torch.no_grad():
+            packed, _ = evaluate.token_losses(model, batch)
+            lone = [evaluate.token_losses(model, Collator(0)([[item]]))[0] for item in DOCUMENTS[:3]]
+        assert float(packed) == pytest.approx(float(sum(lone)), rel=1e-5)
+
+
 def test_every_epoch_has_its_own_order_and_any_position_can_be_resumed() -> None:
     packs = [[item] for item in DOCUMENTS]
     stream = iter(Batches(packs, Collator(0), 4, seed=3))

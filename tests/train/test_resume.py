@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -107,6 +109,18 @@ def test_with_packing_and_lora_plus_and_bf16(
     run_and_stop(values, 12, monkeypatch)
     run(values, resume=True)
     assert_same_run(*outputs)
+
+
+def test_every_random_state_comes_back() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    numbers = json.loads(json.dumps(state._collect_random(tensors)))
+
+    def draw() -> tuple[float, float, float]:
+        return random.gauss(0, 1), float(np.random.randn()), float(torch.randn(()))
+
+    first = [draw() for _ in range(3)]
+    state._restore_random(numbers, tensors)
+    assert [draw() for _ in range(3)] == first
 
 
 def test_a_finished_run_resumes_to_itself(base: Path, data_file: Path, tmp_path: Path, uninterrupted: Path) -> None:

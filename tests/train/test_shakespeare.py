@@ -30,7 +30,7 @@ def held_out_loss(output: Path, text: Path) -> tuple[float, float]:
         "data.max_length=128",
         "lora.r=8",
         "lora.lora_alpha=16",
-        "training.steps=120",
+        "training.steps=80",
         "training.batch_size=8",
         "training.learning_rate=5e-3",
         "training.eval_every=null",
@@ -48,7 +48,7 @@ def held_out_loss(output: Path, text: Path) -> tuple[float, float]:
 def test_the_held_out_loss_is_as_low_as_with_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peft: Any = pytest.importorskip("peft")
     text = tmp_path / "text.txt"
-    text.write_text(TEXT.read_text(encoding="utf-8")[:400_000], encoding="utf-8")
+    text.write_text(TEXT.read_text(encoding="utf-8")[:200_000], encoding="utf-8")
     before, ours = held_out_loss(tmp_path / "lorica", text)
 
     def config(**fields: Any) -> Any:
@@ -59,6 +59,6 @@ def test_the_held_out_loss_is_as_low_as_with_peft(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(lorica, "get_peft_model", peft.get_peft_model)
     start, theirs = held_out_loss(tmp_path / "peft", text)
     assert start == pytest.approx(before, rel=1e-6)
-    assert theirs < 0.8 * before
+    assert theirs < 0.85 * before
     assert ours <= 1.01 * theirs
     print(f"before {before:.4f}, lorica {ours:.4f}, peft {theirs:.4f}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorica.train.data import IGNORE, Example
 
 Batch = dict[str, Tensor]
-"""``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``."""
+"""``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``; ``tokens``: how many of them are no padding."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Collator:
                 start = end
             if len(pack) > 1:
                 positions_BT[row, start:] = torch.arange(width - start)
-        return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": positions_BT}
+        tokens = torch.tensor(sum(len(example) for pack in packs for example in pack))
+        return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": positions_BT, "tokens": tokens}
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:

@@ -19,7 +19,7 @@ from lorica.train.collate import Batch
 from lorica.train.data import IGNORE, Example
 from lorica.train.metrics import Record
 from lorica.train.recipe import TrainingSection
-from lorica.train.state import Live
+from lorica.train.state import Live, Progress
 
 
 class DivergedError(LoricaError):
@@ -39,11 +39,21 @@ class Schedule:
         return step == self.steps or (every is not None and step % every == 0)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step saw: the summed loss over ``learned`` of ``tokens`` tokens, and the gradient's norm."""
+
+    loss: Tensor
+    learned: int
+    tokens: int
+    norm: Tensor
+
+
 @dataclass
 class Trainer:
     """One optimiser step at a time over :class:`~lorica.train.state.Live`; owns no files and no signals.
 
-    A parallel layout joins here in two places: ``count_tokens`` and the sum of gradients before clipping.
+    A parallel layout joins here in two places: ``count_learned`` and the sum of gradients before clipping.
     """
 
     live: Live
@@ -56,26 +66,22 @@ class Trainer:
         self._device = next(self.live.model.parameters()).device
         self._trainable: list[nn.Parameter] = [p for p in self.live.model.parameters() if p.requires_grad]
 
-    def step(self) -> tuple[Tensor, int, Tensor]:
-        """One optimiser step.
-
-        Returns:
-            the summed loss and the number of learned tokens of the accumulated batch, and the gradient's norm.
-        """
+    def step(self) -> Step:
+        """One optimiser step, over ``gradient_accumulation`` batches."""
         batches = list(islice(self._stream, self.settings.gradient_accumulation))
-        tokens = count_tokens(batches)
+        learned = count_learned(batches)
         total = torch.zeros((), device=self._device)
         for batch in batches:
             with self._autocast():
                 summed, _ = evaluate.token_losses(self.live.model, batch)
             # Each token weighs the same, whichever of the accumulated batches it is in.
-            torch.autograd.backward(summed / max(1, tokens))
+            torch.autograd.backward(summed / max(1, learned))
             total += summed.detach()
         norm = nn.utils.clip_grad_norm_(self._trainable, self.settings.max_grad_norm or math.inf)
         self.live.optimizer.step()
         self.live.scheduler.step()
         self.live.optimizer.zero_grad(set_to_none=True)
-        return total, tokens, norm
+        return Step(total, learned, sum(int(batch["tokens"]) for batch in batches), norm)
 
     def evaluate(self, stop: Callable[[], bool]) -> float:
         """The held-out loss; NaN if asked to stop meanwhile."""
@@ -87,7 +93,7 @@ class Trainer:
         return torch.autocast(self._device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
 
 
-def count_tokens(batches: Sequence[Batch]) -> int:
+def count_learned(batches: Sequence[Batch]) -> int:
     """The tokens that are learned in these batches, of which the loss is the mean."""
     return sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
 
@@ -119,23 +125,25 @@ def train(
             break
         started = time.perf_counter()
         rate = float(live.scheduler.get_last_lr()[0])
-        summed, tokens, norm = trainer.step()
-        window += summed
+        step = trainer.step()
+        window += step.loss
         elapsed = time.perf_counter() - started
         progress.step += 1
-        progress.tokens += tokens
-        progress.window_tokens += tokens
+        progress.tokens += step.tokens
+        progress.learned += step.learned
+        progress.window_tokens += step.tokens
+        progress.window_learned += step.learned
         progress.seconds += elapsed
         progress.window_seconds += elapsed
         logged = schedule.due(schedule.log_every, progress.step)
         due = schedule.due(schedule.checkpoint_every, progress.step)
-        on_step(tokens, elapsed)
+        on_step(step.tokens, elapsed)
         if logged or due:
             progress.window_loss = _finite(window, progress.step)
         if logged:
-            record(_train_record(trainer, rate, norm))
+            record(_train_record(progress, rate, step.norm))
             window.zero_()
-            progress.window_loss, progress.window_tokens, progress.window_seconds = 0.0, 0, 0.0
+            progress.open_window()
         if due:
             save()
     if stop():
@@ -143,15 +151,15 @@ def train(
         save()
 
 
-def _train_record(trainer: Trainer, rate: float, norm: Tensor) -> Record:
-    progress = trainer.live.progress
+def _train_record(progress: Progress, rate: float, norm: Tensor) -> Record:
     return {
         "kind": "train",
         "step": progress.step,
-        "loss": progress.window_loss / max(1, progress.window_tokens),
+        "loss": progress.window_loss / max(1, progress.window_learned),
         "learning_rate": rate,
         "grad_norm": float(norm),
         "tokens": progress.tokens,
+        "learned_tokens": progress.learned,
         "tokens_per_second": progress.window_tokens / max(1e-9, progress.window_seconds),
         "seconds": progress.seconds,
     }

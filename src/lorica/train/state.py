@@ -54,14 +54,22 @@ HARMLESS = (
 
 @dataclass
 class Progress:
-    """How far a run is; ``window_*`` is what the next record of ``metrics.jsonl`` averages."""
+    """How far a run is; ``window_*`` is what the next record of ``metrics.jsonl`` averages.
+
+    ``tokens`` went through the model (no padding), of which ``learned`` count in the loss.
+    """
 
     step: int = 0
     tokens: int = 0
+    learned: int = 0
     seconds: float = 0.0
     window_loss: float = 0.0
     window_tokens: int = 0
+    window_learned: int = 0
     window_seconds: float = 0.0
+
+    def open_window(self) -> None:
+        self.window_loss, self.window_tokens, self.window_learned, self.window_seconds = 0.0, 0, 0, 0.0
 
 
 @dataclass
