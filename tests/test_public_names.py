@@ -7,7 +7,30 @@ import sys
 
 import lorica
 
-NAMES = ["LoraConfig", "LoraModel", "LoraRuntimeConfig", "PeftConfig", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "PeftType", "TaskType", "__version__", "cast_mixed_precision_params", "get_layer_status", "get_model_status", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model", "prepare_model_for_kbit_training", "set_peft_model_state_dict"]
+NAMES = [
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "__version__",
+    "cast_mixed_precision_params",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+]
 
 
 def test_the_public_names_are_these():

@@ -48,9 +48,13 @@ def test_a_directory_appears_whole_with_its_marker(tmp_path):
 
 
 def test_a_directory_whose_filling_fails_does_not_appear(tmp_path):
-    with pytest.raises(StopHere), atomic.complete_directory(tmp_path / "step") as folder:
-        (folder / "part").write_text("x")
-        raise StopHere
+    def fill() -> None:
+        with atomic.complete_directory(tmp_path / "step") as folder:
+            (folder / "part").write_text("x")
+            raise StopHere
+
+    with pytest.raises(StopHere):
+        fill()
     assert list(tmp_path.iterdir()) == []
 
 

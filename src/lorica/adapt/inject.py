@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,20 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer | ModulesToSaveWrapper):
             yield name, module
+
+
+def tuner_of(model: nn.Module) -> nn.Module | None:
+    """Return the ``LoraModel`` that ``model`` is or wraps; None for a model that was adapted without a wrapper."""
+    for candidate in (model, model._modules.get("base_model")):
+        if getattr(type(candidate), "holds_adapters", False):
+            return candidate
+    return None
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the base model inside a ``PeftModel`` or ``LoraModel``, or the model itself."""
+    tuner = tuner_of(model)
+    return model if tuner is None else tuner.get_submodule("model")
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -99,6 +113,7 @@ def take_out(model: nn.Module, adapter: str) -> None:
     for _, module in reversed(layers):
         if not (module.specs if isinstance(module, LoraLayer) else module.modules_to_save):
             places.put(module, bare(module))
+    _give_back_fast_path(model)
 
 
 class Places:
@@ -123,6 +138,22 @@ class Places:
             parent._modules[name] = new
 
 
+def unload(model: nn.Module, merged: Sequence[str]) -> None:
+    """Give every base layer its place back.
+
+    Args:
+        merged: adapters whose copies of whole modules take the place of the originals.
+    """
+    places = Places(model)
+    for _, module in reversed(list(adapter_modules(model))):
+        plain = bare(module)
+        if isinstance(module, ModulesToSaveWrapper):
+            copies = [module.modules_to_save[name] for name in merged if name in module.modules_to_save]
+            plain = copies[0] if copies else plain
+        places.put(module, plain)
+    _give_back_fast_path(model)
+
+
 def check_adapter_name(name: Any) -> None:
     """Refuse a name that cannot be part of a parameter's name.
 
@@ -131,7 +162,7 @@ def check_adapter_name(name: Any) -> None:
     """
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"adapter name {name!r}: a name is a non-empty string without dots")
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "__base__":
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name) or name == "__base__":
         raise AdapterError(f"adapter name {name!r} is reserved; choose another")
 
 
@@ -200,6 +231,15 @@ def _keep_from_fast_path(model: nn.Module) -> None:
             continue
         if any(isinstance(inner, LoraLayer | ModulesToSaveWrapper) for inner in module.modules()):
             module.register_forward_pre_hook(_no_fast_path)
+
+
+def _give_back_fast_path(model: nn.Module) -> None:
+    if any(adapter_modules(model)):
+        return
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _no_fast_path:
+                del module._forward_pre_hooks[key]
 
 
 def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorica.adapt.inject import adapter_modules
+from lorica.adapt.inject import adapter_modules, base_of
 from lorica.adapt.trainable import named_biases
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, suggest
@@ -84,12 +84,6 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
             continue
         entries[_WRAPPERS.sub("", f"{path}.weight")] = Entry(f"{path}.weight", module.weight)
     return entries
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """Return the base model inside a ``PeftModel`` or ``LoraModel``, or the model itself."""
-    inner: nn.Module = model._modules.get("base_model") or model
-    return inner.model if type(inner).__name__ == "LoraModel" else inner  # type: ignore[return-value]
 
 
 def config_of_adapter(model: nn.Module, adapter: str) -> LoraConfig:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorica.errors import ConfigError, suggest
+from lorica.init import INITS
 
 if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
@@ -74,8 +75,6 @@ def _refuse_later_fields(config: LoraConfig) -> None:
 
 
 def _known_inits() -> list[str]:
-    from lorica.init import INITS  # configurations must be importable without the initialisations
-
     return [name for name in INITS if isinstance(name, str)]
 
 

@@ -22,7 +22,7 @@ from lorica.errors import AdapterError
 from lorica.init import Factors
 from lorica.layers.switch import Switch
 from lorica.ops import Op
-from lorica.storage import add_low_rank_, storage_of
+from lorica.storage import Term, add_low_rank_, storage_of
 
 
 class Factor(nn.Module):
@@ -245,10 +245,9 @@ class LoraLayer(nn.Module):
         """
         names = self.mergeable(self.switch.active if adapter_names is None else adapter_names)
         self.check_merge(names, finite=safe_merge)
-        for name in names:
-            self._add_delta(name, self.base_weight, self.specs[name].scaling)
-            self._add_bias(name, self.specs[name].scaling)
-            self.merged_adapters.append(name)
+        self._add_deltas(names, self.base_weight)
+        self._add_biases(names)
+        self.merged_adapters += names
 
     def mergeable(self, names: Iterable[str]) -> list[str]:
         """Return those adapters of ``names`` that this layer has and that are not merged yet."""
@@ -262,7 +261,6 @@ class LoraLayer(nn.Module):
             names: adapters of this layer.
             finite: compute the merged weight in a copy and look for NaN and infinity.
         """
-        trial = self.base_weight.clone() if finite else None
         for name in names:
             storage_of(self.base_weight, self.target_name)
             self.op.delta(self.base_layer, self.factors(name))
@@ -270,8 +268,9 @@ class LoraLayer(nn.Module):
                 raise AdapterError(
                     f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
                 )
-            if trial is not None:
-                self._add_delta(name, trial, self.specs[name].scaling)
+            if finite:
+                trial = self.base_weight.clone()
+                self._add_deltas([name], trial)
                 if not trial.isfinite().all():
                     raise AdapterError(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
@@ -279,7 +278,7 @@ class LoraLayer(nn.Module):
                     )
 
     def unmerge(self) -> None:
-        """Take every merged delta out of the base weight again, the last one first.
+        """Take every merged delta out of the base weight again.
 
         In float32 and float64 the weight comes back up to the rounding of one addition. A 16-bit weight was rounded
         when the delta went in; then a warning says so.
@@ -292,11 +291,9 @@ class LoraLayer(nn.Module):
     def unmerge_quietly(self) -> bool:
         """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding."""
         exact = not self.merged or storage_of(self.base_weight, self.target_name).exact
-        while self.merged_adapters:
-            name = self.merged_adapters[-1]
-            self._add_delta(name, self.base_weight, -self.specs[name].scaling)
-            self._add_bias(name, -self.specs[name].scaling)
-            self.merged_adapters.pop()
+        self._add_deltas(self.merged_adapters, self.base_weight, sign=-1)
+        self._add_biases(self.merged_adapters, sign=-1)
+        self.merged_adapters = []
         return exact
 
     @property
@@ -306,21 +303,27 @@ class LoraLayer(nn.Module):
         return weight.data
 
     @torch.no_grad()
-    def _add_delta(self, name: str, weight: Tensor, scale: float) -> None:
-        if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
-            return  # the same memory: the source's delta is this one's too
-        left, right = self.op.delta(self.base_layer, self.factors(name))
+    def _add_deltas(self, names: Sequence[str], weight: Tensor, sign: int = 1) -> None:
+        terms = []
+        for name in names:
+            if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
+                continue  # the same memory: the source's delta is this one's too
+            left, right = self.op.delta(self.base_layer, self.factors(name))
+            terms.append(Term(left, right, sign * self.specs[name].scaling))
+        if not terms:
+            return
         matrix = weight.flatten(1)
-        add_low_rank_(matrix, left, right, scale, storage_of(weight, self.target_name))
+        add_low_rank_(matrix, terms, storage_of(weight, self.target_name))
         if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
             weight.copy_(matrix.view(weight.shape))
 
     @torch.no_grad()
-    def _add_bias(self, name: str, scale: float) -> None:
-        bias = self.factors(name).bias
-        if bias is not None:
-            base_bias: Tensor = getattr(self.base_layer, self.op.bias_name)
-            base_bias.add_(bias.to(base_bias.dtype), alpha=scale)
+    def _add_biases(self, names: Sequence[str], sign: int = 1) -> None:
+        for name in names:
+            bias = self.factors(name).bias
+            if bias is not None:
+                base_bias: Tensor = getattr(self.base_layer, self.op.bias_name)
+                base_bias.add_(bias.to(base_bias), alpha=sign * self.specs[name].scaling)
 
 
 def inexact_message(dtype: torch.dtype) -> str:

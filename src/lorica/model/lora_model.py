@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from lorica.layers import ModulesToSaveWrapper, Switch
 from lorica.layers.layer import inexact_message
 from lorica.targets import make_plan
 from lorica.targets.plan import config_of
-from lorica.targets.walk import bare, targets_of_keys
+from lorica.targets.walk import targets_of_keys
 
 
 class LoraModel(nn.Module):
@@ -36,7 +36,8 @@ class LoraModel(nn.Module):
         TargetError: the configuration does not fit the model. The model is then as it was.
     """
 
-    prefix = "lora_"
+    prefix: ClassVar[str] = "lora_"
+    holds_adapters: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -269,13 +270,7 @@ class LoraModel(nn.Module):
         return self._unload(())
 
     def _unload(self, merged: Sequence[str]) -> nn.Module:
-        places = inject.Places(self.model)
-        for _, module in reversed(list(inject.adapter_modules(self.model))):
-            plain = bare(module)
-            if isinstance(module, ModulesToSaveWrapper):
-                copies = [module.modules_to_save[key] for key in merged if key in module.modules_to_save]
-                plain = copies[0] if copies else plain
-            places.put(module, plain)
+        inject.unload(self.model, merged)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorica.adapt.inject import AdapterModule, adapter_modules
-from lorica.checkpoint.names import base_of
+from lorica.adapt.inject import AdapterModule, adapter_modules, base_of, tuner_of
 from lorica.errors import AdapterError
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 
@@ -54,7 +53,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterError: nothing in the model is adapted.
     """
-    layers = [_layer_status(name, module) for name, module in adapter_modules(_tuner(model))]
+    layers = [_layer_status(name, module) for name, module in adapter_modules(tuner_of(model) or model)]
     if not layers:
         raise AdapterError("No adapter layers found in the model, please ensure that it's a PEFT model or inject one.")
     return layers
@@ -67,15 +66,14 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         AdapterError: nothing in the model is adapted.
     """
     layers = get_layer_status(model)
-    tuner = _tuner(model)
-    base = base_of(model)
+    tuner, base = tuner_of(model), base_of(model)
     configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
     trainable, total = count_parameters(model)
     adapted = [status for status in layers if status.module_type != "ModulesToSaveWrapper"]
     available = sorted({name for status in layers for name in status.available_adapters})
     return TunerModelStatus(
         base_model_type=type(base).__name__,
-        adapter_model_type=type(tuner).__name__ if tuner is not base else "None",
+        adapter_model_type="None" if tuner is None else type(tuner).__name__,
         peft_types={name: str(getattr(config.peft_type, "value", "LORA")) for name, config in configs.items()},
         trainable_params=trainable,
         total_params=total,
@@ -104,10 +102,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
-
-
-def _tuner(model: nn.Module) -> nn.Module:
-    return model._modules.get("base_model") or model if "peft_config" in dir(type(model)) else model
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:

@@ -41,7 +41,7 @@ class Embedding(Op):
         )
         if (embed_scale := getattr(base, "embed_scale", None)) is not None:
             h = h * embed_scale  # the base layer multiplies its rows too (Gemma, BART)
-        return add_product(y, h.to(y.dtype).flatten(0, -2), factors, spec, training)
+        return add_product(y, h.to(y.dtype).reshape(-1, h.shape[-1]), factors, spec, training)
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``Aᵀ, Bᵀ``."""

@@ -6,7 +6,8 @@ Adding a storage is one class and one line in ``STORAGES``.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -69,23 +70,28 @@ def storage_of(weight: Tensor, where: str) -> Storage:
         ) from None
 
 
+class Term(NamedTuple):
+    """One low-rank delta ``scale · left · right`` of a weight ``[rows, cols]``: ``[rows, r]`` and ``[r, cols]``."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+
 @torch.no_grad()
-def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float, storage: Storage) -> None:
-    """Compute ``weight += scale · left · right`` in place, in chunks of rows, rounding each element once.
+def add_low_rank_(weight: Tensor, terms: Sequence[Term], storage: Storage) -> None:
+    """Add every term to ``weight`` in place, in chunks of rows, rounding each element once.
 
     Args:
         weight: ``[rows, cols]``, any strides.
-        left: ``[rows, r]``.
-        right: ``[r, cols]``.
-        scale: ``s``.
+        terms: the deltas.
         storage: how ``weight`` is stored.
     """
     rows, cols = weight.shape
     step = max(1, CHUNK_ELEMENTS // max(1, cols))
-    left, right = (factor.to(weight.device) for factor in (left, right))
     for start in range(0, rows, step):
         stored = weight[start : start + step]
         values = storage.dequantize(stored)
-        compute = values.dtype
-        values.addmm_(left[start : start + step].to(compute), right.to(compute), alpha=scale)
+        for left, right, scale in terms:
+            values.addmm_(left[start : start + step].to(values), right.to(values), alpha=scale)
         storage.requantize(stored, values)
