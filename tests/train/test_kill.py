@@ -14,7 +14,8 @@ import pytest
 def test_a_kill_at_every_write_step_of_a_checkpoint(base: Path, data_file: Path, tmp_path: Path) -> None:
     here = Path(__file__).parent
     command = [sys.executable, str(here / "killing.py"), str(base), str(data_file), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     operations, whole_from = (int(word) for word in done.stdout.split() if word.isdigit())

@@ -123,6 +123,16 @@ def test_every_random_state_comes_back() -> None:
     assert [draw() for _ in range(3)] == first
 
 
+def test_a_checkpoint_that_is_being_deleted_no_longer_counts(
+    base: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = runs.settings(base, data_file, tmp_path / "out", training__steps=4, checkpoint={"every": 1, "keep": 9})
+    run(values)
+    monkeypatch.setattr(state.shutil, "rmtree", lambda path: None)  # a kill in the middle of it
+    state.prune(tmp_path / "out", 1)
+    assert [path.name for path in state.complete(tmp_path / "out")] == ["step-000004"]
+
+
 def test_a_finished_run_resumes_to_itself(base: Path, data_file: Path, tmp_path: Path, uninterrupted: Path) -> None:
     values = runs.settings(base, data_file, tmp_path / "out")
     run(values)
