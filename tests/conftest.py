@@ -1,0 +1,73 @@
+"""What every test shares: no network, one thread, fixed seeds, and the tiny models."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import models
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """Start every test from the same random state, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def llama():
+    """A tiny Llama for causal language modelling, untied."""
+    return models.tiny_llama()
+
+
+@pytest.fixture
+def tied_llama():
+    """The same with its output layer tied to the input embedding."""
+    return models.tiny_llama(tied=True)
+
+
+@pytest.fixture
+def gpt2():
+    """A tiny GPT-2."""
+    return models.tiny_gpt2()
+
+
+@pytest.fixture
+def bert():
+    """A tiny BERT for sequence classification."""
+    return models.tiny_bert()
+
+
+@pytest.fixture
+def t5():
+    """A tiny T5."""
+    return models.tiny_t5()
+
+
+@pytest.fixture
+def mlp():
+    """A plain network of three linears."""
+    return models.mlp()
+
+
+@pytest.fixture
+def embedding_net():
+    """An embedding with a linear head."""
+    return models.embedding_net()
+
+
+@pytest.fixture
+def token_ids():
+    """A small batch of token ids."""
+    return models.ids(2, 7)
