@@ -39,7 +39,7 @@ def test_the_public_names_are_these():
 
 
 def test_importing_takes_neither_peft_nor_transformers_nor_the_training_extras():
-    heavy = ["peft", "transformers", "datasets", "torchdata", "pydantic", "matplotlib", "accelerate", "typer"]
+    heavy = ["peft", "transformers", "datasets", "pydantic", "matplotlib", "accelerate", "typer"]
     code = f"import sys, lorica; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

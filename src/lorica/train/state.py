@@ -134,7 +134,7 @@ def restore(checkpoint: Path, live: Live) -> None:
     numbers = read_numbers(checkpoint)
     tensors = _read_tensors(checkpoint / _TENSORS)
     try:
-        set_peft_model_state_dict(live.model, _read_tensors(checkpoint / ADAPTER))
+        set_peft_model_state_dict(live.model, _read_tensors(checkpoint / ADAPTER), strict=True)
         _restore_optimizer(live, numbers["optimizer"], tensors)
         live.scheduler.load_state_dict(numbers["scheduler"])
         live.batches.load_state_dict(numbers["batches"])
