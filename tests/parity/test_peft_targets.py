@@ -22,6 +22,8 @@ LLAMA_CONFIGS = [
     {"target_modules": r".*\.(q|v)_proj"},
     {"target_modules": r".*\.layers\.0\..*_proj"},
     {"target_modules": r"model\.layers\.\d+\.mlp\.(gate|up)_proj"},
+    {"target_modules": r".*\.q_proj|.*\.v_pro"},  # the second half matches no whole name
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.q_pro"},
     {"target_modules": "all-linear"},
     {"target_modules": "All-Linear"},
     {"target_modules": "all-linear", "exclude_modules": ["q_proj", "down_proj"]},
