@@ -17,6 +17,7 @@ from lorica.checkpoint.names import WEIGHTS_NAME, Entry
 from lorica.errors import CheckpointError, suggest
 from lorica.files.hub import find_file
 
+_PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
@@ -133,11 +134,17 @@ def _shorten(names: list[str], found: Mapping[str, Any], known: Mapping[str, Any
 
 
 def map_keys(names: Mapping[str, Any], mapping: Mapping[str, str] | None) -> dict[str, str]:
-    """Return new name → name in the file, with each regular expression of ``mapping`` replaced in turn."""
+    """Return new name → name in the file.
+
+    The first regular expression of ``mapping`` that occurs in a name (without the prefix that wrappers add) is replaced.
+    """
     result = {}
     for stored in names:
-        name = stored
+        prefix = _PREFIX if stored.startswith(_PREFIX) else ""
+        name = stored.removeprefix(prefix)
         for pattern, replacement in (mapping or {}).items():
-            name = re.sub(pattern, replacement, name)
-        result[name] = stored
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        result[prefix + name] = stored
     return result

@@ -72,7 +72,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     adapted = [status for status in layers if status.module_type != "ModulesToSaveWrapper"]
     available = sorted({name for status in layers for name in status.available_adapters})
     return TunerModelStatus(
-        base_model_type=type(base).__name__,
+        base_model_type="other" if tuner is None and not hasattr(base, "config") else type(base).__name__,
         adapter_model_type="None" if tuner is None else type(tuner).__name__,
         peft_types={name: str(getattr(config.peft_type, "value", "LORA")) for name, config in configs.items()},
         trainable_params=trainable,
