@@ -172,7 +172,6 @@ def test_a_path_without_a_config_is_an_error(tmp_path) -> None:
         ("enable_adapter_layers", "LoraModel"),
         ("disable_adapter_layers", "LoraModel"),
         ("set_requires_grad", "LoraModel"),
-        ("inject_adapter", "LoraModel"),
     ],
 )
 def test_arguments_and_defaults(name: str, where: str) -> None:

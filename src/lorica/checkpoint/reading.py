@@ -136,7 +136,7 @@ def _shorten(names: list[str], found: Mapping[str, Any], known: Mapping[str, Any
 def map_keys(names: Mapping[str, Any], mapping: Mapping[str, str] | None) -> dict[str, str]:
     """Return new name → name in the file.
 
-    The first regular expression of ``mapping`` that occurs in a name (without the prefix that wrappers add) is replaced.
+    The first regular expression of ``mapping`` that occurs in a name, less the wrappers' prefix, is replaced.
     """
     result = {}
     for stored in names:

@@ -164,6 +164,26 @@ class LoraLayer(nn.Module):
                 self._rescale(adapter, spec.natural_scaling if scale is None else spec.scaling / scale)
 
     @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters of the model."""
+        return list(self.switch.active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the model's adapters are turned off."""
+        return not self.switch.enabled
+
+    @property
+    def r(self) -> Mapping[str, int]:
+        """The rank of each adapter."""
+        return MappingProxyType({name: spec.r for name, spec in self.specs.items()})
+
+    @property
+    def lora_alpha(self) -> Mapping[str, float]:
+        """The α of each adapter."""
+        return MappingProxyType({name: spec.alpha for name, spec in self.specs.items()})
+
+    @property
     def scaling(self) -> Mapping[str, float]:
         """The scale ``s`` of each adapter; :meth:`set_scale` changes it."""
         return MappingProxyType({name: spec.scaling for name, spec in self.specs.items()})
