@@ -1,0 +1,7 @@
+"""The measures; importing this package enters them all."""
+
+from benchmarks.measures import training  # isort: skip  (the order of the tables)
+from benchmarks.measures import layers, lifecycle  # isort: skip
+from benchmarks.measures import files, merging  # isort: skip
+
+__all__ = ["files", "layers", "lifecycle", "merging", "training"]

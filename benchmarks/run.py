@@ -1,0 +1,83 @@
+"""``python -m benchmarks.run``: take the measures, write the tables and the chart."""
+
+from __future__ import annotations
+
+import os
+
+# The models are made here; nothing may be looked up on a hub while the clock runs.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import chart, machine, measures, report
+from benchmarks.suite import MEASURES, Figure, Measure, seed_everything, take
+
+HERE = Path(__file__).resolve().parent
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure lorica beside peft.")
+    parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run?")
+    parser.add_argument("--only", action="append", choices=sorted(MEASURES), help="take this measure (repeatable)")
+    parser.add_argument("--out", type=Path, help="write here; default: benchmarks/, and nowhere for a partial run")
+    return parser.parse_args(arguments)
+
+
+def take_all(chosen: Sequence[Measure], *, quick: bool) -> list[Figure]:
+    """Take every case of the chosen measures, with a progress bar."""
+    jobs = [(measure, case) for measure in chosen for case in measure.cases]
+    figures: list[Figure] = []
+    with tqdm(total=len(jobs), unit="case", mininterval=0.5) as bar:
+        for measure, case in jobs:
+            rounds = 0
+
+            def tick(label: str = f"{measure.name}: {case.name}") -> None:
+                nonlocal rounds
+                rounds += 1
+                bar.set_description(f"{label}, round {rounds}")
+
+            seed_everything()
+            bar.set_description(f"{measure.name}: {case.name}")
+            figures += take(measure, case, quick=quick, tick=tick)
+            gc.collect()
+            bar.update()
+    return figures
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """Return the command that was given, without where it wrote."""
+    words = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS",) if name in os.environ]
+    words += ["python -m benchmarks.run", *(["--quick"] if options.quick else [])]
+    return " ".join([*words, *(f"--only {name}" for name in options.only or ())])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    chosen = [measure for name, measure in MEASURES.items() if not options.only or name in options.only]
+    machine.keep_freed_memory()
+    facts = machine.describe(command_of(options))
+    figures = take_all(chosen, quick=options.quick)
+    print("\n\n".join(report.tables(figures)))
+    # A page that lacks measures, or holds toy sizes, must not take the place of the whole one.
+    out = options.out or (None if options.quick or options.only else HERE)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        report.write_json(out / "results.json", facts, figures)
+        report.write_markdown(out / "RESULTS.md", facts, figures, "results.png")
+        chart.draw(out / "results.png", figures, f"peft {facts['peft']}, torch {facts['torch']}, {facts['processor']}")
+        print(f"\nwritten: RESULTS.md, results.json, results.png in {out}", file=sys.stderr)
+    return 0
+
+
+assert measures.__all__  # imported for what it enters into the registry
+
+if __name__ == "__main__":
+    raise SystemExit(main())
