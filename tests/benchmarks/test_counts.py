@@ -4,7 +4,6 @@ Each bound is what was measured, rounded up a little where sizes enter. Those at
 the fused product gains over separate scaling and addition, and what not widening a 16-bit input gains.
 """
 
-# ruff: noqa: I001 (this folder shares its name with the package, which misleads the sorting)
 from __future__ import annotations
 
 import pytest

@@ -1,6 +1,5 @@
 """The harness itself: it counts known operations right, and its timing gives known ratios."""
 
-# ruff: noqa: I001 (this folder shares its name with the package, which misleads the sorting)
 from __future__ import annotations
 
 import time

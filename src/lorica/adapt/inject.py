@@ -17,13 +17,29 @@ from lorica.targets.plan import Plan, Target
 from lorica.targets.walk import bare
 
 AdapterModule = LoraLayer | ModulesToSaveWrapper
+_BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """Yield the live name and the module of every adapted layer and every module that is saved whole."""
-    for name, module in model.named_modules():
+    """Yield the live name and the module of every adapted layer and every module that is saved whole.
+
+    The order is that of ``named_modules``; the insides of what is yielded are not walked, which is most of the model.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         if isinstance(module, LoraLayer | ModulesToSaveWrapper):
             yield name, module
+            names = module.op.children if isinstance(module, LoraLayer) else ()
+            children = [(f"base_layer.{child}", module.base_layer._modules[child]) for child in reversed(names)]
+        else:
+            children = [*reversed(module._modules.items())]
+        prefix = f"{name}." if name else ""
+        stack += [(prefix + child_name, child) for child_name, child in children if child is not None]
 
 
 def tuner_of(model: nn.Module) -> nn.Module | None:
@@ -42,7 +58,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """Return every adapted layer of ``model``, in its order."""
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [module for _, module in adapter_modules(model) if isinstance(module, LoraLayer)]
 
 
 def switch_of(model: nn.Module) -> Switch | None:
@@ -94,7 +110,7 @@ def inject(
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
     _save_whole(model, plan, adapter, switch, places)
-    _keep_from_fast_path(model)
+    _keep_from_fast_path(places)
 
 
 def take_out(model: nn.Module, adapter: str) -> None:
@@ -113,7 +129,7 @@ def take_out(model: nn.Module, adapter: str) -> None:
     for _, module in reversed(layers):
         if not (module.specs if isinstance(module, LoraLayer) else module.modules_to_save):
             places.put(module, bare(module))
-    _give_back_fast_path(model)
+    _give_back_fast_path(places)
 
 
 class Places:
@@ -121,12 +137,16 @@ class Places:
 
     Attributes:
         owner: id of a base layer → the adapted layer around it.
+        bypassing: modules that compute from their children's weights without calling them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
         self.owner: dict[int, LoraLayer] = {}
+        self.bypassing: list[nn.Module] = []
         for parent in model.modules():
+            if isinstance(parent, _BYPASSING):
+                self.bypassing.append(parent)
             if isinstance(parent, LoraLayer):
                 self.owner[id(parent.base_layer)] = parent
             for name, child in parent._modules.items():
@@ -151,7 +171,7 @@ def unload(model: nn.Module, merged: Sequence[str]) -> None:
             copies = [module.modules_to_save[name] for name in merged if name in module.modules_to_save]
             plain = copies[0] if copies else plain
         places.put(module, plain)
-    _give_back_fast_path(model)
+    _give_back_fast_path(places)
 
 
 def check_adapter_name(name: Any) -> None:
@@ -220,26 +240,20 @@ def _save_whole(model: nn.Module, plan: Plan, adapter: str, switch: Switch, plac
         wrappers[name] = module
 
 
-_BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
-
-
-def _keep_from_fast_path(model: nn.Module) -> None:
+def _keep_from_fast_path(places: Places) -> None:
     # In inference torch's encoder layers compute from the weights of their children and never call them, unless a
     # hook is attached somewhere inside. Without this an adapter would be passed over without a word.
-    for module in model.modules():
-        if not isinstance(module, _BYPASSING) or _no_fast_path in module._forward_pre_hooks.values():
-            continue
-        if any(isinstance(inner, LoraLayer | ModulesToSaveWrapper) for inner in module.modules()):
+    for module in places.bypassing:
+        if _no_fast_path not in module._forward_pre_hooks.values() and any(adapter_modules(module)):
             module.register_forward_pre_hook(_no_fast_path)
 
 
-def _give_back_fast_path(model: nn.Module) -> None:
-    if any(adapter_modules(model)):
-        return
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _no_fast_path:
-                del module._forward_pre_hooks[key]
+def _give_back_fast_path(places: Places) -> None:
+    for module in places.bypassing:
+        if not any(adapter_modules(module)):
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if hook is _no_fast_path:
+                    del module._forward_pre_hooks[key]
 
 
 def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -18,7 +18,6 @@ from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, e
 from lorica.checkpoint.reading import LoadResult
 from lorica.config import LoraConfig, PeftConfig
 from lorica.errors import CheckpointError
-from lorica.layers import LoraLayer
 
 if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
@@ -110,7 +109,7 @@ def set_peft_model_state_dict(
     )
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].tensor.shape)}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
-    _write(model, known, good)
+    _write(known, good)
     missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
     return LoadResult(missing, [name for name in shapes if name not in known])
 
@@ -145,36 +144,21 @@ def _fill(
     result = reading.check_names(found, wanted, extra, where=str(weights), strict=strict)
     known = {**extra, **wanted}
     tensors = reading.read_tensors(weights, {name: key for name, key in stored.items() if name in known})
-    _write(model, known, tensors)
+    _write(known, tensors)
     return result
 
 
-def _write(model: nn.Module, known: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+@torch.no_grad()
+def _write(known: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         entry = known[name]
         if entry.tied:
             continue  # its source is in the file too and is the same tensor
-        if entry.tensor.is_meta:
-            owner, _, attribute = entry.live.rpartition(".")
-            module = model.get_submodule(owner)
-            device = _device_of_base(model, owner)
-            module._parameters[attribute] = nn.Parameter(
-                tensor.to(device, entry.tensor.dtype), requires_grad=entry.tensor.requires_grad
-            )
+        if entry.tensor.is_meta and entry.owner is not None:
+            value = tensor.to(entry.device, entry.tensor.dtype)
+            entry.owner._parameters[entry.live.rpartition(".")[2]] = nn.Parameter(value, entry.tensor.requires_grad)
         else:
-            with torch.no_grad():
-                entry.tensor.copy_(tensor)
-
-
-def _device_of_base(model: nn.Module, owner: str) -> torch.device:
-    # The factor lives in …<layer>.lora_A.<adapter> or …<layer>.lora_embedding_A; its layer is the nearest one above.
-    module = model
-    device = torch.device("cpu")
-    for part in owner.split("."):
-        module = module._modules[part]  # type: ignore[assignment]
-        if isinstance(module, LoraLayer):
-            device = getattr(module.base_layer, module.op.weight_name).device
-    return device
+            entry.tensor.copy_(tensor)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorica.adapt.inject import adapter_modules, base_of
@@ -33,11 +34,15 @@ class Entry:
         live: its name in the model's ``state_dict()``.
         tensor: the live tensor; for a tied factor, the value it has through its source.
         tied: whether it is another entry's tensor, written for readers that do not tie.
+        owner: the module that holds it as a parameter, where it is a factor.
+        device: where its base layer lies, where it is a factor.
     """
 
     live: str
     tensor: Tensor
     tied: bool = False
+    owner: nn.Module | None = None
+    device: torch.device | None = None
 
 
 def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[str, Entry]:
@@ -60,10 +65,12 @@ def _factors(path: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
         return {}
     tensors = [tensor for tensor in layer.factors(adapter) if tensor is not None]
     tied = adapter in layer.tied
-    return {
-        f"{path}.{name}": Entry(f"{path}.{live}", tensor, tied)
-        for (name, live), tensor in zip(layer.factor_names(adapter).items(), tensors, strict=True)
-    }
+    device = layer.base_weight.device
+    entries = {}
+    for (name, live), tensor in zip(layer.factor_names(adapter).items(), tensors, strict=True):
+        owner = None if tied else layer.get_submodule(live.rpartition(".")[0])
+        entries[f"{path}.{name}"] = Entry(f"{path}.{live}", tensor, tied, owner, device)
+    return entries
 
 
 def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[str, Entry]:

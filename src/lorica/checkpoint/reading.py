@@ -79,8 +79,12 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     Raises:
         CheckpointError: names the tensor.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    sums = [tensor.sum(dtype=torch.float64) for tensor in floating.values()]
+    if not sums or bool(torch.stack([total.cpu() for total in sums]).isfinite().all()):
+        return  # NaN and infinity survive a sum, and no sum of finite numbers of these dtypes leaves float64's range
+    for (name, tensor), total in zip(floating.items(), sums, strict=True):
+        if not total.isfinite() and not tensor.isfinite().all():
             raise CheckpointError(f"{where}: {name} holds NaN or infinity")
 
 

@@ -66,7 +66,7 @@ class PeftModel(nn.Module):
         )
         self.training = model.training
         self.base_model.training = model.training
-        newer = hasattr(model, "is_activation_checkpointing")
+        newer = hasattr(type(model), "is_activation_checkpointing")
         if getattr(model, "is_activation_checkpointing" if newer else "is_gradient_checkpointing", False):
             self._let_inputs_require_grad()
 
