@@ -76,7 +76,8 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
     saved, names, tied = _tying(model, modules, config, names)
     chosen = [key for key in modules if key and selected(config, names, key) and not excluded(config, key)]
-    chosen = [key for key in chosen if key not in tied]
+    whole = tuple(f"{name}." for name in saved)
+    chosen = [key for key in chosen if key not in tied and not f"{key}.".startswith(whole)]
     if not chosen:
         _explain_no_match(config, names, modules)
     _warn_of_idle_entries(config, names, modules)
