@@ -123,6 +123,6 @@ def test_what_is_saved_whole_is_not_adapted_too():
     model = lorica.get_peft_model(models.tiny_llama(), config)
     assert type(model.get_base_model().lm_head).__name__ == "ModulesToSaveWrapper"
     assert all(name.endswith("q_proj") for name in model.targeted_module_names)
+    config = lorica.LoraConfig(target_modules=["q_proj"], modules_to_save=["attn"])
     with pytest.raises(ValueError, match="All modules were excluded"):
-        config = lorica.LoraConfig(target_modules=["q_proj"], modules_to_save=["attn"])
         lorica.get_peft_model(models.tiny_llama(), config)
