@@ -41,6 +41,13 @@ THINGS = words(
     "saddles saws scarves shelves shirts shoes signs skates socks spades spoons stamps stools stoves tables tents "
     "tiles tools towels toys trays tubes vases violins wheels whistles wires"
 )
+# Surnames that the corpus never holds, so that a task can ask for names the model has not seen.
+RESERVED_SURNAMES = words(
+    "Albrecht Ashton Baxter Bishop Bramley Carlson Corbett Crane Darling Dorn Fairley Feldman Fischer Gable Garland "
+    "Gruber Hadley Hansen Hobbs Ingram Jarvis Jordan Kessler Lambert Lester Lockwood Marlow Merkel Nash Naylor Oakley "
+    "Perkins Pollard Raven Redman Rowland Sattler Sherman Stadler Stroud Talbot Thorne Ullman Vickers Wendell Whitman "
+    "Winkler Yates Zeller Zorn"
+)
 ONSETS = words("b br c ch d dr f fl g gr h j k kl l m n p pr r s sch st t th tr v w z")
 VOWELS = words("a e i o u ai au ea ei ee ie oo ou")
 CODAS = ["", "", "", *words("b ck d g ll lt m n nd ng nt p r rd rg rn rt s ss st t tz x")]

@@ -1,7 +1,7 @@
 """The demonstration: ``make demo``, or ``python demo/run.py``.
 
-A small language model is asked to turn order notes into JSON, before and after it is fine-tuned with LoRA on two
-minutes' worth of examples. Everything it needs lies in this folder; nothing is fetched.
+A small language model is asked to turn order notes into JSON, before and after it is fine-tuned with LoRA on
+four thousand examples. Everything it needs lies in this folder; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorica import train
+from lorica.cli.errors import quiet
 from lorica.errors import LoricaError
 from lorica.train import evaluate, models
 from lorica.train.evaluate import Matches
@@ -38,6 +39,7 @@ def main() -> int:
     """Run everything; return the exit status."""
     os.chdir(ROOT)  # the recipe's paths start there
     started = time.perf_counter()
+    quiet()
     try:
         run(started)
     except LoricaError as error:
