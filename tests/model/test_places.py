@@ -118,7 +118,7 @@ def test_any_other_name_will_do(name, tmp_path):
 
 
 def test_what_is_saved_whole_is_not_adapted_too():
-    """"head" means "lm_head" among the modules to save, and what lies in such a module trains with it."""
+    """ "head" means "lm_head" among the modules to save, and what lies in such a module trains with it."""
     config = lorica.LoraConfig(target_modules=["lm_head", "q_proj"], modules_to_save=["head"])
     model = lorica.get_peft_model(models.tiny_llama(), config)
     assert type(model.get_base_model().lm_head).__name__ == "ModulesToSaveWrapper"

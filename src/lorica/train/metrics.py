@@ -86,6 +86,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
         points = [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
         if points:
             axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1.5, markersize=4)
+    drawn = [record["loss"] for record in records if record["kind"] in ("train", "eval")]
+    if drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+        axes.set_yscale("log")  # or everything after the first steps would lie on the axis
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per completion token)")
     axes.grid(alpha=0.3)
