@@ -25,7 +25,10 @@ def records(output: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
-def test_sigterm_saves_and_resume_goes_on_bit_for_bit(base: Path, data_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
+    base: Path, data_file: Path, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(runs.settings(base, data_file, tmp_path / "whole", training__steps=40)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -41,9 +44,9 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(base: Path, data_file: Pat
         assert time.monotonic() < deadline
         assert stopped.poll() is None, stopped.communicate()
         time.sleep(0.005)
-    stopped.send_signal(signal.SIGTERM)
+    stopped.send_signal(sent)
     _, said = stopped.communicate(timeout=120)
-    assert stopped.returncode == 143, said
+    assert stopped.returncode == status, said
     assert f"Continue with: lorica train {recipe} output_dir={tmp_path / 'cut'} --resume" in said
     _, trouble = whole.communicate(timeout=120)
     assert whole.returncode == 0, trouble
