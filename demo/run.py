@@ -72,10 +72,11 @@ def run(started: float) -> None:
     step("Merging the adapter into the base model")
     merged = merge(adapted, tokenizer, output / "merged")
     again = evaluate.exact_match(models.load_base(str(merged)), tokenizer, rows)
-    if again != after:
-        changed = sum(one != other for one, other in zip(again.answers, after.answers, strict=True))
+    changed = sum(one != other for one, other in zip(again.answers, after.answers, strict=True))
+    # Merging rounds the weights once more, which can tip an answer that hung in the balance; more would be a fault.
+    if changed > len(rows) // 50:
         raise LoricaError(f"the merged model answers {changed} of {len(rows)} questions otherwise than the adapter")
-    console.print("Loaded as a plain transformers model, it gives the same answers.")
+    console.print(f"Loaded as a plain transformers model, it gives {len(rows) - changed} of {len(rows)} answers alike.")
 
     summary = {
         "exact_match_before": before.score,
