@@ -6,8 +6,9 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lorica.adapt.trainable import let_inputs_require_grad
 from lorica.errors import ConfigError
 
 _QUANTISED = ("is_loaded_in_8bit", "is_loaded_in_4bit")
@@ -45,18 +46,10 @@ def prepare_model_for_kbit_training(
 
 def _enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("use_reentrant", True):
-        # A re-entrant checkpoint gives no gradients unless its input requires one.
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        else:
-            model.get_input_embeddings().register_forward_hook(_require_grad)
+        let_inputs_require_grad(model)
     enable = model.gradient_checkpointing_enable
     accepts = "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters
     enable(**({"gradient_checkpointing_kwargs": kwargs} if accepts else {}))
-
-
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

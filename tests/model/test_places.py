@@ -126,3 +126,15 @@ def test_what_is_saved_whole_is_not_adapted_too():
     config = lorica.LoraConfig(target_modules=["q_proj"], modules_to_save=["attn"])
     with pytest.raises(ValueError, match="All modules were excluded"):
         lorica.get_peft_model(models.tiny_llama(), config)
+
+
+@pytest.mark.parametrize("saved", ["layers", "q_proj"])
+def test_what_cannot_be_saved_whole_is_refused_before_anything_changes(saved):
+    model = lorica.inject_adapter_in_model(lorica.LoraConfig(target_modules=["q_proj"]), models.tiny_llama())
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    config = lorica.LoraConfig(target_modules=["embed_tokens"], modules_to_save=[saved])
+    with pytest.raises(ValueError, match="modules_to_save cannot be applied"):
+        lorica.inject_adapter_in_model(config, model, adapter_name="second")
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags

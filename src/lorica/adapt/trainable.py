@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.adapt.inject import adapter_modules, adapter_parameters
 from lorica.config import LoraConfig
@@ -74,6 +75,21 @@ def _own_prefixes(model: nn.Module) -> tuple[str, ...]:
         else:
             inside += [f"{name}.{child}." for child in module._modules if child != "base_layer"]
     return tuple(inside)
+
+
+def let_inputs_require_grad(model: Any) -> None:
+    """Make the output of the input embedding require a gradient.
+
+    Only factors train, and a re-entrant checkpoint passes no gradient to them unless its input requires one.
+    """
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def check_one_bias(configs: Mapping[str, LoraConfig]) -> None:

@@ -26,26 +26,20 @@ def _is_joint(adapted: list[LoraLayer], members: int, names: Iterable[str]) -> b
     return len(adapted) == members and len(tied) == members - 1
 
 
-def warn_if_tied(model: nn.Module, names: list[str]) -> None:
-    """Warn where an adapter to be merged acts on an embedding that shares its weight with another module."""
-    adapted, members = _adapted_members(model, names)
-    if adapted and not _is_joint(adapted, members, names):
-        shown = [layer.target_name for layer in adapted]
-        warnings.warn(
-            f"Model with `tie_word_embeddings=True` and the tied_target_modules={shown} are part of the adapter. This "
-            "can lead to complications: merging gives them a weight of their own and sets `tie_word_embeddings=False`.",
-            stacklevel=4,
-        )
-
-
 def untie(model: nn.Module, names: list[str]) -> None:
     """Give adapted modules that share a weight with another one a copy of their own, so that a merge changes only them.
 
-    Layers whose adapter was tied (``ensure_weight_tying``) take the same delta and stay tied.
+    A warning says so. Layers whose adapter was tied (``ensure_weight_tying``) take the same delta and stay tied.
     """
     adapted, members = _adapted_members(model, names)
     if not adapted or _is_joint(adapted, members, names):
         return
+    shown = [layer.target_name for layer in adapted]
+    warnings.warn(
+        f"Model with `tie_word_embeddings=True` and the tied_target_modules={shown} are part of the adapter. This "
+        "can lead to complications: merging gives them a weight of their own and sets `tie_word_embeddings=False`.",
+        stacklevel=4,
+    )
     for layer in adapted:
         layer.give_own_weight()
     _set_flag(model, False)

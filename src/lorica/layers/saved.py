@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from lorica.errors import TargetError
 from lorica.layers.switch import Switch
 
 
@@ -18,18 +17,10 @@ class ModulesToSaveWrapper(nn.Module):
         original_module: the module of the base model; it stays as it is.
         switch: which adapters are on, shared with the other layers of the model.
         target_name: full name of the module in the base model, for messages.
-
-    Raises:
-        TargetError: the module is a container without a forward.
     """
 
     def __init__(self, original_module: nn.Module, switch: Switch, target_name: str) -> None:
         super().__init__()
-        if isinstance(original_module, nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList):
-            raise TargetError(
-                f"{target_name}: modules_to_save cannot be applied to modules of type {type(original_module)}; "
-                "name the modules inside it"
-            )
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.switch = switch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorica.adapt import inject, trainable
-from lorica.adapt.tying import retie, untie, warn_if_tied
+from lorica.adapt.tying import retie, untie
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, suggest
 from lorica.layers import ModulesToSaveWrapper, Switch
@@ -229,7 +229,6 @@ class LoraModel(nn.Module):
         layers = inject.lora_layers(self.model)
         for layer in tqdm(layers, disable=not (progressbar and safe_merge), desc="Checking"):
             layer.check_merge(layer.mergeable(names), finite=safe_merge)
-        warn_if_tied(self.model, names)
         untie(self.model, names)
         for layer in tqdm(layers, disable=not progressbar, desc="Merging"):
             layer.merge(adapter_names=layer.mergeable(names))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lorica.adapt.trainable import let_inputs_require_grad
 from lorica.checkpoint import loading, saving
 from lorica.checkpoint.reading import LoadResult
 from lorica.config import LoraConfig, TaskType
@@ -68,7 +69,7 @@ class PeftModel(nn.Module):
         self.base_model.training = model.training
         newer = hasattr(type(model), "is_activation_checkpointing")
         if getattr(model, "is_activation_checkpointing" if newer else "is_gradient_checkpointing", False):
-            self._let_inputs_require_grad()
+            let_inputs_require_grad(model)
 
     @staticmethod
     def _own_config(model: nn.Module, peft_config: LoraConfig) -> LoraConfig:
@@ -222,16 +223,9 @@ class PeftModel(nn.Module):
         newer = hasattr(model, "activation_checkpointing_enable")
         enable: Any = getattr(model, "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable")
         enable(*args, **kwargs)
-        self._let_inputs_require_grad()
+        let_inputs_require_grad(model)
 
     gradient_checkpointing_enable = activation_checkpointing_enable
-
-    def _let_inputs_require_grad(self) -> None:
-        model = self.get_base_model()
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # type: ignore[operator]
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -376,7 +370,3 @@ class PeftModel(nn.Module):
             What ``huggingface_hub.HfApi.upload_folder`` returns.
         """
         return saving.push_to_hub(self, repo_id, private=private, **kwargs)
-
-
-def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)

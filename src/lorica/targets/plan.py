@@ -25,6 +25,9 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
 }
 
 
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
 @dataclass(frozen=True)
 class Target:
     """One base layer that gets factors.
@@ -264,6 +267,12 @@ def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[st
     for name in wanted:
         if name not in heads and not any(key.endswith(name) for key in found):
             raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, _endings(modules))}")
+    for key in found:
+        if isinstance(modules[key], (*_CONTAINERS, LoraLayer)):
+            raise TargetError(
+                f"{key}: modules_to_save cannot be applied to modules of type {type(modules[key])}; name modules that "
+                "have a forward and that no adapter is on"
+            )
     return found
 
 
