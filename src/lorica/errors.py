@@ -34,6 +34,14 @@ class RecipeError(LoricaError, ValueError):
     """A training recipe holds a wrong key, path, type or column."""
 
 
+class LayoutError(LoricaError, ValueError):
+    """A weight cannot lie over ranks in the way that is described."""
+
+
+class RankError(LoricaError, RuntimeError):
+    """Ranks disagree, or one of them did not answer in time."""
+
+
 class MissingExtraError(LoricaError, ImportError):
     """An optional dependency is needed that is not installed."""
 

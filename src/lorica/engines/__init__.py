@@ -1,0 +1,1 @@
+"""The libraries that cut models, each recognised and described as layouts."""

@@ -1,0 +1,232 @@
+"""The pure description of how one logical weight lies over ranks, and everything that follows from it.
+
+A weight has dimensions with *roles*: ``"out"``, ``"in"`` and, where experts are stacked, ``"expert"``. A factor has
+roles too: A of a linear ``("rank", "in")``, B ``("out", "rank")``. A cut of a role cuts every tensor that has it, the
+same way; a tensor that lacks it is replicated over the cut's axis, sees only a share of the sum there, and so has a
+partial gradient. That one rule gives placements, slices and reductions of column, row, vocabulary and expert layers
+alike (of an embedding, the vocabulary is its ``"in"``: a lookup is a product with one-hot rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica.errors import LayoutError
+from lorica.layout.cuts import Cut, Dim, Held
+
+#: The role of each dimension of a tensor. Roles that no cut names are whole.
+Roles = tuple[str, ...]
+#: Coordinate on each mesh axis.
+At = Mapping[str, int]
+
+
+class Box(NamedTuple):
+    """A rectangular piece of a tensor: where it lies in the local one and where in the logical one."""
+
+    local: tuple[slice, ...]
+    logical: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one logical weight lies over ranks.
+
+    Attributes:
+        sizes: logical length of each dimension of the weight that may be cut.
+        cuts: at most one for each dimension and for each axis.
+        parts: names and lengths of the projections fused along ``"out"``, one after the other; each keeps factors of
+            its own. Empty: one.
+        sequence: axes whose ranks see different tokens of one sequence; gradients of replicated tensors add up.
+        data: axes whose ranks see different batches; gradients are averaged.
+    """
+
+    sizes: Mapping[Dim, int]
+    cuts: tuple[Cut, ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
+    sequence: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    _by_dim: dict[str, Cut] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for cut in self.cuts:
+            cut.check()
+            if cut.dim in self._by_dim:
+                raise LayoutError(f"{cut.dim!r} is cut twice, over {self._by_dim[cut.dim].axis!r} and {cut.axis!r}")
+            if cut.dim not in self.sizes or cut.total != self.sizes[cut.dim]:
+                raise LayoutError(
+                    f"the cut over {cut.axis!r} has {cut.total} positions, {cut.dim!r} has {self.sizes.get(cut.dim)}"
+                )
+            self._by_dim[cut.dim] = cut
+        if self.parts and sum(length for _, length in self.parts) != self.sizes["out"]:
+            raise LayoutError(f"the parts {self.parts} do not add up to {self.sizes['out']} rows")
+
+    def __hash__(self) -> int:
+        return hash((tuple(sorted(self.sizes.items())), self.cuts, self.parts, self.sequence, self.data))
+
+    # ---- where things lie ------------------------------------------------------------------------------------------
+
+    def held(self, role: str, length: int, at: At) -> Held:
+        """Return the intervals of a logical dimension of ``length`` that the rank ``at`` holds, in local order."""
+        cut = self._by_dim.get(role)
+        return ((0, length),) if cut is None else cut.held[at[cut.axis]]
+
+    def local_shape(self, roles: Roles, shape: Sequence[int], at: At) -> torch.Size:
+        """Return the shape of what the rank ``at`` holds of a logical tensor of ``shape``."""
+        return torch.Size(
+            sum(stop - start for start, stop in self.held(role, length, at))
+            for role, length in zip(roles, shape, strict=True)
+        )
+
+    def boxes(self, roles: Roles, shape: Sequence[int], at: At) -> list[Box]:
+        """Return the rectangular pieces of a logical tensor of ``shape`` that the rank ``at`` holds."""
+        found = [Box((), ())]
+        for role, length in zip(roles, shape, strict=True):
+            place, sides = 0, []
+            for start, stop in self.held(role, length, at):
+                sides.append((slice(place, place + stop - start), slice(start, stop)))
+                place += stop - start
+            found = [Box((*box.local, local), (*box.logical, logical)) for box in found for local, logical in sides]
+        return found
+
+    def take(self, logical: Tensor, roles: Roles, at: At) -> Tensor:
+        """Return what the rank ``at`` holds of a logical tensor, as a tensor of its own."""
+        result = logical
+        for dim, role in enumerate(roles):
+            if role in self._by_dim:
+                intervals = self.held(role, logical.shape[dim], at) or ((0, 0),)
+                result = torch.cat([result.narrow(dim, start, stop - start) for start, stop in intervals], dim)
+        return result.clone() if result is logical else result.contiguous()
+
+    def put(self, logical: Tensor, local: Tensor, roles: Roles, at: At) -> None:
+        """Write what the rank ``at`` holds into the logical tensor."""
+        for box in self.boxes(roles, logical.shape, at):
+            logical[box.logical] = local[box.local]
+
+    def assemble(self, shape: Sequence[int], roles: Roles, held: Iterable[tuple[At, Tensor]]) -> Tensor:
+        """Return the logical tensor of ``shape`` from what every rank holds."""
+        result: Tensor | None = None
+        for at, local in held:
+            if result is None:
+                result = local.new_empty(tuple(shape))
+            self.put(result, local, roles, at)
+        if result is None:
+            raise LayoutError("nothing to assemble")
+        return result
+
+    # ---- what is replicated, and what is partial --------------------------------------------------------------------
+
+    def cut_of(self, role: str) -> Cut | None:
+        """Return the cut of a dimension, or None."""
+        return self._by_dim.get(role)
+
+    def sharded(self, roles: Roles) -> tuple[str, ...]:
+        """Return the axes that cut a tensor with these roles."""
+        return tuple(cut.axis for cut in self.cuts if cut.dim in roles)
+
+    def summed(self, roles: Roles) -> tuple[str, ...]:
+        """Return the axes over which the gradient of a tensor with these roles has to be summed.
+
+        These are the axes that cut a dimension which the tensor lacks, those that hold copies of its rows, and those
+        whose ranks see different tokens of a sequence.
+        """
+        cuts = [cut.axis for cut in self.cuts if cut.dim not in roles or cut.copies > 1]
+        return tuple(dict.fromkeys([*cuts, *self.sequence]))
+
+    def averaged(self) -> tuple[str, ...]:
+        """Return the axes over which every gradient has to be averaged."""
+        return self.data
+
+    def copies(self, roles: Roles) -> int:
+        """Return how many ranks hold each element of a tensor with these roles, on the axes that cut it."""
+        count = 1
+        for cut in self.cuts:
+            count *= cut.copies if cut.dim in roles else 1
+        return count
+
+    def shares(self) -> int:
+        """Return of how many ranks' outputs the base layer's output is the sum (row and vocabulary layers)."""
+        cut = self._by_dim.get("in")
+        return 1 if cut is None else cut.size
+
+    # ---- fused projections -----------------------------------------------------------------------------------------
+
+    def part_bounds(self) -> list[tuple[str, int, int]]:
+        """Return name, first row and last row (exclusive) of each part in the logical weight."""
+        bounds, start = [], 0
+        for name, length in self.parts:
+            bounds.append((name, start, start + length))
+            start += length
+        return bounds
+
+    def part_rows(self, at: At) -> list[Held]:
+        """Return, for each part, the intervals of local rows that belong to it, in local order."""
+        local: list[list[tuple[int, int]]] = [[] for _ in self.parts]
+        place = 0
+        for start, stop in self.held("out", self.sizes["out"], at):
+            for index, (_, first, last) in enumerate(self.part_bounds()):
+                low, high = max(start, first), min(stop, last)
+                if low < high:
+                    local[index].append((place + low - start, place + high - start))
+            place += stop - start
+        return [tuple(rows) for rows in local]
+
+    def part(self, index: int) -> Layout:
+        """Return the layout of one part alone, as the weight it was before it was fused."""
+        _, first, last = self.part_bounds()[index]
+        cuts = []
+        for cut in self.cuts:
+            if cut.dim == "out":
+                held = tuple(
+                    tuple(
+                        (max(start, first) - first, min(stop, last) - first)
+                        for start, stop in intervals
+                        if max(start, first) < min(stop, last)
+                    )
+                    for intervals in cut.held
+                )
+                cut = Cut(cut.axis, "out", held)
+            cuts.append(cut)
+        return Layout({**self.sizes, "out": last - first}, tuple(cuts), (), self.sequence, self.data)
+
+    # ---- as data -----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as plain JSON values."""
+        return {
+            "sizes": dict(self.sizes),
+            "cuts": [{"axis": cut.axis, "dim": cut.dim, "held": cut.held} for cut in self.cuts],
+            "parts": self.parts,
+            "sequence": self.sequence,
+            "data": self.data,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Layout:
+        """Return the layout that :meth:`to_dict` described.
+
+        Raises:
+            LayoutError: the values describe none.
+        """
+        try:
+            cuts = tuple(
+                Cut(
+                    str(cut["axis"]),
+                    cut["dim"],
+                    tuple(tuple((int(a), int(b)) for a, b in held) for held in cut["held"]),
+                )
+                for cut in values["cuts"]
+            )
+            parts = tuple((str(name), int(length)) for name, length in values["parts"])
+            sizes = {key: int(size) for key, size in values["sizes"].items()}
+            return cls(sizes, cuts, parts, tuple(values["sequence"]), tuple(values["data"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LayoutError(f"not a layout: {error!r}") from error
+
+
+def _held(intervals: Any) -> Held:
+    return tuple((int(start), int(stop)) for start, stop in intervals)
