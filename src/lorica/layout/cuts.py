@@ -44,12 +44,8 @@ class Cut:
 
     @functools.cached_property
     def copies(self) -> int:
-        """How many ranks hold each position; 1 where nothing is held twice.
-
-        Raises:
-            LayoutError: some positions are held by more ranks than others.
-        """
-        return _cover([interval for held in self.held for interval in held], self.axis, self.dim)[1]
+        """How many ranks hold each position, at most; 1 where nothing is held twice."""
+        return max(self._covered[1])
 
     @functools.cached_property
     def total(self) -> int:
@@ -58,26 +54,30 @@ class Cut:
         Raises:
             LayoutError: a position below the last one is held by nobody.
         """
-        return _cover([interval for held in self.held for interval in held], self.axis, self.dim)[0]
+        return self._covered[0]
 
-    def check(self) -> None:
-        """Refuse a cut that loses positions or holds some more often than others.
+    def check(self, *, evenly: bool = True) -> None:
+        """Refuse a cut that loses positions or, with ``evenly``, holds some more often than others.
 
         Raises:
             LayoutError: says which position.
         """
-        _ = self.total, self.copies, self._apart
+        _, depths = self._covered
+        if evenly and len(depths) > 1:
+            raise LayoutError(
+                f"axis {self.axis!r}: some of {self.dim!r} is held by {min(depths)} ranks, some by {max(depths)}"
+            )
+        for coordinate, held in enumerate(self.held):
+            if max(_cover(list(held), self.axis, self.dim, whole=False)[1]) > 1:
+                raise LayoutError(f"axis {self.axis!r}: rank {coordinate} holds a position of {self.dim!r} twice")
 
     @functools.cached_property
-    def _apart(self) -> bool:
-        for coordinate, held in enumerate(self.held):
-            if _cover(list(held), self.axis, self.dim, whole=False)[1] > 1:
-                raise LayoutError(f"axis {self.axis!r}: rank {coordinate} holds a position of {self.dim!r} twice")
-        return True
+    def _covered(self) -> tuple[int, set[int]]:
+        return _cover([interval for held in self.held for interval in held], self.axis, self.dim)
 
 
-def _cover(intervals: list[tuple[int, int]], axis: str, dim: str, *, whole: bool = True) -> tuple[int, int]:
-    """Return where the intervals end and how often each position is covered."""
+def _cover(intervals: list[tuple[int, int]], axis: str, dim: str, *, whole: bool = True) -> tuple[int, set[int]]:
+    """Return where the intervals end and how often positions are covered."""
     steps: dict[int, int] = {}
     for start, stop in intervals:
         if not 0 <= start < stop:
@@ -92,9 +92,7 @@ def _cover(intervals: list[tuple[int, int]], axis: str, dim: str, *, whole: bool
                 raise LayoutError(f"axis {axis!r}: nobody holds {dim!r} [{position}, {place})")
         depth += steps[place]
         position = place
-    if len(depths) > 1:
-        raise LayoutError(f"axis {axis!r}: some of {dim!r} is held by {min(depths)} ranks, some by {max(depths)}")
-    return position, (depths.pop() if depths else 1)
+    return position, depths or {1}
 
 
 def joined(intervals: Iterable[tuple[int, int]]) -> Held:

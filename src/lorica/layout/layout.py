@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import LayoutError
-from lorica.layout.cuts import Cut, Dim, Held
+from lorica.layout.cuts import Cut, Held
 
 #: The role of each dimension of a tensor. Roles that no cut names are whole.
 Roles = tuple[str, ...]
@@ -45,7 +45,7 @@ class Layout:
         data: axes whose ranks see different batches; gradients are averaged.
     """
 
-    sizes: Mapping[Dim, int]
+    sizes: Mapping[str, int]
     cuts: tuple[Cut, ...] = ()
     parts: tuple[tuple[str, int], ...] = ()
     sequence: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         for cut in self.cuts:
-            cut.check()
+            cut.check(evenly=not (self.parts and cut.dim == "out"))  # parts are checked one by one
             if cut.dim in self._by_dim:
                 raise LayoutError(f"{cut.dim!r} is cut twice, over {self._by_dim[cut.dim].axis!r} and {cut.axis!r}")
             if cut.dim not in self.sizes or cut.total != self.sizes[cut.dim]:
@@ -64,6 +64,8 @@ class Layout:
             self._by_dim[cut.dim] = cut
         if self.parts and sum(length for _, length in self.parts) != self.sizes["out"]:
             raise LayoutError(f"the parts {self.parts} do not add up to {self.sizes['out']} rows")
+        for index in range(len(self.parts)):
+            self.part(index)
 
     def __hash__(self) -> int:
         return hash((tuple(sorted(self.sizes.items())), self.cuts, self.parts, self.sequence, self.data))
