@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 
 from lorica.config import LoraConfig
 from lorica.config.checks import factor_dtype
+from lorica.engines import Site
+from lorica.engines.gather import gather_parameter
+from lorica.engines.rest import at_rest
 from lorica.errors import AdapterError
 from lorica.init import Factors, InitRequest, draw_seed, initialise, target_generator
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
+from lorica.ops import FactorShapes, Op
 from lorica.targets.plan import Plan, Target
 from lorica.targets.walk import bare
 
@@ -128,6 +133,7 @@ def take_out(model: nn.Module, adapter: str) -> None:
     places = Places(model)
     for _, module in reversed(layers):
         if not (module.specs if isinstance(module, LoraLayer) else module.modules_to_save):
+            _leave(module)
             places.put(module, bare(module))
     _give_back_fast_path(places)
 
@@ -167,11 +173,17 @@ def unload(model: nn.Module, merged: Sequence[str]) -> None:
     places = Places(model)
     for _, module in reversed(list(adapter_modules(model))):
         plain = bare(module)
+        _leave(module)
         if isinstance(module, ModulesToSaveWrapper):
             copies = [module.modules_to_save[name] for name in merged if name in module.modules_to_save]
             plain = copies[0] if copies else plain
         places.put(module, plain)
     _give_back_fast_path(places)
+
+
+def _leave(module: AdapterModule) -> None:
+    if isinstance(module, LoraLayer):
+        module.leave()
 
 
 def check_adapter_name(name: Any) -> None:
@@ -187,13 +199,15 @@ def check_adapter_name(name: Any) -> None:
 
 
 def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, autocast: bool) -> Factors:
-    shapes = target.op.factor_shapes(target.base, target.spec.r)
-    weight: Tensor = getattr(target.base, target.op.weight_name)
+    op, site = target.op, target.site
+    shapes = logical_shapes(op, target.base, target.spec.r, site)
+    weight = at_rest(getattr(target.base, op.weight_name).detach()).local
     dtype = _factor_dtype(weight, config, autocast=autocast)
     device = torch.device("meta") if on_meta else weight.device
     if device.type == "meta":
-        a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
-        return Factors(a, b, torch.empty(shapes.b[0], dtype=dtype, device=device) if target.spec.bias else None)
+        empty = partial(torch.empty, dtype=dtype, device=device)
+        bias = empty(shapes.b[:1]) if target.spec.bias else None
+        return _slices(Factors(empty(shapes.a), empty(shapes.b), bias), op, site)
     request = InitRequest(
         target=target.name,
         r=target.spec.r,
@@ -201,12 +215,40 @@ def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, au
         shape_a=shapes.a,
         shape_b=shapes.b,
         bias=target.spec.bias,
-        lookup=target.op.lookup,
+        lookup=op.lookup,
         generator=target_generator(seed, target.name),
-        weight=lambda: target.op.logical_weight(target.base),
+        weight=lambda: logical_weight(op, target.base, site),
     )
-    made = initialise(config.init_lora_weights, request)
+    made = _slices(initialise(config.init_lora_weights, request), op, site)
     return Factors(*(None if tensor is None else tensor.to(device, dtype) for tensor in made))  # type: ignore[arg-type]
+
+
+def logical_shapes(op: Op, base: nn.Module, r: int, site: Site | None) -> FactorShapes:
+    """Return the shapes of A and B as they are in a file, whatever part of the base layer is here."""
+    shapes = op.factor_shapes(base, r)
+    if site is None:
+        return shapes
+    sizes = site.layout.sizes
+    whole = (
+        torch.Size(sizes.get(role, length) for role, length in zip(roles, shape, strict=True))
+        for roles, shape in ((op.roles_a, shapes.a), (op.roles_b, shapes.b))
+    )
+    return FactorShapes(*whole)
+
+
+def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:
+    """Return the base weight as ``[out, in, …]``, gathered where it is cut."""
+    if site is None:
+        return op.logical_weight(base)
+    weight = gather_parameter(getattr(base, op.weight_name).detach(), site, op.roles_weight)
+    return op.orient(weight)
+
+
+def _slices(factors: Factors, op: Op, site: Site | None) -> Factors:
+    if site is None:
+        return factors
+    a, b = site.layout.take(factors.a, op.roles_a, site.at), site.layout.take(factors.b, op.roles_b, site.at)
+    return Factors(a, b, None if factors.bias is None else site.layout.take(factors.bias, op.roles_bias, site.at))
 
 
 def _factor_dtype(weight: Tensor, config: LoraConfig, *, autocast: bool) -> torch.dtype:
@@ -221,7 +263,7 @@ def _layer_at(target: Target, places: Places, switch: Switch) -> LoraLayer:
     owner = places.owner.get(id(target.base))
     if owner is not None:
         return owner
-    layer = LoraLayer(target.base, target.op, switch, target.name)
+    layer = LoraLayer(target.base, target.op, switch, target.name, target.site)
     layer.training = target.base.training
     places.put(target.base, layer)
     return layer

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lorica.config.spec import AdapterSpec
+from lorica.engines.rest import at_rest, unshard
+from lorica.engines.site import Site
 from lorica.errors import AdapterError
 from lorica.init import Factors
 from lorica.layers.switch import Switch
@@ -49,13 +51,17 @@ class LoraLayer(nn.Module):
         op: its mathematics.
         switch: which adapters are on, shared with the other layers of the model.
         target_name: full name of the module in the base model, for messages.
+        site: where the base layer lies among the ranks; None on one process.
     """
 
     base_layer: Any  # an open set of classes; the op knows which attributes it has
 
-    def __init__(self, base_layer: nn.Module, op: Op, switch: Switch, target_name: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, op: Op, switch: Switch, target_name: str, site: Site | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.site: Site | None = None
         self.op = op
         self.switch = switch
         self.target_name = target_name
@@ -67,6 +73,20 @@ class LoraLayer(nn.Module):
         container = nn.ParameterDict if op.lookup else nn.ModuleDict
         for name in _container_names(op):
             self.add_module(name, container())
+        self.settle(site)
+
+    def settle(self, site: Site | None) -> None:
+        """Take the place among the ranks that ``site`` describes; the factors are not touched."""
+        self.leave()
+        self.site = site
+        if site is not None and site.opening is not None:
+            site.opening.put(self._inside)
+
+    def leave(self) -> None:
+        """Give the base layer its own forward back, when it is about to stand alone again."""
+        if self.site is not None and self.site.opening is not None:
+            self.site.opening.close()
+        self.site = None
 
     def __getattr__(self, name: str) -> Any:
         """Look in the base layer for what this module does not have."""
@@ -208,10 +228,24 @@ class LoraLayer(nn.Module):
         """Return the base layer's output plus the parts of the running adapters."""
         if "adapter_names" in kwargs:
             raise NotImplementedError("adapter_names: batches that mix adapters are not implemented in this version")
+        if self.site is not None and self.site.opening is not None:
+            return self.base_layer(*args, **kwargs)  # whose engine calls _inside, between its collectives
+        return self._around(self.base_layer, *args, **kwargs)
+
+    def _inside(self, *args: Any, **kwargs: Any) -> Any:
+        site = self.site
+        assert site is not None
+        assert site.opening is not None
+        return self._around(site.opening.original, *args, **kwargs)
+
+    def _around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         running = self.running()
         if not running:
-            return self.base_layer(*args, **kwargs)
-        return self.op.forward(self, self.base_layer, running, *args, **kwargs)
+            return base(*args, **kwargs)
+        output = self.op.forward(self, base, running, *args, **kwargs)
+        if self.site is not None and isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
+        return output
 
     # ---- merging --------------------------------------------------------------------------------------------------
 
@@ -246,11 +280,11 @@ class LoraLayer(nn.Module):
         Raises:
             TargetError: the delta of this layer has no place in its weight (a grouped convolution).
         """
-        factors = self.factors(adapter)
+        factors = self.whole_factors(adapter)
         left, right = self.op.delta(self.base_layer, factors)
         wide = torch.promote_types(left.dtype, torch.float32)
         delta = (left.to(wide) @ right.to(wide)) * self.specs[adapter].scaling
-        return delta.view(self.base_weight.shape).to(factors.b.dtype)
+        return delta.view(*left.shape[:1], *self.base_weight.shape[1:]).to(factors.b.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Add the deltas of adapters to the base weight, in place.
@@ -283,7 +317,7 @@ class LoraLayer(nn.Module):
         """
         for name in names:
             storage_of(self.base_weight, self.target_name)
-            self.op.delta(self.base_layer, self.factors(name))
+            self.op.delta(self.base_layer, self.whole_factors(name))
             if self.specs[name].bias and getattr(self.base_layer, self.op.bias_name, None) is None:
                 raise AdapterError(
                     f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
@@ -318,18 +352,24 @@ class LoraLayer(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """The base layer's weight that the deltas belong to, detached."""
+        """What this rank holds of the base layer's weight that the deltas belong to, detached."""
         weight: Tensor = getattr(self.base_layer, self.op.weight_name)
-        return weight.data
+        return at_rest(weight.data).local
+
+    def whole_factors(self, name: str) -> Factors:
+        """Return an adapter's factors as they are in a forward, detached: gathered where they are sharded at rest."""
+        a, b, bias = self.factors(name)
+        return Factors(unshard(a.detach()), unshard(b.detach()), None if bias is None else unshard(bias.detach()))
 
     @torch.no_grad()
     def _add_deltas(self, names: Sequence[str], weight: Tensor, sign: int = 1) -> None:
         terms = []
+        rows, columns = self._share_at_rest()
         for name in names:
             if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
                 continue  # the same memory: the source's delta is this one's too
-            left, right = self.op.delta(self.base_layer, self.factors(name))
-            terms.append(Term(left, right, sign * self.specs[name].scaling))
+            left, right = self.op.delta(self.base_layer, self.whole_factors(name))
+            terms.append(Term(left[rows], right[:, columns], sign * self.specs[name].scaling))
         if not terms:
             return
         matrix = weight.flatten(1)
@@ -337,13 +377,21 @@ class LoraLayer(nn.Module):
         if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
             weight.copy_(matrix.view(weight.shape))
 
+    def _share_at_rest(self) -> tuple[slice, slice]:
+        """Return which rows and columns of this rank's delta belong to the weight that it keeps between forwards."""
+        held = at_rest(getattr(self.base_layer, self.op.weight_name).data, self.site)
+        rows, *others = held.slices
+        if len(others) > 1 and any(other != slice(None) for other in others):
+            raise AdapterError(f"{self.target_name}: a kernel that is sharded along {held.slices} cannot take a delta")
+        return rows, others[0] if len(others) == 1 else slice(None)
+
     @torch.no_grad()
     def _add_biases(self, names: Sequence[str], sign: int = 1) -> None:
         for name in names:
-            bias = self.factors(name).bias
+            bias = self.whole_factors(name).bias
             if bias is not None:
-                base_bias: Tensor = getattr(self.base_layer, self.op.bias_name)
-                base_bias.add_(bias.to(base_bias), alpha=sign * self.specs[name].scaling)
+                held = at_rest(getattr(self.base_layer, self.op.bias_name).data, self.site)
+                held.local.add_(bias[held.slices].to(held.local), alpha=sign * self.specs[name].scaling)
 
 
 def inexact_message(dtype: torch.dtype) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from lorica.config.spec import AdapterSpec
 from lorica.errors import TargetError
 from lorica.init import Factors
-from lorica.ops.base import FactorShapes, Op, Running, autocast_off
+from lorica.ops.base import FactorShapes, Host, Op, Running, autocast_off
 
 
 class Attention(Op):
@@ -43,17 +44,18 @@ class Attention(Op):
         """``B, A``."""
         return factors.b, factors.a
 
-    def add(self, y: Tensor, x: Tensor, base: Any, factors: Factors, spec: AdapterSpec, training: bool) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Not used: the delta goes into the weights, see :meth:`forward`."""
         raise AssertionError("attention has no output to add to")
 
-    def forward(self, layer: nn.Module, base: Any, running: Running, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Call the base module with the deltas in its weights."""
-        projection = base.out_proj
-        with autocast_off(base.in_proj_weight.device.type):
-            weights = _adapted(self, base, running, "")
+        module = layer.base_layer
+        projection = module.out_proj
+        with autocast_off(module.in_proj_weight.device.type):
+            weights = _adapted(self, module, running, "")
             weights |= _adapted(projection.op, projection.base_layer, projection.running(), "out_proj.base_layer.")
-        return functional_call(base, weights, args, kwargs)
+        return functional_call(module, weights, args, kwargs)
 
 
 def _adapted(op: Op, base: Any, running: Running, prefix: str) -> dict[str, Tensor]:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
+from lorica.engines.site import Site, localise
 from lorica.errors import TargetError
 from lorica.init import Factors
+from lorica.layout import Roles
+from lorica.ops.dropout import drop
 
 Running = Iterable[tuple[Factors, AdapterSpec]]
+
+
+class Host(Protocol):
+    """What an op may ask of the adapted layer it works for.
+
+    Attributes:
+        base_layer: the frozen module.
+        site: where it lies among the ranks; None on one process.
+        training: whether dropout is on.
+        target_name: full name of the module, for messages.
+    """
+
+    base_layer: Any
+    site: Site | None
+    training: bool
+    target_name: str
 
 
 class FactorShapes(NamedTuple):
@@ -35,9 +54,17 @@ class Op(ABC):
         lookup: whether A is looked up by index rather than multiplied.
         transposed: whether the base weight is stored ``[in, out]`` (``fan_in_fan_out``).
         children: modules inside the base layer that are adapted along with it.
+        roles_weight: role of each dimension of the base weight (see :mod:`lorica.layout`).
+        roles_a: role of each dimension of A.
+        roles_b: role of each dimension of B.
+        roles_bias: role of each dimension of the bias of B.
     """
 
     kind: ClassVar[str]
+    roles_weight: ClassVar[Roles] = ("out", "in")
+    roles_a: ClassVar[Roles] = ("rank", "in")
+    roles_b: ClassVar[Roles] = ("out", "rank")
+    roles_bias: ClassVar[Roles] = ("out",)
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
     lookup: ClassVar[bool] = False
@@ -49,8 +76,11 @@ class Op(ABC):
         """Return the logical shapes of A and B for rank ``r``."""
 
     @abstractmethod
-    def add(self, y: Tensor, x: Tensor, base: Any, factors: Factors, spec: AdapterSpec, training: bool) -> Tensor:
-        """Return the base layer's output ``y`` plus the adapter's part for the input ``x``."""
+    def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Return the base layer's output ``y`` plus the adapter's part for the input ``x``.
+
+        On a layer that is cut, all of them are this rank's, and the part is in the parallel state of ``y``.
+        """
 
     @abstractmethod
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -64,7 +94,11 @@ class Op(ABC):
     def logical_weight(self, base: Any) -> Tensor:
         """Return the base weight as ``[out, in, …]``."""
         weight: Tensor = getattr(base, self.weight_name)
-        return weight.detach()
+        return self.orient(weight.detach())
+
+    def orient(self, weight: Tensor) -> Tensor:
+        """Return a weight in the base layer's orientation as ``[out, in, …]``."""
+        return weight
 
     def check(self, base: Any, spec: AdapterSpec, where: str) -> None:  # noqa: B027 (a hook, not a duty)
         """Refuse a spec that this layer cannot have.
@@ -73,15 +107,18 @@ class Op(ABC):
             TargetError: names the module and the reason.
         """
 
-    def forward(self, layer: nn.Module, base: Any, running: Running, *args: Any, **kwargs: Any) -> Any:
-        """Run the base layer, then add each running adapter's part into its output."""
+    def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
+        """Run ``base``, the base layer's own forward, then add each running adapter's part into its output."""
         x, *rest = args or (kwargs.pop("input" if "input" in kwargs else "x"),)
         x = _autocast(x)
         y = base(x, *rest, **kwargs)
+        back = None
+        if layer.site is not None:
+            x, y, back = localise(layer.site, x, y)
         with autocast_off(x.device.type):
             for factors, spec in running:
-                y = self.add(y, x, base, factors, spec, layer.training)
-        return y
+                y = self.add(y, x, layer, factors, spec)
+        return y if back is None else back(y)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -97,31 +134,33 @@ def autocast_off(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def drop(x: Tensor, spec: AdapterSpec, position: str, training: bool) -> Tensor:
-    """Apply the adapter's dropout to ``x`` if it belongs at ``position``."""
-    if spec.dropout and training and spec.dropout_position == position:
-        return F.dropout(x, spec.dropout)
-    return x
-
-
-def add_product(y: Tensor, h: Tensor, factors: Factors, spec: AdapterSpec, training: bool) -> Tensor:
+def add_product(y: Tensor, h: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
     """Return ``y + s·(h Bᵀ + bias)`` in one product.
 
     Args:
         y: ``[…, out]``, the base layer's output.
         h: ``[T, r]``, the input seen through A, ``T`` the product of the leading sizes of ``y``.
+        layer: the adapted layer.
         factors: whose ``b`` is ``[out, r]``.
         spec: scale and dropout.
-        training: whether dropout is on.
     """
     b_OR = factors.b.to(y.dtype)
     y_TO = y.reshape(-1, b_OR.shape[0])
-    if spec.dropout_position == "post" and spec.dropout and training:
-        part = F.linear(h, b_OR, None if factors.bias is None else factors.bias.to(y.dtype))
-        return torch.add(y_TO, F.dropout(part, spec.dropout), alpha=spec.scaling).view(y.shape)
-    if factors.bias is not None:
-        y_TO = torch.add(y_TO, factors.bias.to(y.dtype), alpha=spec.scaling)
+    bias = share_of_bias(layer, factors, y.dtype)
+    if spec.dropout_position == "post" and spec.dropout and layer.training:
+        part = drop(F.linear(h, b_OR, bias), spec, "post", layer.site, layer.training)
+        return torch.add(y_TO, part, alpha=spec.scaling).view(y.shape)
+    if bias is not None:
+        y_TO = torch.add(y_TO, bias, alpha=spec.scaling)
     return torch.addmm(y_TO, h, b_OR.t(), alpha=spec.scaling).view(y.shape)
+
+
+def share_of_bias(layer: Host, factors: Factors, dtype: torch.dtype) -> Tensor | None:
+    """Return the bias of B, or this rank's equal share of it where the output is a sum over ranks."""
+    if factors.bias is None:
+        return None
+    bias = factors.bias.to(dtype)
+    return bias if layer.site is None else bias / layer.site.layout.shares()
 
 
 def need_rank_divisible(r: int, groups: int, where: str) -> None:

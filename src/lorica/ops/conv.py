@@ -12,7 +12,8 @@ from torch import Tensor
 from lorica.config.spec import AdapterSpec
 from lorica.errors import TargetError
 from lorica.init import Factors
-from lorica.ops.base import FactorShapes, Op, drop, need_rank_divisible
+from lorica.ops.base import FactorShapes, Host, Op, need_rank_divisible, share_of_bias
+from lorica.ops.dropout import drop
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -26,6 +27,10 @@ class Conv(Op):
 
     def __init__(self, dimensions: int) -> None:
         self.kind = f"Conv{dimensions}d"  # type: ignore[misc]
+        kernel = ("kernel",) * dimensions
+        self.roles_weight = ("out", "in", *kernel)  # type: ignore[misc]
+        self.roles_a = ("rank", "in", *kernel)  # type: ignore[misc]
+        self.roles_b = ("out", "rank", *kernel)  # type: ignore[misc]
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, in, *k]``, B ``[out, r/groups, 1 …]``."""
@@ -37,15 +42,17 @@ class Conv(Op):
         """The groups must divide the rank."""
         need_rank_divisible(spec.r, base.groups, where)
 
-    def add(self, y: Tensor, x: Tensor, base: Any, factors: Factors, spec: AdapterSpec, training: bool) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Convolve with A as the base layer does, then pointwise with ``s·B``."""
+        base = layer.base_layer
         convolve = _CONVOLVE[factors.a.dim()]
-        x = drop(x.to(y.dtype), spec, "pre", training)
+        x = drop(x.to(y.dtype), spec, "pre", layer.site, layer.training)
         x, padding = _pad(x, base)
         h = convolve(x, factors.a.to(y.dtype), None, base.stride, padding, base.dilation)
-        bias = None if factors.bias is None else factors.bias.to(y.dtype) * spec.scaling
+        bias = share_of_bias(layer, factors, y.dtype)
+        bias = None if bias is None else bias * spec.scaling
         part = convolve(h, factors.b.to(y.dtype) * spec.scaling, bias, groups=base.groups)
-        return y + drop(part, spec, "post", training)
+        return y + drop(part, spec, "post", layer.site, layer.training)
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A`` with the kernel flattened into A's columns."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorica.config.spec import AdapterSpec
 from lorica.errors import TargetError
 from lorica.init import Factors
-from lorica.ops.base import FactorShapes, Op, add_product
+from lorica.ops.base import FactorShapes, Host, Op, add_product
 
 
 class Embedding(Op):
@@ -23,6 +23,7 @@ class Embedding(Op):
 
     kind = "Embedding"
     lookup = True
+    roles_weight = ("in", "out")
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, V]``, B ``[d, r]``."""
@@ -34,15 +35,33 @@ class Embedding(Op):
         if spec.bias:
             raise TargetError(f"{where}: lora_bias=True is not supported for embeddings, which have no bias")
 
-    def add(self, y: Tensor, x: Tensor, base: Any, factors: Factors, spec: AdapterSpec, training: bool) -> Tensor:
-        """Look up rows of Aᵀ, then add their product with Bᵀ."""
-        h = F.embedding(
-            x, factors.a.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
-        )
+    def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Look up rows of Aᵀ, then add their product with Bᵀ. Where the vocabulary is cut, ids off this rank give 0."""
+        base = layer.base_layer
+        h = _look_up(x, layer, factors.a.T)
         if (embed_scale := getattr(base, "embed_scale", None)) is not None:
             h = h * embed_scale  # the base layer multiplies its rows too (Gemma, BART)
-        return add_product(y, h.to(y.dtype).reshape(-1, h.shape[-1]), factors, spec, training)
+        return add_product(y, h.to(y.dtype).reshape(-1, h.shape[-1]), layer, factors, spec)
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``Aᵀ, Bᵀ``."""
         return factors.a.T, factors.b.T
+
+
+def _look_up(ids: Tensor, layer: Host, rows_VR: Tensor) -> Tensor:
+    base, site = layer.base_layer, layer.site
+    options = {"scale_grad_by_freq": base.scale_grad_by_freq, "sparse": base.sparse}
+    if site is None or site.layout.cut_of("in") is None:
+        return F.embedding(ids, rows_VR, base.padding_idx, **options)
+    if not len(rows_VR):  # more ranks than the vocabulary has shares
+        return rows_VR.new_zeros(*ids.shape, rows_VR.shape[1]) + rows_VR.sum()
+    place, found = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    padding, first = None, 0
+    for start, stop in site.layout.held("in", site.layout.sizes["in"], site.at):
+        here = (ids >= start) & (ids < stop)
+        place = torch.where(here, ids - (start - first), place)
+        found = found | here
+        if base.padding_idx is not None and start <= base.padding_idx < stop:
+            padding = base.padding_idx - start + first
+        first += stop - start
+    return F.embedding(place, rows_VR, padding, **options) * found.unsqueeze(-1)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
 from lorica.init import Factors
-from lorica.ops.base import FactorShapes, Op, add_product, drop
+from lorica.ops.base import FactorShapes, Host, Op, add_product
+from lorica.ops.dropout import drop
 
 
 class Linear(Op):
@@ -23,11 +24,11 @@ class Linear(Op):
         out_features, in_features = self.logical_weight(base).shape
         return FactorShapes(torch.Size((r, in_features)), torch.Size((out_features, r)))
 
-    def add(self, y: Tensor, x: Tensor, base: Any, factors: Factors, spec: AdapterSpec, training: bool) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Add ``s·(x Aᵀ) Bᵀ`` in one ``addmm``; the factors follow the dtype of ``y``, so ``x`` is never widened."""
         a_RI = factors.a.to(y.dtype)
-        x_TI = drop(x.to(y.dtype), spec, "pre", training).reshape(-1, a_RI.shape[1])
-        return add_product(y, F.linear(x_TI, a_RI), factors, spec, training)
+        x_TI = drop(x.to(y.dtype), spec, "pre", layer.site, layer.training).reshape(-1, a_RI.shape[1])
+        return add_product(y, F.linear(x_TI, a_RI), layer, factors, spec)
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A``."""
@@ -38,10 +39,11 @@ class TransposedLinear(Linear):
     """transformers' ``Conv1D``: a linear whose weight is stored ``[in, out]`` (``fan_in_fan_out``)."""
 
     transposed = True
+    roles_weight = ("in", "out")
 
-    def logical_weight(self, base: Any) -> Tensor:
+    def orient(self, weight: Tensor) -> Tensor:
         """``[out, in]``, a view."""
-        return super().logical_weight(base).T
+        return weight.T
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``Aᵀ, Bᵀ``."""

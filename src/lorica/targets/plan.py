@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lorica.config import AdapterSpec, LoraConfig, TaskType
+from lorica.engines import Engines, Site
 from lorica.errors import TargetError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 from lorica.ops import Op, op_of, supported_layers
@@ -38,6 +39,7 @@ class Target:
         op: its mathematics.
         spec: rank, scale and the rest.
         tied_to: name of the embedding whose factors it uses, if it has none of its own.
+        site: where it lies among the ranks; None on one process.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Target:
     op: Op
     spec: AdapterSpec
     tied_to: str | None = None
+    site: Site | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,15 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     by_name = {target.name: target for target in targets}
     for key, source in tied.items():
         targets.append(_tied_target(key, modules[key], by_name[source]))
-    return Plan(names, tuple(targets), saved, _orientation(config, targets))
+    return Plan(names, _placed(model, targets), saved, _orientation(config, targets))
+
+
+def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
+    engines = Engines(model)
+    return tuple(
+        replace(target, site=engines.site(target.name, target.base, target.op.weight_name, target.op.roles_weight))
+        for target in targets
+    )
 
 
 def resolve_names(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> Names:

@@ -1,0 +1,46 @@
+"""torch's ``fully_shard`` (FSDP2) and ``DistributedDataParallel``: engines that divide batches (FSDP storage too)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from lorica.engines.site import Axis
+
+
+def meshes(model: nn.Module) -> Iterator[DeviceMesh]:
+    """Yield the data-parallel mesh of every group of parameters that ``fully_shard`` manages."""
+    seen: list[DeviceMesh] = []
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            if group is not None and not any(group.mesh_info.mesh is mesh for mesh in seen):
+                seen.append(group.mesh_info.mesh)
+                yield group.mesh_info.mesh
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every parameter be what it is at rest; what is written into a gathered one would be lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def data_axes(model: nn.Module) -> dict[str, Axis]:
+    """Return the axes over which ``fully_shard`` or DDP divides batches."""
+    found: dict[str, Axis] = {}
+    for mesh in meshes(model):
+        for dim in range(mesh.ndim):
+            axis = Axis.of(mesh, dim)
+            found.setdefault(axis.name, axis)
+    if isinstance(model, DistributedDataParallel):
+        group = model.process_group
+        found["ddp"] = Axis("ddp", group.size(), group.rank(), group)
+    return found

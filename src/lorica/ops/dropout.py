@@ -1,0 +1,48 @@
+"""Dropout whose masks agree wherever ranks hold the same values.
+
+On one process it is torch's. On a layer that is cut, every mask comes from a generator of its own, seeded by one draw
+from torch's default generator (so that activation checkpointing draws it again) and mixed with this rank's coordinates
+on those axes over which the values are divided. Ranks that hold the same values draw the same mask, as long as their
+default generators are in step: each layer draws once, whatever its shape.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorica.config.spec import AdapterSpec
+from lorica.engines.site import Site
+
+_MIX = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ, whose multiples are far apart
+
+
+def drop(x: Tensor, spec: AdapterSpec, position: str, site: Site | None, training: bool) -> Tensor:
+    """Apply the adapter's dropout to ``x`` if it belongs at ``position``.
+
+    Args:
+        x: ``[…, in]`` at ``"pre"``, ``[…, out]`` at ``"post"``.
+        spec: probability and position.
+        position: where in the adapter this is.
+        site: where the layer lies.
+        training: whether dropout is on.
+    """
+    if not (spec.dropout and training and spec.dropout_position == position):
+        return x
+    if site is None:
+        return F.dropout(x, spec.dropout)
+    generator = torch.Generator(x.device).manual_seed(_seed(site, "in" if position == "pre" else "out"))
+    keep = torch.empty_like(x).bernoulli_(1 - spec.dropout, generator=generator)
+    return x * keep.div_(1 - spec.dropout) if spec.dropout < 1 else x * keep
+
+
+def _seed(site: Site, role: str) -> int:
+    seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+    cut = site.layout.cut_of(role)
+    apart = [*((cut.axis,) if cut is not None else ()), *site.layout.sequence, *site.layout.data]
+    place = 0
+    for name in dict.fromkeys(apart):
+        axis = site.axes[name]
+        place = place * axis.size + axis.rank
+    return (seed + place * _MIX) % 2**63
