@@ -1,0 +1,121 @@
+"""What an initialisation is asked, what it gives, and the registry that finds it by name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The low-rank factors of one target.
+
+    For a linear of ``[out, in]``: ``a_RI`` is ``[r, in]``, ``b_OR`` is ``[out, r]`` and ``bias_O``, if any, ``[out]``.
+    For an embedding of ``V`` rows of width ``d``: ``[r, V]`` and ``[d, r]``. For a convolution: its kernel, ``[r, in,
+    *k]``, and a pointwise ``[out, r, 1 …]``.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InitRequest:
+    """What an initialisation may look at.
+
+    Attributes:
+        target: full name of the module, for messages.
+        r: the rank.
+        scaling: ``s`` in ``ΔW = s·B·A``.
+        shape_a: logical shape of A.
+        shape_b: logical shape of B.
+        bias: whether B has a bias.
+        lookup: whether A is looked up by index (an embedding) rather than multiplied.
+        generator: source of every random number, on the CPU.
+        weight: gives the logical base weight ``[out, in]`` (experts: ``[expert, out, in]``) in its own dtype, and on
+            its device.
+        number: the number at the end of the initialisation's name, where it has one.
+    """
+
+    target: str
+    r: int
+    scaling: float
+    shape_a: torch.Size
+    shape_b: torch.Size
+    bias: bool
+    lookup: bool
+    generator: torch.Generator
+    weight: Callable[[], Tensor]
+    number: int = 0
+
+
+Init = Callable[[InitRequest], Factors]
+
+
+class Initialisation(NamedTuple):
+    """One initialisation.
+
+    Attributes:
+        function: makes the logical factors.
+        subtracts: whether the delta they make is taken out of the base weight, so that the model starts as it was.
+            Loading an adapter that started so takes it out again (PEFT's meaning of such files).
+    """
+
+    function: Init
+    subtracts: bool = False
+
+
+#: Name → initialisation. A name that ends in ``_N`` stands for every number in that place.
+INITS: dict[bool | str, Initialisation] = {}
+
+
+def register(name: bool | str, *, subtracts: bool = False) -> Callable[[Init], Init]:
+    """Make an initialisation known under ``name`` to ``LoraConfig.init_lora_weights``."""
+
+    def add(function: Init) -> Init:
+        INITS[name] = Initialisation(function, subtracts)
+        return function
+
+    return add
+
+
+def find(name: bool | str) -> Initialisation | None:
+    """Return the initialisation that ``name`` means, or None."""
+    return INITS.get(_key(name))
+
+
+def initialise(name: bool | str, request: InitRequest) -> Factors:
+    """Return the logical factors that the initialisation ``name`` gives, in float32."""
+    number = re.search(r"\d+$", str(name))
+    return INITS[_key(name)].function(replace(request, number=int(number[0]) if number else 0))
+
+
+def subtracts(name: bool | str, *, lookup: bool) -> bool:
+    """Whether the initialisation ``name`` changes the base weight of a layer.
+
+    Args:
+        name: as in ``LoraConfig.init_lora_weights``.
+        lookup: whether the layer is an embedding: those start as by default (PEFT's meaning of the same files).
+    """
+    return INITS[_key(name)].subtracts and not lookup
+
+
+def _key(name: bool | str) -> bool | str:
+    return name if isinstance(name, bool) else re.sub(r"_\d+$", "_N", name.lower())
+
+
+def draw_seed() -> int:
+    """Take one draw from torch's default generator, so that ``torch.manual_seed`` governs what follows."""
+    return int(torch.randint(0, 2**62, (), dtype=torch.int64))
+
+
+def target_generator(seed: int, target: str) -> torch.Generator:
+    """Return a CPU generator for one target: ``seed`` mixed with the target's name."""
+    digest = hashlib.blake2b(target.encode(), key=seed.to_bytes(8, "little"), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
