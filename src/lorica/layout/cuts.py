@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lorica.errors import LayoutError
 
@@ -17,6 +17,7 @@ from lorica.errors import LayoutError
 Held = tuple[tuple[int, int], ...]
 #: Dimensions of a weight: rows of B, columns of A (of an embedding: its vocabulary), experts.
 Dim = Literal["out", "in", "expert"]
+DIMS: tuple[Dim, ...] = get_args(Dim)
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def grouped_heads(
     Raises:
         LayoutError: the heads cannot be divided so.
     """
-    if heads % kv_heads:
-        raise LayoutError(f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
+    if min(ranks, heads, kv_heads) < 1 or heads % kv_heads:
+        raise LayoutError(f"{ranks} ranks: {heads} query heads are not a multiple of {kv_heads} key/value heads")
     m = max(1, ranks // kv_heads) if multiplier is None else multiplier
     group = heads // kv_heads
     if m < 1 or ranks % m or (kv_heads * m) % ranks or group % m:
@@ -79,6 +79,8 @@ def grouped_heads(
             f"{group} query heads one of {m}"
         )
     slots, share = kv_heads * m // ranks, group // m
+    if order == "neighbours" and min(slots, m) > 1:
+        raise LayoutError(f"{slots} slots to a rank, copies side by side: a rank would hold a key/value head twice")
     query, kv = [], []
     for rank in range(ranks):
         mine = range(rank * slots, (rank + 1) * slots)

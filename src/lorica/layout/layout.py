@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import LayoutError
-from lorica.layout.cuts import Cut, Held
+from lorica.layout.cuts import DIMS, Cut, Held
 
 #: The role of each dimension of a tensor. Roles that no cut names are whole.
 Roles = tuple[str, ...]
@@ -53,16 +53,35 @@ class Layout:
     _by_dim: dict[str, Cut] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not all(length > 0 for length in self.sizes.values()):
+            raise LayoutError(f"sizes {dict(self.sizes)}: every dimension needs a positive length")
         for cut in self.cuts:
-            cut.check(evenly=not (self.parts and cut.dim == "out"))  # parts are checked one by one
-            if cut.dim in self._by_dim:
-                raise LayoutError(f"{cut.dim!r} is cut twice, over {self._by_dim[cut.dim].axis!r} and {cut.axis!r}")
-            if cut.dim not in self.sizes or cut.total != self.sizes[cut.dim]:
-                raise LayoutError(
-                    f"the cut over {cut.axis!r} has {cut.total} positions, {cut.dim!r} has {self.sizes.get(cut.dim)}"
-                )
-            self._by_dim[cut.dim] = cut
-        if self.parts and sum(length for _, length in self.parts) != self.sizes["out"]:
+            self._add(cut)
+        if len({cut.axis for cut in self.cuts}) < len(self.cuts):
+            raise LayoutError(f"an axis cuts two dimensions: {[(cut.axis, cut.dim) for cut in self.cuts]}")
+        self._check_parts()
+
+    def _add(self, cut: Cut) -> None:
+        cut.check(evenly=not (self.parts and cut.dim == "out"))  # parts are checked one by one
+        if cut.dim in self._by_dim:
+            raise LayoutError(f"{cut.dim!r} is cut twice, over {self._by_dim[cut.dim].axis!r} and {cut.axis!r}")
+        if cut.dim not in DIMS or cut.dim not in self.sizes or cut.total != self.sizes[cut.dim]:
+            raise LayoutError(
+                f"the cut over {cut.axis!r} has {cut.total} positions, {cut.dim!r} has {self.sizes.get(cut.dim)}"
+            )
+        if cut.dim == "in" and cut.copies > 1:
+            raise LayoutError(
+                f"the cut over {cut.axis!r} has copies of 'in': the sum of outputs would count them twice"
+            )
+        self._by_dim[cut.dim] = cut
+
+    def _check_parts(self) -> None:
+        if not self.parts:
+            return
+        names = [name for name, _ in self.parts]
+        if len(set(names)) < len(names) or any(length <= 0 for _, length in self.parts):
+            raise LayoutError(f"the parts {self.parts} need names of their own and positive lengths")
+        if sum(length for _, length in self.parts) != self.sizes["out"]:
             raise LayoutError(f"the parts {self.parts} do not add up to {self.sizes['out']} rows")
         for index in range(len(self.parts)):
             self.part(index)
@@ -134,10 +153,11 @@ class Layout:
         """Return the axes over which the gradient of a tensor with these roles has to be summed.
 
         These are the axes that cut a dimension which the tensor lacks, those that hold copies of its rows, and those
-        whose ranks see different tokens of a sequence.
+        whose ranks see different tokens of a sequence (unless they cut this tensor: then its rank has seen them all).
         """
         cuts = [cut.axis for cut in self.cuts if cut.dim not in roles or cut.copies > 1]
-        return tuple(dict.fromkeys([*cuts, *self.sequence]))
+        sharded = self.sharded(roles)
+        return tuple(dict.fromkeys([*cuts, *(axis for axis in self.sequence if axis not in sharded)]))
 
     def averaged(self) -> tuple[str, ...]:
         """Return the axes over which every gradient has to be averaged."""
@@ -225,10 +245,12 @@ class Layout:
             )
             parts = tuple((str(name), int(length)) for name, length in values["parts"])
             sizes = {key: int(size) for key, size in values["sizes"].items()}
-            return cls(sizes, cuts, parts, tuple(values["sequence"]), tuple(values["data"]))
+            return cls(sizes, cuts, parts, _names(values["sequence"]), _names(values["data"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LayoutError(f"not a layout: {error!r}") from error
 
 
-def _held(intervals: Any) -> Held:
-    return tuple((int(start), int(stop)) for start, stop in intervals)
+def _names(values: Any) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise TypeError(f"{values!r} is not a list of axes")
+    return tuple(str(name) for name in values)
