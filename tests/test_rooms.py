@@ -24,12 +24,14 @@ ROOMS = [
     "targets",
     "adapt",
     "checkpoint",
+    "ranks",
     "model",
     "parallel",
     "helpers",
     "__init__",
     "train",
     "cli",
+    "__main__",
 ]
 
 

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from lorica.adapt.inject import adapter_modules, base_of
 from lorica.adapt.trainable import named_biases
 from lorica.config import LoraConfig
+from lorica.engines import Engines, Site
 from lorica.errors import AdapterError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.layout import Roles
+from lorica.ops import op_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -36,6 +39,8 @@ class Entry:
         tied: whether it is another entry's tensor, written for readers that do not tie.
         owner: the module that holds it as a parameter, where it is a factor.
         device: where its base layer lies, where it is a factor.
+        roles: the role of each of its dimensions (see :mod:`lorica.layout`).
+        site: where it lies among the ranks; None on one process.
     """
 
     live: str
@@ -43,21 +48,48 @@ class Entry:
     tied: bool = False
     owner: nn.Module | None = None
     device: torch.device | None = None
+    roles: Roles = ()
+    site: Site | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The logical shape, which the tensor in a file has."""
+        if self.site is None:
+            return self.tensor.shape
+        sizes = self.site.layout.sizes
+        return torch.Size(sizes.get(role, size) for role, size in zip(self.roles, self.tensor.shape, strict=True))
 
 
 def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[str, Entry]:
     """Return every tensor that belongs to an adapter: name in a file → where it lives."""
     entries: dict[str, Entry] = {}
+    engines: Engines | None = None
     for path, module in adapter_modules(model):
         if isinstance(module, LoraLayer):
             entries.update(_factors(path, module, adapter))
         elif adapter in module.modules_to_save:
+            engines = engines or Engines(base_of(model))
             prefix = f"{path}.modules_to_save.{adapter}"
-            for name, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items():
-                entries[f"{path}.{name}"] = Entry(f"{prefix}.{name}", tensor)
+            copied = module.modules_to_save[adapter]
+            for name, tensor in copied.state_dict(keep_vars=True).items():
+                entries[f"{path}.{name}"] = _whole(f"{prefix}.{name}", tensor, copied, name, engines)
     for name, bias in named_biases(model, config.bias):
-        entries[name] = Entry(name, bias)
+        engines = engines or Engines(base_of(model))
+        entries[name] = _whole(name, bias, model, name, engines)
     return {_WRAPPERS.sub("", name): entry for name, entry in entries.items()}
+
+
+def _whole(live: str, tensor: Tensor, inside: nn.Module, name: str, engines: Engines) -> Entry:
+    """Return the entry of a tensor that is not a factor: ``inside``'s ``name``, a parameter or a buffer."""
+    owner_name, _, parameter = name.rpartition(".")
+    owner = inside.get_submodule(owner_name)
+    op = op_of(owner)
+    roles = tuple(f"dim{dim}" for dim in range(tensor.dim()))
+    if op is not None and parameter in (op.weight_name, op.bias_name):
+        roles = op.roles_weight if parameter == op.weight_name else op.roles_bias
+    if getattr(owner, parameter, None) is not tensor:  # extra state, which is no tensor of the module
+        return Entry(live, tensor)
+    return Entry(live, tensor, roles=roles, site=engines.parameter_site(owner_name, owner, parameter, roles))
 
 
 def _factors(path: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
@@ -67,9 +99,10 @@ def _factors(path: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
     tied = adapter in layer.tied
     device = layer.base_weight.device
     entries = {}
-    for (name, live), tensor in zip(layer.factor_names(adapter).items(), tensors, strict=True):
+    roles = layer.factor_roles(adapter)
+    for (name, live), tensor, role in zip(layer.factor_names(adapter).items(), tensors, roles, strict=True):
         owner = None if tied else layer.get_submodule(live.rpartition(".")[0])
-        entries[f"{path}.{name}"] = Entry(f"{path}.{live}", tensor, tied, owner, device)
+        entries[f"{path}.{name}"] = Entry(f"{path}.{live}", tensor, tied, owner, device, role, layer.site)
     return entries
 
 
@@ -82,6 +115,7 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
     base = base_of(model)
     ends = [getattr(base, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
     entries = {}
+    engines: Engines | None = None
     for path, module in model.named_modules():
         if not any(module is end for end in ends) or isinstance(module, ModulesToSaveWrapper):
             continue
@@ -89,7 +123,10 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
             path = f"{path}.base_layer"
         elif adapted_only or ".modules_to_save." in path or path.endswith(".original_module"):
             continue
-        entries[_WRAPPERS.sub("", f"{path}.weight")] = Entry(f"{path}.weight", module.weight)
+        layer = module.base_layer if isinstance(module, LoraLayer) else module
+        engines = engines or Engines(base)
+        entry = _whole(f"{path}.weight", layer.weight, layer, "weight", engines)
+        entries[_WRAPPERS.sub("", f"{path}.weight")] = entry
     return entries
 
 

@@ -27,17 +27,17 @@ class Engines:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._data: dict[str, Axis] = {}
-        self._native: Mapping[str, Axis] = {}
-        self._distributed = False
+        self.axes: dict[str, Axis] = {}
+        self._data: tuple[str, ...] = ()
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
         fsdp.reshard(model)
         self._storage = fsdp.data_axes(model)
-        self._native = getattr(_innermost(model), "lorica_mesh", {})
-        own = {name: axis for name, axis in self._native.items() if name in DATA_AXES}
-        self._data = {name: axis for name, axis in {**own, **self._storage}.items() if axis.size > 1}
-        self._distributed = bool(self._data or self._native) or any(isinstance(p, DTensor) for p in model.parameters())
+        native: Mapping[str, Axis] = getattr(_innermost(model), "lorica_mesh", {})
+        found = {**native, **self._storage, **_axes_of_weights(model)}
+        self.axes = {name: axis for name, axis in found.items() if axis.size > 1}
+        data = {*self._storage, *(name for name in native if name in DATA_AXES)}
+        self._data = tuple(name for name in self.axes if name in data)
 
     def site(self, name: str, module: nn.Module, weight_name: str, roles: Roles) -> Site | None:
         """Return where a base layer lies, or None where nothing is divided.
@@ -51,29 +51,61 @@ class Engines:
         Raises:
             LayoutError: it is cut in a way that cannot be described.
         """
-        if not self._distributed:
-            return None
-        weight: Tensor = getattr(module, weight_name)
-        sequence = tuple(getattr(module, "sequence_axes", ()))
-        axes = dict(self._data) | {axis: self._native[axis] for axis in sequence}
-        data = tuple(self._data)
         if isinstance(layout := getattr(module, "layout", None), Layout):
-            own: Mapping[str, Axis] = module.axes  # type: ignore[assignment]
-            layout = replace(layout, sequence=(*layout.sequence, *sequence), data=data)
-            return Site(layout, {**axes, **own}, Opening(module, "product"))
-        sizes = _sizes(weight, roles)
-        if not isinstance(weight, DTensor):
-            opening = opening_of(module) if getattr(module, "_is_hooked", False) else None
-            return Site(Layout(sizes, sequence=sequence, data=data), axes, opening)
-        cuts, over = cuts_of(weight, roles, self._storage, name)
-        layout = Layout(sizes, cuts, sequence=sequence, data=data)
-        opening = opening_of(module) if cuts or getattr(module, "_is_hooked", False) else None
-        return Site(layout, {**axes, **{axis.name: axis for axis in over}}, opening)
+            layout = replace(layout, sequence=(*layout.sequence, *_sequence(module)), data=self._data)
+            return Site(layout, {**self.axes, **module.axes}, Opening(module, "product"))  # type: ignore[dict-item]
+        if not self.axes:
+            return None
+        layout = self._layout(getattr(module, weight_name), roles, module, name)
+        wrapped = layout.cuts or getattr(module, "_is_hooked", False)
+        return Site(layout, self.axes, opening_of(module) if wrapped else None)
+
+    def parameter_site(self, name: str, module: nn.Module, parameter: str, roles: Roles) -> Site | None:
+        """Return where one parameter of a module lies, for a module that trains or is saved as a whole.
+
+        Args:
+            name: the module's full name, for messages.
+            module: it.
+            parameter: name of one of its parameters.
+            roles: the role of each dimension; any other word where a dimension has none.
+
+        Raises:
+            LayoutError: it is cut in a way that cannot be described.
+        """
+        layout = getattr(module, "layout", None)
+        if not isinstance(layout, Layout):
+            if not self.axes:
+                return None
+            return Site(self._layout(getattr(module, parameter), roles, module, name), self.axes)
+        cuts = tuple(cut for cut in layout.cuts if cut.dim in roles)  # what it lacks is added after the reduction
+        after = tuple(cut.axis for cut in layout.cuts if cut.dim not in roles and _splits_sequence(module))
+        sizes = {role: layout.sizes[role] for role in roles if role in layout.sizes}
+        parts = layout.parts if "out" in roles else ()
+        layout = Layout(sizes, cuts, parts, (*layout.sequence, *_sequence(module), *after), self._data)
+        return Site(layout, {**self.axes, **module.axes})  # type: ignore[dict-item]
+
+    def _layout(self, weight: Tensor, roles: Roles, module: nn.Module, name: str) -> Layout:
+        cuts = cuts_of(weight, roles, self._storage, name) if isinstance(weight, DTensor) else ()
+        return Layout(_sizes(weight, roles), cuts, sequence=_sequence(module), data=self._data)
 
 
 def _sizes(weight: Tensor, roles: Roles) -> dict[str, int]:
     named = zip(roles, weight.shape, strict=True)
     return {role: length for role, length in named if role in ("out", "in", "expert")}
+
+
+def _sequence(module: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(module, "sequence_axes", ()))
+
+
+def _splits_sequence(module: nn.Module) -> bool:
+    return bool(getattr(module, "sequence_parallel_enabled", False))
+
+
+def _axes_of_weights(model: nn.Module) -> dict[str, Axis]:
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    found = [Axis.of(mesh, dim) for mesh in meshes for dim in range(mesh.ndim)]
+    return {axis.name: axis for axis in sorted(found, key=lambda axis: axis.name)}
 
 
 def _innermost(model: Any) -> Any:

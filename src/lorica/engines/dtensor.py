@@ -19,8 +19,8 @@ from lorica.layout import Cut, Roles, even, fused
 from lorica.layout.cuts import Dim
 
 
-def cuts_of(weight: DTensor, roles: Roles, storage: Collection[str], where: str) -> tuple[tuple[Cut, ...], list[Axis]]:
-    """Return the cuts of a distributed weight and the axes that they are over.
+def cuts_of(weight: DTensor, roles: Roles, storage: Collection[str], where: str) -> tuple[Cut, ...]:
+    """Return the cuts of a distributed weight.
 
     Args:
         weight: the parameter.
@@ -31,14 +31,13 @@ def cuts_of(weight: DTensor, roles: Roles, storage: Collection[str], where: str)
     Raises:
         LayoutError: a placement cannot be described; names it.
     """
-    cuts, axes = [], []
+    cuts = []
     for index, placement in enumerate(weight.placements):
         axis = Axis.of(weight.device_mesh, index)
         if axis.name in storage or placement.is_replicate() or axis.size == 1:
             continue
         cuts.append(_cut(placement, axis, roles, weight, where))
-        axes.append(axis)
-    return tuple(cuts), axes
+    return tuple(cuts)
 
 
 def _cut(placement: Placement, axis: Axis, roles: Roles, weight: DTensor, where: str) -> Cut:

@@ -48,7 +48,7 @@ class Site:
 
     Attributes:
         layout: how its logical weight lies over the axes.
-        axes: every axis that the layout names.
+        axes: every axis over which the model is divided.
         opening: the way into its forward; None where calling it from outside is the same.
     """
 

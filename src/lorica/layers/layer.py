@@ -23,6 +23,7 @@ from lorica.engines.site import Site
 from lorica.errors import AdapterError
 from lorica.init import Factors
 from lorica.layers.switch import Switch
+from lorica.layout import Roles
 from lorica.ops import Op
 from lorica.storage import Term, add_low_rank_, storage_of
 
@@ -154,6 +155,11 @@ class LoraLayer(nn.Module):
         if self.specs[name].bias:
             names[f"{second}.bias"] = f"{second}.{name}.bias"
         return names
+
+    def factor_roles(self, name: str) -> list[Roles]:
+        """Return the role of each dimension of each factor tensor, in the order of :meth:`factor_names`."""
+        roles = [self.op.roles_a, self.op.roles_b]
+        return [*roles, self.op.roles_bias] if self.specs[name].bias else roles
 
     def _containers(self) -> tuple[Any, Any]:
         first, second = _container_names(self.op)

@@ -16,6 +16,7 @@ from lorica.config import LoraConfig
 from lorica.errors import AdapterError, suggest
 from lorica.layers import ModulesToSaveWrapper, Switch
 from lorica.layers.layer import inexact_message
+from lorica.ranks import watch
 from lorica.targets import make_plan
 from lorica.targets.plan import config_of
 from lorica.targets.walk import targets_of_keys
@@ -108,6 +109,7 @@ class LoraModel(nn.Module):
             on_meta=low_cpu_mem_usage,
             autocast=autocast_adapter_dtype,
         )
+        watch(self.model)
         if not self.peft_config:
             trainable.freeze_base(self.model)
         config.fan_in_fan_out = plan.fan_in_fan_out

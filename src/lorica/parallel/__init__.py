@@ -2,5 +2,17 @@
 
 from lorica.engines.site import Axis, Site
 from lorica.layout import Cut, HeadOrder, Layout, grouped_heads
+from lorica.ranks import clip_grad_norm_, get_total_norm, sum_gradients, verify
 
-__all__ = ["Axis", "Cut", "HeadOrder", "Layout", "Site", "grouped_heads"]
+__all__ = [
+    "Axis",
+    "Cut",
+    "HeadOrder",
+    "Layout",
+    "Site",
+    "clip_grad_norm_",
+    "get_total_norm",
+    "grouped_heads",
+    "sum_gradients",
+    "verify",
+]

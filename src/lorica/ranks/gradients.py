@@ -1,0 +1,154 @@
+"""Gradients of an adapter whose layers lie over ranks: made whole once per optimiser step.
+
+A factor that is replicated over an axis which divides its layer sees a share of the sum there; on a data axis it sees a
+share of the batches. Which axes these are follows from the layout. All gradients that an axis has to reduce travel in
+one buffer: one collective per axis and optimiser step, whatever the number of layers and of accumulated passes.
+
+Data axes come first. After that the ranks of a data axis agree, so the sums over the other axes start from the same
+numbers on all of them, and replicas stay equal bit for bit. A gradient that is whole already on an axis whose ranks
+all have it is averaged there for the same reason: equal in theory, it need not be in the last digit on an accelerator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lorica.adapt.inject import adapter_modules, switch_of
+from lorica.engines.site import Axis
+from lorica.layers import LoraLayer
+from lorica.ranks.trained import Trained, trained
+
+
+class _Share(NamedTuple):
+    """One gradient in the buffer of one axis."""
+
+    item: Trained
+    mean: bool
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module) -> None:
+    """Make the gradients of all adapters whole: summed over the axes that divide layers, averaged over data axes.
+
+    To be called once between the last backward pass and anything that reads gradients; :func:`clip_grad_norm_` and the
+    optimiser's ``step`` call it by themselves if it was not. A second call changes nothing.
+
+    Args:
+        model: the adapted model. All ranks must call with the same adapters training.
+    """
+    switch = switch_of(model)
+    if switch is None or not switch.pending:
+        return
+    switch.pending = False
+    items = trained(model)
+    axes = {axis.name: axis for item in items for axis in item.site.axes.values() if axis.size > 1}
+    data = {name for item in items for name in item.site.layout.averaged()}
+    for name in sorted(axes, key=lambda name: (name not in data, name)):
+        _reduce([share for item in items if (share := _share(item, name)) is not None], axes[name])
+
+
+def _share(item: Trained, axis: str) -> _Share | None:
+    """Return how a gradient takes part in the reduction over an axis; None where it does not."""
+    layout = item.site.layout
+    if axis not in item.site.axes or axis in item.stored_over:
+        return None
+    if axis in layout.summed(item.roles):
+        return _Share(item, mean=False)
+    return None if axis in layout.sharded(item.roles) else _Share(item, mean=True)
+
+
+def _reduce(shares: Sequence[_Share], axis: Axis) -> None:
+    if not shares:
+        return
+    gradients = [share.item.local_gradient() for share in shares]
+    device = next((g.device for g in gradients if g is not None), shares[0].item.parameter.device)
+    pieces = [_packed(share, gradient, axis) for share, gradient in zip(shares, gradients, strict=True)]
+    there = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.float32)
+    buffer = torch.cat([there.to(device), *(piece.to(device) for piece in pieces)])
+    dist.all_reduce(buffer, group=axis.group)
+    present, start = buffer[: len(shares)].tolist(), len(shares)
+    for share, gradient, piece, ranks in zip(shares, gradients, pieces, present, strict=True):
+        values = buffer[start : start + piece.numel()]
+        start += piece.numel()
+        if not ranks:
+            continue  # nobody had a gradient: the optimiser is to pass over this parameter, as on one process
+        if gradient is None:
+            share.item.parameter.grad = torch.zeros_like(share.item.parameter)
+            gradient = share.item.local_gradient()
+            assert gradient is not None
+        _unpack(share, gradient, values.div_(axis.size) if share.mean else values, axis)
+
+
+def _packed(share: _Share, gradient: Tensor | None, axis: Axis) -> Tensor:
+    """Return the gradient as this rank's summand: flat, float32; of copied rows, in the place of the logical rows."""
+    parameter = share.item.parameter
+    if gradient is None:
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        gradient = torch.zeros_like(local)
+    rows = _logical_rows(share, gradient, axis)
+    if rows is None:
+        return gradient.reshape(-1).float()
+    whole = torch.zeros((rows, *gradient.shape[1:]), dtype=torch.float32, device=gradient.device)
+    for logical, local in _places(share, axis):
+        whole[logical] = gradient[local].float()
+    return whole.flatten()
+
+
+def _unpack(share: _Share, gradient: Tensor, values: Tensor, axis: Axis) -> None:
+    rows = _logical_rows(share, gradient, axis)
+    if rows is None:
+        gradient.copy_(values.view(gradient.shape))
+        return
+    whole = values.view(rows, *gradient.shape[1:])
+    for logical, local in _places(share, axis):
+        gradient[local] = whole[logical].to(gradient.dtype)
+
+
+def _logical_rows(share: _Share, gradient: Tensor, axis: Axis) -> int | None:
+    """Return the number of rows of the logical gradient where ranks hold copies of its rows, else None."""
+    if axis.name not in share.item.site.layout.sharded(share.item.roles) or share.item.roles[0] != "out":
+        return None
+    return share.item.site.layout.sizes["out"]
+
+
+def _places(share: _Share, axis: Axis) -> Iterable[tuple[slice, slice]]:
+    place = 0
+    layout = share.item.site.layout
+    for start, stop in layout.held("out", layout.sizes["out"], share.item.site.at):
+        yield slice(start, stop), slice(place, place + stop - start)
+        place += stop - start
+
+
+# ---- without being asked --------------------------------------------------------------------------------------------
+
+_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_HOOKS: list[Any] = []
+
+
+def watch(model: nn.Module) -> None:
+    """Sum the gradients of ``model`` before an optimiser steps, should nobody have done it.
+
+    Nothing is watched where no layer lies over ranks.
+    """
+    if any(isinstance(module, LoraLayer) and module.site is not None for _, module in adapter_modules(model)):
+        _WATCHED.add(model)
+        if not _HOOKS:
+            _HOOKS.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for model in list(_WATCHED):
+        switch = switch_of(model)
+        if switch is None or not switch.pending:
+            continue
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(item.parameter) in stepped for item in trained(model)):
+            sum_gradients(model)

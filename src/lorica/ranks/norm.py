@@ -1,0 +1,115 @@
+"""The norm of all gradients, in which every logical element counts once, whatever holds it and however often."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lorica.adapt.inject import base_of
+from lorica.engines import Engines
+from lorica.engines.site import Axis
+from lorica.ranks.gradients import sum_gradients
+from lorica.ranks.trained import Trained, trained
+
+#: The axis of pipeline stages.
+_STAGES = "pp"
+
+
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale the gradients of everything that trains so that their global norm is at most ``max_norm``.
+
+    As ``torch.nn.utils.clip_grad_norm_`` on one process; on many ranks the gradients are summed first if need be
+    (:func:`sum_gradients`), every rank gets the same norm, and plain and distributed parameters may stand side by side.
+
+    Args:
+        model: the adapted model.
+        max_norm: largest norm; infinity: only compute it.
+        norm_type: p of the norm; infinity: the largest absolute value.
+        error_if_nonfinite: raise where the norm is NaN or infinite.
+
+    Returns:
+        The norm before clipping, float32, on the device of the gradients.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite``.
+    """
+    sum_gradients(model)
+    norm = get_total_norm(model, norm_type)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(f"The total norm of order {norm_type} for gradients is {float(norm)}: nothing was clipped")
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    gradients = [g for g in map(_local, _with_gradients(model)) if g is not None]
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.device))
+    return norm
+
+
+@torch.no_grad()
+def get_total_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
+    """Return the global norm of the gradients as they are; collective where the model lies over ranks."""
+    known = {id(item.parameter): item for item in trained(model)}
+    totals: dict[tuple[str, ...], Tensor] = {}
+    axes: dict[str, Axis] = dict(Engines(base_of(model)).axes)
+    largest = math.isinf(norm_type)
+    for parameter in _with_gradients(model):
+        over, copies = _held_over(parameter, known.get(id(parameter)))
+        axes |= over
+        value = _power(_local(parameter), norm_type) / (1 if largest else copies)
+        key = tuple(sorted(over))
+        before = totals.get(key)
+        totals[key] = value if before is None else torch.maximum(before, value) if largest else before + value
+    for name in sorted(axes, key=lambda name: (name == _STAGES, name)):
+        if name == _STAGES or any(name in key for key in totals):
+            _reduce(totals, axes[name], largest=largest)
+    if not totals:
+        return torch.zeros(())
+    values = torch.stack(list(totals.values()))
+    return values.max() if largest else values.sum().pow(1 / norm_type)
+
+
+def _reduce(totals: dict[tuple[str, ...], Tensor], axis: Axis, *, largest: bool) -> None:
+    keys = [key for key in totals if axis.name in key]
+    if axis.name == _STAGES:  # stages hold different layers, so only their totals are comparable
+        stacked = torch.stack([*totals.values()] or [torch.zeros(())])
+        totals.clear()
+        keys, values = [()], (stacked.max() if largest else stacked.sum()).reshape(1)
+    else:
+        values = torch.stack([totals[key] for key in keys])
+    dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=axis.group)
+    totals.update(zip(keys, values, strict=True))
+
+
+def _held_over(parameter: nn.Parameter, item: Trained | None) -> tuple[dict[str, Axis], int]:
+    """Return the axes whose ranks hold different elements of a parameter, and how often each element is held."""
+    if item is not None:
+        return item.sharded_over, item.site.layout.copies(item.roles)
+    if not isinstance(parameter, DTensor):
+        return {}, 1
+    placed = enumerate(parameter.placements)
+    found = [Axis.of(parameter.device_mesh, dim) for dim, placement in placed if hasattr(placement, "dim")]
+    return {axis.name: axis for axis in found}, 1
+
+
+def _power(gradient: Tensor | None, norm_type: float) -> Tensor:
+    assert gradient is not None
+    if not gradient.numel():
+        return torch.zeros((), device=gradient.device)
+    norm = torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float32)
+    return norm if math.isinf(norm_type) else norm.pow(norm_type)
+
+
+def _with_gradients(model: nn.Module) -> Iterable[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.grad is not None]
+
+
+def _local(parameter: nn.Parameter) -> Tensor | None:
+    gradient = parameter.grad
+    local: Tensor | None = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return local
