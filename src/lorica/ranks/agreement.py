@@ -91,13 +91,7 @@ def _compare(everyone: list[Mapping[str, Any]]) -> None:
         for field in ("lorica", "configuration"):
             if other[field] != first[field]:
                 _refuse(rank, field, first[field], other[field])
-    states: dict[str, tuple[int, str]] = {}
-    for rank, other in enumerate(everyone):  # dropout's masks agree only where the generators do
-        holder, state = states.setdefault(str(other["batch"]), (rank, other["random state"]))
-        if state != other["random state"]:
-            _refuse(
-                rank, "random state, which dropout needs equal on ranks that share a batch", state, "another", holder
-            )
+    _compare_random_states(everyone)
     seen: dict[str, tuple[int, dict[str, Any]]] = {}
     values: dict[tuple[str, str], tuple[int, str]] = {}
     for rank, other in enumerate(everyone):
@@ -109,6 +103,16 @@ def _compare(everyone: list[Mapping[str, Any]]) -> None:
             holder, digest = values.setdefault((name, tensor["place"]), (rank, tensor["values"]))
             if digest != tensor["values"]:
                 _refuse(rank, f"initial values of {name}", digest, tensor["values"], holder)
+
+
+def _compare_random_states(everyone: list[Mapping[str, Any]]) -> None:
+    # Dropout's masks agree only where the generators do.
+    states: dict[str, tuple[int, str]] = {}
+    for rank, other in enumerate(everyone):
+        holder, state = states.setdefault(str(other["batch"]), (rank, other["random state"]))
+        if state != other["random state"]:
+            field = "random state (dropout needs the same one on all ranks that share a batch)"
+            _refuse(rank, field, state, other["random state"], holder)
 
 
 def _refuse(rank: int, field: str, wanted: Any, got: Any, other: int = 0) -> None:
