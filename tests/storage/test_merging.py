@@ -12,14 +12,18 @@ from lorica.storage import Term, add_low_rank_, storage_of
 ROWS, COLS, R = 37, 24, 3
 
 
-def terms(count: int) -> list[Term]:
-    return [Term(torch.randn(ROWS, R), torch.randn(R, COLS), 0.5 + index) for index in range(count)]
+def terms(count: int, gain: tuple[int, int] | None = None) -> list[Term]:
+    return [
+        Term(torch.randn(ROWS, R), torch.randn(R, COLS), 0.5 + index, None if gain is None else torch.rand(gain) + 0.5)
+        for index in range(count)
+    ]
 
 
 def expected(weight: torch.Tensor, added: list[Term]) -> torch.Tensor:
     wide = weight.double()
-    for left, right, scale in added:
+    for left, right, scale, gain in added:
         wide = wide + scale * left.double() @ right.double()
+        wide = wide if gain is None else wide * gain.double()
     return wide
 
 
@@ -63,6 +67,18 @@ def test_a_transposed_weight_is_written_through_its_view():
     wanted = expected(weight.T, added)
     add_low_rank_(weight.T, added, storage_of(weight, "here"))
     assert torch.allclose(weight.T.double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [(ROWS, 1), (1, COLS)], ids=["rows", "columns"])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 100])
+def test_gains_are_multiplied_in_turn_and_divided_out_backwards(monkeypatch, chunk_rows, gain):
+    monkeypatch.setattr(storage, "CHUNK_ELEMENTS", chunk_rows * COLS)
+    weight, added = torch.randn(ROWS, COLS), [*terms(2, gain), *terms(1)]
+    before, wanted = weight.clone(), expected(weight, added)
+    add_low_rank_(weight, added, storage_of(weight, "here"))
+    assert torch.allclose(weight.double(), wanted, atol=2e-5)
+    add_low_rank_(weight, added, storage_of(weight, "here"), undo=True)
+    assert torch.allclose(weight, before, atol=2e-5)
 
 
 def test_an_unknown_storage_names_the_module():

@@ -71,27 +71,41 @@ def storage_of(weight: Tensor, where: str) -> Storage:
 
 
 class Term(NamedTuple):
-    """One low-rank delta ``scale · left · right`` of a weight ``[rows, cols]``: ``[rows, r]`` and ``[r, cols]``."""
+    """One adapter's change of a weight ``[rows, cols]``: to ``gain · (weight + scale · left · right)``.
+
+    Attributes:
+        left: ``[rows, r]``.
+        right: ``[r, cols]``.
+        scale: of the product.
+        gain: ``[rows, 1]`` or ``[1, cols]``, nowhere zero; None: 1.
+    """
 
     left: Tensor
     right: Tensor
     scale: float
+    gain: Tensor | None = None
 
 
 @torch.no_grad()
-def add_low_rank_(weight: Tensor, terms: Sequence[Term], storage: Storage) -> None:
-    """Add every term to ``weight`` in place, in chunks of rows, rounding each element once.
+def add_low_rank_(weight: Tensor, terms: Sequence[Term], storage: Storage, *, undo: bool = False) -> None:
+    """Change ``weight`` in place by every term in turn, in chunks of rows, rounding each element once.
 
     Args:
         weight: ``[rows, cols]``, any strides.
-        terms: the deltas.
+        terms: the changes, in the order in which they are made.
         storage: how ``weight`` is stored.
+        undo: take the changes back, the last one first.
     """
     rows, cols = weight.shape
     step = max(1, CHUNK_ELEMENTS // max(1, cols))
     for start in range(0, rows, step):
-        stored = weight[start : start + step]
-        values = storage.dequantize(stored)
-        for left, right, scale in terms:
-            values.addmm_(left[start : start + step].to(values), right.to(values), alpha=scale)
-        storage.requantize(stored, values)
+        chunk = slice(start, start + step)
+        values = storage.dequantize(weight[chunk])
+        for left, right, scale, gain in reversed(terms) if undo else terms:
+            gain = gain if gain is None or len(gain) == 1 else gain[chunk]
+            if undo and gain is not None:
+                values.div_(gain)
+            values.addmm_(left[chunk].to(values), right.to(values), alpha=-scale if undo else scale)
+            if not undo and gain is not None:
+                values.mul_(gain)
+        storage.requantize(weight[chunk], values)
