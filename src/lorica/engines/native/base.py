@@ -1,0 +1,127 @@
+"""What every native layer has: a layout, the axes it lies over, and the way between local and whole weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lorica.engines.gather import gather
+from lorica.engines.site import Axis
+from lorica.errors import LayoutError
+from lorica.layout import Cut, Layout, Roles
+
+#: One axis: as this rank sees it, or a device mesh of one dimension (``mesh["tp"]``).
+AxisLike = Axis | DeviceMesh
+
+
+def axis_of(axis: AxisLike) -> Axis:
+    """Return the axis itself, or that of a device mesh of one dimension.
+
+    Raises:
+        LayoutError: the mesh has several dimensions.
+    """
+    if isinstance(axis, Axis):
+        return axis
+    if axis.ndim != 1:
+        raise LayoutError(f"one axis is needed, not a mesh of {axis.mesh_dim_names}; take one: mesh['tp']")
+    return Axis.of(axis, 0)
+
+
+class Native(nn.Module):
+    """A layer whose parameters are plain tensors, each this rank's piece of a logical one.
+
+    Its forward calls ``self.product``, which sees the input as gathered and returns the output before any reduction.
+    Whatever is added there rides on the layer's own collectives; an instance attribute ``product`` replaces it.
+
+    Attributes:
+        layout: how the logical weight lies over the axes.
+        axes: every axis that the layout names.
+        roles: the role of each dimension of each parameter.
+    """
+
+    layout: Layout
+    axes: dict[str, Axis]
+    roles: ClassVar[Mapping[str, Roles]]
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return this rank's output for the input it needs."""
+        raise NotImplementedError
+
+    @property
+    def at(self) -> dict[str, int]:
+        """This rank's coordinates."""
+        return {name: axis.rank for name, axis in self.axes.items()}
+
+    # ---- local and logical -----------------------------------------------------------------------------------------
+
+    def logical_shape(self, name: str) -> torch.Size:
+        """Return the shape that the parameter ``name`` has when whole."""
+        local = self.get_parameter(name).shape
+        sizes: Mapping[str, int] = {str(role): size for role, size in self.layout.sizes.items()}
+        return torch.Size(sizes.get(role, length) for role, length in zip(self.roles[name], local, strict=True))
+
+    @torch.no_grad()
+    def logical(self, name: str) -> Tensor:
+        """Return the whole parameter ``name``. Every rank of the axis has to call this."""
+        local = self.get_parameter(name).detach()
+        return gather(local, self.layout, self.roles[name], self.logical_shape(name), self.axes)
+
+    @torch.no_grad()
+    def load_logical(self, name: str, whole: Tensor) -> None:
+        """Copy this rank's piece of the whole parameter ``name`` into it.
+
+        Raises:
+            LayoutError: the shape is not that of the whole parameter.
+        """
+        if whole.shape != self.logical_shape(name):
+            raise LayoutError(f"{name}: {tuple(whole.shape)} is not {tuple(self.logical_shape(name))}")
+        self.get_parameter(name).copy_(self.layout.take(whole, self.roles[name], self.at))
+
+    def _adopt(self, whole: nn.Module) -> None:
+        """Take this rank's pieces of the parameters of a whole module, and whether they train."""
+        for name, roles in self.roles.items():
+            parameter = getattr(whole, name, None)
+            if parameter is not None:
+                local = self.layout.take(parameter.detach(), roles, self.at)
+                setattr(self, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
+        self.train(whole.training)
+
+    def reset_parameters(self) -> None:
+        """Draw the whole parameters, as the uncut layer would, and keep this rank's pieces: the same on any layout."""
+        raise NotImplementedError
+
+
+def need_plain(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Refuse to cut a module that is not ``cls`` with an unquantised weight.
+
+    Raises:
+        LayoutError: says what it is.
+    """
+    weight: Any = getattr(module, "weight", None)
+    own = type(module).forward is cls.forward or hasattr(module, "embed_scale")
+    plain = type(weight) is nn.Parameter and weight.is_floating_point()
+    if not (isinstance(module, cls) and own and plain) or isinstance(module, Native):
+        raise LayoutError(
+            f"a {type(module).__name__} with a weight of type {type(weight).__name__} cannot be cut; a plain "
+            f"{cls.__name__} is needed, before anything wraps, quantises or adapts it"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _held_order(cut: Cut) -> tuple[int, ...] | None:
+    order = tuple(place for held in cut.held for start, stop in held for place in range(start, stop))
+    return None if order == tuple(range(len(order))) else order
+
+
+def held_order(cut: Cut, device: torch.device) -> Tensor | None:
+    """Return the logical position of each row when the ranks' pieces lie one after the other; None: as they are."""
+    order = _held_order(cut)
+    return None if order is None else torch.tensor(order, device=device)
+
+
+__all__ = ["AxisLike", "Native", "axis_of", "held_order", "need_plain"]

@@ -1,0 +1,156 @@
+"""Embeddings cut by words or by features.
+
+::
+
+    words:     ids ─ to local ids ─ E_l[ids] ─ zero where not here ─ leave ─ y         features:  E_l[ids] ─ gather ─ y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lorica.engines.native.base import AxisLike, Native, axis_of, need_plain
+from lorica.engines.native.collectives import gather, leave, sequence_reduce
+from lorica.errors import LayoutError
+from lorica.layout import Layout, Roles, even
+
+
+class ParallelEmbedding(Native, nn.Embedding):
+    """A table of ``V`` rows of width ``d`` divided over an axis.
+
+    Cut by words, ``product`` gets ids that count from this rank's first row, 0 for those of other ranks; what it
+    returns for these is set to zero after it. So whatever is looked up there by the same ids needs no mask of its own.
+
+    Args:
+        num_embeddings: ``V``; the ranks need not divide it, but each has a row.
+        embedding_dim: ``d``.
+        padding_idx: id whose row gets no gradient.
+        axis: over which to cut.
+        shard_across_embedding: whether the width is divided rather than the words.
+        sequence_parallel_enabled: whether each rank gets its tokens only (cut by words).
+        sequence_dimension: the dimension of the tokens in the output.
+        device: of the weight.
+        dtype: of the weight.
+
+    Raises:
+        LayoutError: a rank would hold no row, or a cut by features is to be sequence-parallel.
+    """
+
+    roles: ClassVar[Mapping[str, Roles]] = {"weight": ("in", "out")}
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        axis: AxisLike,
+        shard_across_embedding: bool = False,
+        sequence_parallel_enabled: bool = False,
+        sequence_dimension: int = -2,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if shard_across_embedding and sequence_parallel_enabled:
+            raise LayoutError("sequence_parallel_enabled: an embedding cut by features has nothing to reduce")
+        nn.Module.__init__(self)  # nn.Embedding's own would draw the piece as if it were the whole
+        self.axis = axis_of(axis)
+        self.axes = {self.axis.name: self.axis}
+        dim, length = ("out", embedding_dim) if shard_across_embedding else ("in", num_embeddings)
+        cut = even(self.axis.name, dim, length, self.axis.size)
+        self.layout = Layout({"in": num_embeddings, "out": embedding_dim}, (cut,))
+        self.vocabulary_size, self.width = num_embeddings, embedding_dim
+        local = self.layout.local_shape(("in", "out"), (num_embeddings, embedding_dim), self.at)
+        if any(cut.length(rank) == 0 for rank in range(cut.size)):
+            raise LayoutError(f"{length} rows or features do not reach all of {cut.size} ranks")
+        self.num_embeddings, self.embedding_dim = local
+        self.start_index = 0 if shard_across_embedding else cut.held[self.axis.rank][0][0]
+        self.padding_idx = self._local_padding(padding_idx)
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.shard_across_embedding = shard_across_embedding
+        self.sequence_parallel_enabled = sequence_parallel_enabled
+        self.sequence_dimension = sequence_dimension
+        self.weight = nn.Parameter(torch.empty(local, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def _local_padding(self, padding_idx: int | None) -> int | None:
+        if padding_idx is None:
+            return None
+        place = padding_idx % self.vocabulary_size - self.start_index
+        return place if 0 <= place < self.num_embeddings else None
+
+    def reset_parameters(self) -> None:
+        """Draw the whole table as ``nn.Embedding`` does and keep this rank's piece: the same on any layout."""
+        if self.weight.is_meta:
+            return
+        whole = torch.empty(self.vocabulary_size, self.width, device=self.weight.device, dtype=self.weight.dtype)
+        self.load_logical("weight", nn.init.normal_(whole))
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[self.padding_idx] = 0
+
+    @classmethod
+    def from_embedding(cls, module: nn.Embedding, axis: AxisLike, **options: Any) -> Self:
+        """Return this rank's piece of a whole embedding; a scale of its output (``embed_scale``) is kept.
+
+        Args:
+            module: the whole embedding, the same on every rank.
+            axis: over which to cut.
+            **options: arguments of the constructor.
+
+        Raises:
+            LayoutError: the embedding is not a plain ``nn.Embedding``, or it changes or counts the rows it looks up.
+        """
+        need_plain(module, nn.Embedding)
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            raise LayoutError("an embedding with max_norm or scale_grad_by_freq cannot be cut")
+        layer = cls(
+            module.num_embeddings,
+            module.embedding_dim,
+            module.padding_idx,
+            axis=axis,
+            device="meta",
+            dtype=module.weight.dtype,
+            **options,
+        )
+        layer._adopt(module)
+        layer.sparse = module.sparse
+        if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
+            layer.register_buffer("embed_scale", scale, persistent=False)
+        elif scale is not None:
+            layer.embed_scale = scale
+        return layer
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the rows (or their features) that this rank has under the local ids ``x``."""
+        rows = F.embedding(x, self.weight, self.padding_idx, sparse=self.sparse)
+        scale = getattr(self, "embed_scale", None)
+        return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows, for all tokens or this rank's."""
+        if self.shard_across_embedding:
+            (cut,) = self.layout.cuts
+            return gather(self.product(input), self.axis, -1, [cut.length(rank) for rank in range(cut.size)])
+        place = input - self.start_index
+        elsewhere = (place < 0) | (place >= self.num_embeddings)
+        rows = self.product(place.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
+        if self.sequence_parallel_enabled:
+            return sequence_reduce(rows, self.axis, self.sequence_dimension)
+        return leave(rows, self.axis)
+
+    def extra_repr(self) -> str:
+        """Show the logical sizes and this rank's."""
+        return (
+            f"{self.vocabulary_size}, {self.width}, here {self.num_embeddings}, {self.embedding_dim}, "
+            f"{self.axis.name}={self.axis.rank}/{self.axis.size}"
+        )
+
+
+__all__ = ["ParallelEmbedding"]
