@@ -103,7 +103,9 @@ def test_parts(layout: Layout) -> None:
         ):
             assert (name, last - first) == layout.parts[index]
             alone = layout.part(index)
-            assert alone.sizes["out"] == last - first
+            assert alone.sizes == {**layout.sizes, "out": last - first}
+            assert alone.cut_of("in") == layout.cut_of("in")
+            assert (alone.sequence, alone.data, alone.parts) == (layout.sequence, layout.data, ())
             mine = [row for start, stop in rows for row in range(start, stop)]
             seen.update(mine)
             assert torch.equal(alone.take(logical[first:last], ("out", "in"), at), local[mine])
