@@ -8,6 +8,7 @@ from lorica.ops.attention import Attention
 from lorica.ops.base import FactorShapes, Op
 from lorica.ops.conv import Conv
 from lorica.ops.embedding import Embedding
+from lorica.ops.experts import experts_op, matrix_op
 from lorica.ops.linear import Linear, TransposedLinear
 
 #: Class of a base layer, or its full name where lorica does not depend on its package → op.
@@ -31,9 +32,29 @@ def op_of(module: nn.Module) -> Op | None:
     return None
 
 
+def op_of_parameter(module: nn.Module, name: str, *, shared: bool = False) -> Op | None:
+    """Return the op for one parameter of a module, found by its dimensions, or None.
+
+    The weight of a layer that has an op of its own is adapted by that one.
+
+    Args:
+        module: the module that holds it.
+        name: the parameter.
+        shared: whether stacked experts share one adapter.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is None or parameter.dim() not in (2, 3):
+        return None
+    if (op := op_of(module)) is not None:
+        return op if op.weight_name == name and not op.children else None
+    if parameter.dim() == 2:
+        return matrix_op(name)
+    return experts_op(name, turned=bool(getattr(module, "is_transposed", False)), shared=shared)
+
+
 def supported_layers() -> list[str]:
     """Return the names of the base layers that can be adapted."""
     return [key if isinstance(key, str) else f"torch.nn.{key.__name__}" for key in OPS]
 
 
-__all__ = ["OPS", "FactorShapes", "Op", "op_of", "supported_layers"]
+__all__ = ["OPS", "FactorShapes", "Op", "op_of", "op_of_parameter", "supported_layers"]

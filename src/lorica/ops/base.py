@@ -9,10 +9,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorica.config.spec import AdapterSpec
-from lorica.engines.site import Site, localise
+from lorica.engines.site import Opening, Site, localise
 from lorica.errors import TargetError
 from lorica.init import Factors
 from lorica.layout import Roles
@@ -35,6 +35,9 @@ class Host(Protocol):
     site: Site | None
     training: bool
     target_name: str
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the module of the base model."""
 
 
 class FactorShapes(NamedTuple):
@@ -61,11 +64,11 @@ class Op(ABC):
     """
 
     kind: ClassVar[str]
-    roles_weight: ClassVar[Roles] = ("out", "in")
-    roles_a: ClassVar[Roles] = ("rank", "in")
-    roles_b: ClassVar[Roles] = ("out", "rank")
+    roles_weight: Roles = ("out", "in")
+    roles_a: Roles = ("rank", "in")
+    roles_b: Roles = ("out", "rank")
     roles_bias: ClassVar[Roles] = ("out",)
-    weight_name: ClassVar[str] = "weight"
+    weight_name: str = "weight"
     bias_name: ClassVar[str] = "bias"
     lookup: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
@@ -106,6 +109,25 @@ class Op(ABC):
         Raises:
             TargetError: names the module and the reason.
         """
+
+    def check_site(self, site: Site, where: str) -> None:  # noqa: B027 (a hook, not a duty)
+        """Refuse a place among the ranks that this op cannot work in.
+
+        Raises:
+            TargetError: names the module and the reason.
+        """
+
+    def opening(self, base: nn.Module, found: Opening | None) -> Opening | None:
+        """Return the way into the forward of a layer that lies among ranks; ``found`` is its innermost one."""
+        return found
+
+    def to_file(self, factors: Factors) -> Factors:
+        """Return logical factors in the shapes that a file has."""
+        return factors
+
+    def from_file(self, factors: Factors, r: int) -> Factors:
+        """Undo :meth:`to_file`."""
+        return factors
 
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run ``base``, the base layer's own forward, then add each running adapter's part into its output."""

@@ -28,9 +28,9 @@ class Conv(Op):
     def __init__(self, dimensions: int) -> None:
         self.kind = f"Conv{dimensions}d"  # type: ignore[misc]
         kernel = ("kernel",) * dimensions
-        self.roles_weight = ("out", "in", *kernel)  # type: ignore[misc]
-        self.roles_a = ("rank", "in", *kernel)  # type: ignore[misc]
-        self.roles_b = ("out", "rank", *kernel)  # type: ignore[misc]
+        self.roles_weight = ("out", "in", *kernel)
+        self.roles_a = ("rank", "in", *kernel)
+        self.roles_b = ("out", "rank", *kernel)
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, in, *k]``, B ``[out, r/groups, 1 …]``."""
