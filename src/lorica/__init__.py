@@ -2,7 +2,7 @@
 
 from lorica._version import __version__
 from lorica.checkpoint.loading import set_peft_model_state_dict
-from lorica.checkpoint.names import get_peft_model_state_dict
+from lorica.checkpoint.saving import get_peft_model_state_dict
 from lorica.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
 from lorica.helpers import cast_mixed_precision_params, prepare_model_for_kbit_training
 from lorica.model import (

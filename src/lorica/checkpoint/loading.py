@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lorica.adapt import inject
 from lorica.checkpoint import reading
 from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, embedding_entries
+from lorica.checkpoint.pieces import piece_of
 from lorica.checkpoint.reading import LoadResult
 from lorica.config import LoraConfig, PeftConfig
+from lorica.engines.rest import at_rest
 from lorica.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -107,9 +109,9 @@ def set_peft_model_state_dict(
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
-    good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].tensor.shape)}
+    good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
-    _write(known, good)
+    _write(known, {name: piece_of(name, known[name]).fill(tensor) for name, tensor in good.items()})
     missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
     return LoadResult(missing, [name for name in shapes if name not in known])
 
@@ -143,8 +145,9 @@ def _fill(
     found = {name: shapes[key] for name, key in stored.items()}
     result = reading.check_names(found, wanted, extra, where=str(weights), strict=strict)
     known = {**extra, **wanted}
-    tensors = reading.read_tensors(weights, {name: key for name, key in stored.items() if name in known})
-    _write(known, tensors)
+    # A tied factor's source is in the file too and is the same tensor.
+    wanted_pieces = [piece_of(name, entry) for name, entry in known.items() if name in stored and not entry.tied]
+    _write(known, reading.read_pieces(weights, stored, wanted_pieces))
     return result
 
 
@@ -158,7 +161,7 @@ def _write(known: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
             value = tensor.to(entry.device, entry.tensor.dtype)
             entry.owner._parameters[entry.live.rpartition(".")[2]] = nn.Parameter(value, entry.tensor.requires_grad)
         else:
-            entry.tensor.copy_(tensor)
+            at_rest(entry.tensor, entry.site).local.copy_(tensor)
 
 
 @contextmanager

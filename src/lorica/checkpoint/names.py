@@ -142,46 +142,29 @@ def config_of_adapter(model: nn.Module, adapter: str) -> LoraConfig:
     return configs[adapter]
 
 
-def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | str = "auto",
-) -> dict[str, Tensor]:
-    """Return the tensors of one adapter under the names they have in a file.
+def saved_entries(model: nn.Module, adapter: str, save_embedding_layers: bool | str = "auto") -> dict[str, Entry]:
+    """Return everything that the file of an adapter holds: name in the file → where it lives.
 
     Args:
         model: an adapted model.
-        state_dict: take the values from it, by their live names, instead of from the model (sharded models).
-        adapter_name: which adapter.
-        unwrap_compiled: look inside a compiled model.
+        adapter: which adapter.
         save_embedding_layers: add the embedding and output weights of the base model. ``"auto"``: where they are
             targets or the vocabulary was resized.
 
     Raises:
         AdapterError: there is no such adapter.
-        KeyError: ``state_dict`` lacks one of its tensors.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
-    config = config_of_adapter(model, adapter_name)
-    entries = adapter_entries(model, adapter_name, config)
-    targeted = _embeddings_targeted(model, adapter_name)
+    config = config_of_adapter(model, adapter)
+    entries = adapter_entries(model, adapter, config)
+    targeted = _embeddings_targeted(model, adapter)
     reason = "embedding layers found in `target_modules`" if targeted else "the vocabulary was resized"
     if save_embedding_layers == "auto":
         save_embedding_layers = targeted or _resized(model, config)
         if save_embedding_layers:
-            warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", stacklevel=2)
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", stacklevel=3)
     if save_embedding_layers:
         entries.update(embedding_entries(model, adapted_only=targeted))
-    return {name: _value(entry, state_dict) for name, entry in entries.items()}
-
-
-def _value(entry: Entry, state_dict: Mapping[str, Tensor] | None) -> Tensor:
-    if state_dict is None or entry.tied:
-        return entry.tensor.detach()
-    return state_dict[entry.live]
+    return entries
 
 
 def _embeddings_targeted(model: nn.Module, adapter: str) -> bool:

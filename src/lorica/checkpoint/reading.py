@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorica.checkpoint.names import WEIGHTS_NAME, Entry
+from lorica.checkpoint.pieces import Piece
 from lorica.errors import CheckpointError, suggest
 from lorica.files.hub import find_file
 
@@ -61,14 +62,21 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def read_tensors(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return tensors from a safetensors file, on the CPU: ``names`` maps the new name to the one in the file.
+def read_pieces(path: Path, stored: Mapping[str, str], wanted: Iterable[Piece]) -> dict[str, Tensor]:
+    """Return this rank's part of tensors in a safetensors file, on the CPU; the rest of the file is not read.
+
+    Args:
+        path: the file.
+        stored: name → name in the file.
+        wanted: which parts; those that the file lacks are left out.
 
     Raises:
         CheckpointError: one of them is not finite; it is named.
     """
     with safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {name: file.get_tensor(stored) for name, stored in names.items()}
+        tensors = {
+            piece.name: piece.fill(file.get_slice(stored[piece.name])) for piece in wanted if piece.name in stored
+        }
     check_finite(tensors, str(path))
     return tensors
 
@@ -114,9 +122,9 @@ def check_names(
     missing = [name for name, entry in wanted.items() if name not in found and not entry.tied]
     unexpected = [name for name in found if name not in known]
     wrong = {
-        name: (shape, tuple(known[name].tensor.shape))
+        name: (shape, tuple(known[name].shape))
         for name, shape in found.items()
-        if name in known and shape != tuple(known[name].tensor.shape)
+        if name in known and shape != tuple(known[name].shape)
     }
     if wrong and not ignore_mismatched_sizes:
         shown = "; ".join(f"{name} is {got}, the model needs {need}" for name, (got, need) in [*wrong.items()][:5])

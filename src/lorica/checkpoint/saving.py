@@ -8,15 +8,53 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from lorica.adapt.inject import base_of
 from lorica.checkpoint import card
-from lorica.checkpoint.names import WEIGHTS_NAME, get_peft_model_state_dict
+from lorica.checkpoint.names import WEIGHTS_NAME, saved_entries
+from lorica.checkpoint.pieces import collect, lie_over_ranks, pieces
+from lorica.engines import Engines
 from lorica.errors import AdapterError, CheckpointError, suggest
 from lorica.files.atomic import write_tensors
 
 if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """Return the tensors of one adapter under the names they have in a file.
+
+    On a model that lies over ranks they are the logical tensors, whatever the layout: all ranks call, rank 0 gets
+    them, the others an empty dictionary.
+
+    Args:
+        model: an adapted model.
+        state_dict: take the values from it, by their live names, instead of from the model.
+        adapter_name: which adapter.
+        unwrap_compiled: look inside a compiled model.
+        save_embedding_layers: add the embedding and output weights of the base model. ``"auto"``: where they are
+            targets or the vocabulary was resized.
+
+    Raises:
+        AdapterError: there is no such adapter.
+        KeyError: ``state_dict`` lacks one of its tensors.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    entries = saved_entries(model, adapter_name, save_embedding_layers)
+    if state_dict is not None:
+        return {n: entry.tensor.detach() if entry.tied else state_dict[entry.live] for n, entry in entries.items()}
+    if not lie_over_ranks(entries):
+        return {name: entry.tensor.detach() for name, entry in entries.items()}
+    return collect(pieces(entries))
 
 
 def save_adapters(
@@ -43,6 +81,8 @@ def save_adapters(
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are {known} - "
                 f"got {names}.{suggest(name, known)}"
             )
+    together = bool(Engines(base_of(model)).axes)
+    write = write and (not together or dist.get_rank() == 0)
     for name in names:
         tensors = get_peft_model_state_dict(
             model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
@@ -56,6 +96,8 @@ def save_adapters(
     if write:
         directory.mkdir(parents=True, exist_ok=True)
         write_model_card(model, directory)
+    if together:
+        dist.barrier()  # no rank goes on to read what is still being written
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

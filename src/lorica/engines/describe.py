@@ -17,6 +17,8 @@ from lorica.layout import Layout, Roles
 
 #: Names of mesh axes over which batches are divided, on models that :func:`lorica.parallel.parallelize` cut.
 DATA_AXES = ("dp", "dp_replicate", "fsdp", "dp_shard")
+#: Name of the mesh axis of pipeline stages, which hold different layers.
+STAGES = "pp"
 
 
 class Engines:

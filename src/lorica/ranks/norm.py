@@ -12,12 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from lorica.adapt.inject import base_of
 from lorica.engines import Engines
+from lorica.engines.describe import STAGES
 from lorica.engines.site import Axis
 from lorica.ranks.gradients import sum_gradients
 from lorica.ranks.trained import Trained, trained
-
-#: The axis of pipeline stages.
-_STAGES = "pp"
 
 
 def clip_grad_norm_(
@@ -65,8 +63,8 @@ def get_total_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
         key = tuple(sorted(over))
         before = totals.get(key)
         totals[key] = value if before is None else torch.maximum(before, value) if largest else before + value
-    for name in sorted(axes, key=lambda name: (name == _STAGES, name)):
-        if name == _STAGES or any(name in key for key in totals):
+    for name in sorted(axes, key=lambda name: (name == STAGES, name)):
+        if name == STAGES or any(name in key for key in totals):
             _reduce(totals, axes[name], largest=largest)
     if not totals:
         return torch.zeros(())
@@ -76,7 +74,7 @@ def get_total_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
 def _reduce(totals: dict[tuple[str, ...], Tensor], axis: Axis, *, largest: bool) -> None:
     keys = [key for key in totals if axis.name in key]
-    if axis.name == _STAGES:  # stages hold different layers, so only their totals are comparable
+    if axis.name == STAGES:  # stages hold different layers, so only their totals are comparable
         stacked = torch.stack([*totals.values()] or [torch.zeros(())])
         totals.clear()
         keys, values = [()], (stacked.max() if largest else stacked.sum()).reshape(1)
@@ -101,7 +99,7 @@ def _power(gradient: Tensor | None, norm_type: float) -> Tensor:
     assert gradient is not None
     if not gradient.numel():
         return torch.zeros((), device=gradient.device)
-    norm = torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float32)
     return norm if math.isinf(norm_type) else norm.pow(norm_type)
 
 
