@@ -77,19 +77,39 @@ class Opening:
     def __init__(self, owner: Any, name: str) -> None:
         self._owner = owner
         self._name = name
-        self._own = name in vars(owner) if isinstance(owner, nn.Module) else True
+        self._own = True
         self.original: Forward = getattr(owner, name)
 
     def put(self, forward: Forward) -> None:
-        """Let the engine's wrapper call ``forward``, which may call :attr:`original`."""
-        setattr(self._owner, self._name, forward)
+        """Let the engine's wrapper call ``forward``, which may call :attr:`original`: what was there until now."""
+        self._own = self._name in vars(self._owner) if isinstance(self._owner, nn.Module) else True
+        self.original = getattr(self._owner, self._name)
+        setattr(self._owner, self._name, _Put(self, forward))
 
     def close(self) -> None:
-        """Put the original back."""
-        if self._own:
+        """Put the original back; what was put around it since stays there."""
+        outer, current = None, getattr(self._owner, self._name)
+        while isinstance(current, _Put) and current.opening is not self:
+            outer, current = current.opening, current.opening.original
+        if not isinstance(current, _Put):
+            return
+        if outer is not None:
+            outer.original, outer._own = self.original, self._own
+        elif self._own:
             setattr(self._owner, self._name, self.original)
         else:
             delattr(self._owner, self._name)
+
+
+class _Put:
+    """What stands in an opening."""
+
+    def __init__(self, opening: Opening, forward: Forward) -> None:
+        self.opening = opening
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
 
 def opening_of(module: nn.Module) -> Opening:

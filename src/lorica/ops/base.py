@@ -36,6 +36,13 @@ class Host(Protocol):
     training: bool
     target_name: str
 
+    @property
+    def base_weight(self) -> Tensor:
+        """What this rank has of the base weight, detached."""
+
+    def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Return the output ``y`` with one adapter's part: :meth:`Op.add`, or what its variant makes of it."""
+
     def get_base_layer(self) -> nn.Module:
         """Return the module of the base model."""
 
@@ -61,6 +68,7 @@ class Op(ABC):
         roles_a: role of each dimension of A.
         roles_b: role of each dimension of B.
         roles_bias: role of each dimension of the bias of B.
+        roles_magnitude: role of each dimension of a magnitude of every output; None: the layer can have none.
     """
 
     kind: ClassVar[str]
@@ -68,6 +76,7 @@ class Op(ABC):
     roles_a: Roles = ("rank", "in")
     roles_b: Roles = ("out", "rank")
     roles_bias: ClassVar[Roles] = ("out",)
+    roles_magnitude: Roles | None = None
     weight_name: str = "weight"
     bias_name: ClassVar[str] = "bias"
     lookup: ClassVar[bool] = False
@@ -84,6 +93,10 @@ class Op(ABC):
 
         On a layer that is cut, all of them are this rank's, and the part is in the parallel state of ``y``.
         """
+
+    def product(self, x: Tensor, layer: Host) -> Tensor:
+        """Return the base layer's output for ``x``, without its bias, on this rank."""
+        raise NotImplementedError(f"{layer.target_name}: {self.kind} has no product of its own")
 
     @abstractmethod
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -121,14 +134,6 @@ class Op(ABC):
         """Return the way into the forward of a layer that lies among ranks; ``found`` is its innermost one."""
         return found
 
-    def to_file(self, factors: Factors) -> Factors:
-        """Return logical factors in the shapes that a file has."""
-        return factors
-
-    def from_file(self, factors: Factors, r: int) -> Factors:
-        """Undo :meth:`to_file`."""
-        return factors
-
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run ``base``, the base layer's own forward, then add each running adapter's part into its output."""
         x, *rest = args or (kwargs.pop("input" if "input" in kwargs else "x"),)
@@ -139,7 +144,7 @@ class Op(ABC):
             x, y, back = localise(layer.site, x, y)
         with autocast_off(x.device.type):
             for factors, spec in running:
-                y = self.add(y, x, layer, factors, spec)
+                y = layer.add(y, x, factors, spec)
         return y if back is None else back(y)
 
 

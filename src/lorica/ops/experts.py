@@ -1,7 +1,6 @@
 """Bare parameters: the stacked weights of a mixture's experts, and matrices that no linear layer holds.
 
-One adapter per expert: ``A_e [r, in]``, ``B_e [out, r]``, ``ΔW_e = s·B_e·A_e``, or one pair that all experts share. A
-file holds PEFT's shapes (``lora.ParamWrapper``): A ``[E·r, in]``, expert by expert, and B ``[out, r·E]``, rank by rank.
+One adapter per expert: ``A_e [r, in]``, ``B_e [out, r]``, ``ΔW_e = s·B_e·A_e``, or one pair that all experts share.
 """
 
 from __future__ import annotations
@@ -62,8 +61,10 @@ class Parameter(Op):
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run ``base`` with the adapted weight in the parameter's place."""
         module = layer.get_base_layer()
+        deltas = tuple(Delta(*self.delta(module, factors), spec, layer) for factors, spec in running)
         weight: Any = module._parameters[self.weight_name]
-        deltas = [Delta(*self.delta(module, factors), spec, layer) for factors, spec in running]
+        if isinstance(weight, AdaptedWeight):  # by another layer around this one
+            weight, deltas = weight.weight, weight.deltas + deltas
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         with _in_place_of(module, self.weight_name, AdaptedWeight(local, deltas), layer.target_name):
             return base(*args, **kwargs)
@@ -97,16 +98,6 @@ class Experts(Parameter):
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A`` of every expert, or ``Aᵀ, Bᵀ``."""
         return (factors.a.mT, factors.b.mT) if self.turned else (factors.b, factors.a)
-
-    def to_file(self, factors: Factors) -> Factors:
-        """A ``[E·r, in]`` and B ``[out, r·E]``, whose columns go through the experts first."""
-        a, b = factors.a.flatten(0, 1), factors.b.permute(1, 2, 0).flatten(1)
-        return Factors(a, b)
-
-    def from_file(self, factors: Factors, r: int) -> Factors:
-        """Undo :meth:`to_file`."""
-        a, b = factors.a.reshape(-1, r, factors.a.shape[1]), factors.b.reshape(factors.b.shape[0], r, -1)
-        return Factors(a, b.permute(2, 0, 1).contiguous())
 
 
 class SharedExperts(Experts):

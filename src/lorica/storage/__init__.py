@@ -83,6 +83,12 @@ class Term(NamedTuple):
     left: Tensor
     right: Tensor
     scale: float
+
+    def of(self, expert: int) -> Term:
+        """Return the delta of one weight of a stack."""
+        left, right = (factor[expert] if factor.dim() == 3 else factor for factor in self[:2])
+        return Term(left, right, self.scale)
+
     gain: Tensor | None = None
 
 
@@ -91,11 +97,15 @@ def add_low_rank_(weight: Tensor, terms: Sequence[Term], storage: Storage, *, un
     """Change ``weight`` in place by every term in turn, in chunks of rows, rounding each element once.
 
     Args:
-        weight: ``[rows, cols]``, any strides.
+        weight: ``[rows, cols]``, any strides, or a stack ``[E, rows, cols]`` of them.
         terms: the changes, in the order in which they are made.
         storage: how ``weight`` is stored.
         undo: take the changes back, the last one first.
     """
+    if weight.dim() == 3:
+        for e, matrix in enumerate(weight.unbind(0)):
+            add_low_rank_(matrix, [term.of(e) for term in terms], storage)
+        return
     rows, cols = weight.shape
     step = max(1, CHUNK_ELEMENTS // max(1, cols))
     for start in range(0, rows, step):
