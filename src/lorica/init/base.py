@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ class Factors(NamedTuple):
 
     For a linear of ``[out, in]``: ``a_RI`` is ``[r, in]``, ``b_OR`` is ``[out, r]`` and ``bias_O``, if any, ``[out]``.
     For an embedding of ``V`` rows of width ``d``: ``[r, V]`` and ``[d, r]``. For a convolution: its kernel, ``[r, in,
-    *k]``, and a pointwise ``[out, r, 1 …]``.
+    *k]``, and a pointwise ``[out, r, 1 …]``. For ``E`` experts with a pair each: ``[E, r, in]`` and ``[E, out, r]``.
     """
 
     a: Tensor
@@ -38,9 +39,10 @@ class InitRequest:
         bias: whether B has a bias.
         lookup: whether A is looked up by index (an embedding) rather than multiplied.
         generator: source of every random number, on the CPU.
-        weight: gives the logical base weight ``[out, in]`` (experts: ``[expert, out, in]``) in its own dtype, and on
+        weight: gives the logical base weight ``[out, in]`` in its own dtype, and on
             its device.
         number: the number at the end of the initialisation's name, where it has one.
+        experts: how many experts get a pair each; the shapes and the weight then begin with that size.
     """
 
     target: str
@@ -53,6 +55,7 @@ class InitRequest:
     generator: torch.Generator
     weight: Callable[[], Tensor]
     number: int = 0
+    experts: int = 0
 
 
 Init = Callable[[InitRequest], Factors]
@@ -92,8 +95,23 @@ def find(name: bool | str) -> Initialisation | None:
 
 def initialise(name: bool | str, request: InitRequest) -> Factors:
     """Return the logical factors that the initialisation ``name`` gives, in float32."""
+    if request.experts:
+        return _each_expert(name, request)
     number = re.search(r"\d+$", str(name))
     return INITS[_key(name)].function(replace(request, number=int(number[0]) if number else 0))
+
+
+def _each_expert(name: bool | str, request: InitRequest) -> Factors:
+    """Return a stack of pairs, each as it would be for that expert's weight alone."""
+    weights = functools.cache(request.weight)
+    shape_a, shape_b = request.shape_a[1:], request.shape_b[1:]
+
+    def one(expert: int) -> Factors:
+        weight = lambda: weights()[expert]  # noqa: E731
+        return initialise(name, replace(request, experts=0, shape_a=shape_a, shape_b=shape_b, weight=weight))
+
+    made = [one(expert) for expert in range(request.experts)]
+    return Factors(torch.stack([pair.a for pair in made]), torch.stack([pair.b for pair in made]))
 
 
 def subtracts(name: bool | str, *, lookup: bool) -> bool:
