@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, e
 from lorica.checkpoint.pieces import piece_of
 from lorica.checkpoint.reading import LoadResult
 from lorica.config import LoraConfig, PeftConfig
-from lorica.engines.rest import at_rest
+from lorica.engines.together import together
 from lorica.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def load_first(
     source: Mapping[str, Any],
 ) -> PeftModel:
     """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`."""
-    weights = reading.find_weights(model_id, **source)
-    shapes = reading.read_shapes(weights)
-    with _as_it_was(model, adapter):
+    with _as_it_was(model, adapter), together(model, f"loading {model_id}"):
+        weights = reading.find_weights(model_id, **source)
+        shapes = reading.read_shapes(weights)
         loaded = wrap()
         _fill(loaded, adapter, weights, shapes, key_mapping, strict=strict)
     return loaded
@@ -56,12 +57,15 @@ def load_further(
     source: Mapping[str, Any],
 ) -> LoadResult:
     """Load an adapter into a wrapped model; see :meth:`PeftModel.load_adapter`."""
-    weights = reading.find_weights(model_id, **source)
-    shapes = reading.read_shapes(weights)
+    base = model.get_base_model()
     if adapter in model.peft_config:
-        return _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
-    config = read_config(model_id, None, source, is_trainable=is_trainable)
-    with _as_it_was(model.get_base_model(), adapter):
+        with together(base, f"loading {model_id}"):
+            weights = reading.find_weights(model_id, **source)
+            return _fill(model, adapter, weights, reading.read_shapes(weights), key_mapping, strict=strict)
+    with _as_it_was(base, adapter), together(base, f"loading {model_id}"):
+        weights = reading.find_weights(model_id, **source)
+        shapes = reading.read_shapes(weights)
+        config = read_config(model_id, None, source, is_trainable=is_trainable)
         model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
         result = _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
     if is_trainable:
@@ -111,7 +115,7 @@ def set_peft_model_state_dict(
     )
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
-    _write(known, {name: piece_of(name, known[name]).fill(tensor) for name, tensor in good.items()})
+    _write(known, {name: piece_of(name, known[name]).read(tensor) for name, tensor in good.items()})
     missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
     return LoadResult(missing, [name for name in shapes if name not in known])
 
@@ -152,16 +156,24 @@ def _fill(
 
 
 @torch.no_grad()
-def _write(known: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
+def _write(known: Mapping[str, Entry], parts: Mapping[str, list[Tensor]]) -> None:
+    for name, read in parts.items():
         entry = known[name]
-        if entry.tied:
-            continue  # its source is in the file too and is the same tensor
-        if entry.tensor.is_meta and entry.owner is not None:
-            value = tensor.to(entry.device, entry.tensor.dtype)
-            entry.owner._parameters[entry.live.rpartition(".")[2]] = nn.Parameter(value, entry.tensor.requires_grad)
-        else:
-            at_rest(entry.tensor, entry.site).local.copy_(tensor)
+        if not entry.tied:  # a tied factor's source is in the file too and is the same tensor
+            piece_of(name, _materialised(entry)).write(read)
+
+
+def _materialised(entry: Entry) -> Entry:
+    """Give a factor that was put in without values memory on the device of its base layer."""
+    if entry.owner is None or not entry.tensor.is_meta:
+        return entry
+    leaf = entry.live.rpartition(".")[2]
+    parameter = entry.owner._parameters[leaf]
+    assert parameter is not None
+    if parameter.is_meta:
+        parameter = nn.Parameter(torch.zeros_like(parameter, device=entry.device), parameter.requires_grad)
+        entry.owner._parameters[leaf] = parameter
+    return replace(entry, tensor=parameter)
 
 
 @contextmanager

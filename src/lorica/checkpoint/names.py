@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Entry:
         device: where its base layer lies, where it is a factor.
         roles: the role of each of its dimensions (see :mod:`lorica.layout`).
         site: where it lies among the ranks; None on one process.
+        window: the part of the logical tensor that is meant, where one live tensor has several names in a file.
     """
 
     live: str
@@ -50,10 +51,18 @@ class Entry:
     device: torch.device | None = None
     roles: Roles = ()
     site: Site | None = None
+    window: tuple[slice, ...] | None = None
 
     @property
     def shape(self) -> torch.Size:
         """The logical shape, which the tensor in a file has."""
+        if self.window is None:
+            return self.whole_shape
+        return torch.Size(side.stop - side.start for side in self.window)
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        """The logical shape of the live tensor, of which ``window`` may be a part."""
         if self.site is None:
             return self.tensor.shape
         sizes = self.site.layout.sizes
@@ -102,7 +111,9 @@ def _factors(path: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
     roles = layer.factor_roles(adapter)
     for (name, live), tensor, role in zip(layer.factor_names(adapter).items(), tensors, roles, strict=True):
         owner = None if tied else layer.get_submodule(live.rpartition(".")[0])
-        entries[f"{path}.{name}"] = Entry(f"{path}.{live}", tensor, tied, owner, device, role, layer.site)
+        entry = Entry(f"{path}.{live}", tensor, tied, owner, device, role, layer.site)
+        for saved_as, window in layer.windows(path, name, adapter, entry.whole_shape):
+            entries[saved_as] = replace(entry, window=window)
     return entries
 
 

@@ -42,20 +42,15 @@ class Piece:
     tensor: Tensor
     owned: tuple[bool, ...]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether this rank has all of the logical tensor, in its order."""
-        return len(self.boxes) == 1 and tuple(self.tensor.shape) == tuple(self.shape)
+    def read(self, source: Any) -> list[Tensor]:
+        """Return this rank's rectangles of ``source``, a logical tensor or anything that slices index as one."""
+        return [_index(source, box.logical) for box in self.boxes]
 
-    def fill(self, source: Any) -> Tensor:
-        """Return a new local tensor with this rank's rectangles of ``source``, which can be indexed by slices."""
-        if self.is_whole:
-            return _index(source, tuple(slice(0, size) for size in self.shape))
-        parts = [(box, _index(source, box.logical)) for box in self.boxes]
-        local = torch.empty(self.tensor.shape, dtype=parts[0][1].dtype if parts else self.tensor.dtype)
-        for box, part in parts:
-            local[box.local] = part
-        return local
+    @torch.no_grad()
+    def write(self, parts: Sequence[Tensor]) -> None:
+        """Write what :meth:`read` returned into this rank's tensor."""
+        for box, part in zip(self.boxes, parts, strict=True):
+            self.tensor[box.local] = part.to(self.tensor)
 
 
 def _index(source: Any, slices: tuple[slice, ...]) -> Tensor:
@@ -71,13 +66,23 @@ def pieces(entries: Mapping[str, Entry]) -> list[Piece]:
 def piece_of(name: str, entry: Entry) -> Piece:
     """Return this rank's piece of one entry."""
     held = at_rest(entry.tensor.detach(), entry.site)
-    shape = entry.shape
+    shape = entry.whole_shape
     if entry.site is None:
         boxes = [Box(tuple(slice(0, size) for size in shape), tuple(slice(0, size) for size in shape))]
     else:
         boxes = entry.site.layout.boxes(entry.roles, shape, entry.site.at)
-    boxes = [box for whole in boxes if (box := _kept(whole, held.slices)) is not None]
-    return Piece(name, shape, tuple(boxes), held.local, tuple(_owns(entry, box) for box in boxes))
+    boxes = [kept for box in boxes if (kept := _kept(box, held.slices)) is not None]
+    owned = [_owns(entry, box) for box in boxes]
+    if entry.window is not None:
+        seen = [(_seen(box, entry.window), mine) for box, mine in zip(boxes, owned, strict=True)]
+        boxes, owned = [box for box, _ in seen if box is not None], [mine for box, mine in seen if box is not None]
+    return Piece(name, entry.shape, tuple(boxes), held.local, tuple(owned))
+
+
+def _seen(box: Box, window: Sequence[slice]) -> Box | None:
+    """Return what is left of a box when only ``window`` of the logical tensor is meant, whose corner becomes 0."""
+    turned = _kept(Box(box.logical, box.local), window)
+    return None if turned is None else Box(turned.logical, turned.local)
 
 
 def _kept(box: Box, slices: Sequence[slice]) -> Box | None:

@@ -62,8 +62,8 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def read_pieces(path: Path, stored: Mapping[str, str], wanted: Iterable[Piece]) -> dict[str, Tensor]:
-    """Return this rank's part of tensors in a safetensors file, on the CPU; the rest of the file is not read.
+def read_pieces(path: Path, stored: Mapping[str, str], wanted: Iterable[Piece]) -> dict[str, list[Tensor]]:
+    """Return this rank's parts of tensors in a safetensors file, on the CPU; the rest of the file is not read.
 
     Args:
         path: the file.
@@ -74,11 +74,10 @@ def read_pieces(path: Path, stored: Mapping[str, str], wanted: Iterable[Piece]) 
         CheckpointError: one of them is not finite; it is named.
     """
     with safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {
-            piece.name: piece.fill(file.get_slice(stored[piece.name])) for piece in wanted if piece.name in stored
-        }
-    check_finite(tensors, str(path))
-    return tensors
+        parts = {piece.name: piece.read(file.get_slice(stored[piece.name])) for piece in wanted if piece.name in stored}
+    for number in range(max(map(len, parts.values()), default=0)):
+        check_finite({name: read[number] for name, read in parts.items() if number < len(read)}, str(path))
+    return parts
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -68,6 +68,9 @@ class LoraLayer(nn.Module):
         self.target_name = target_name
         self.specs: dict[str, AdapterSpec] = {}
         self.merged_adapters: list[str] = []
+        self.owed: set[str] = set()
+        self.notes: dict[Any, Any] = {}
+        self._gains: dict[str, Tensor | None] = {}
         self.tied: dict[str, LoraLayer] = {}
         # A list, since a bare parameter as an attribute would be registered as this module's own.
         self._untied_from: list[nn.Parameter] = []

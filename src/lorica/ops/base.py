@@ -116,6 +116,12 @@ class Op(ABC):
         """Return a weight in the base layer's orientation as ``[out, in, …]``."""
         return weight
 
+    def windows(
+        self, path: str, factor: str, spec: AdapterSpec, base: Any, shape: torch.Size
+    ) -> list[tuple[str, tuple[slice, ...] | None]]:
+        """Return the names of a factor tensor in a file, and the part of the logical tensor that each name means."""
+        return [(f"{path}.{factor}", None)]
+
     def check(self, base: Any, spec: AdapterSpec, where: str) -> None:  # noqa: B027 (a hook, not a duty)
         """Refuse a spec that this layer cannot have.
 
