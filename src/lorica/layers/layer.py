@@ -159,6 +159,19 @@ class LoraLayer(nn.Module):
             names[f"{second}.bias"] = f"{second}.{name}.bias"
         return names
 
+    def windows(
+        self, path: str, factor: str, adapter: str, shape: torch.Size
+    ) -> list[tuple[str, tuple[slice, ...] | None]]:
+        """Return the names in a file that one factor tensor has, and which part of it each name means.
+
+        Args:
+            path: name of this layer in the model.
+            factor: name of the tensor in a file, below this layer.
+            adapter: whose.
+            shape: its logical shape.
+        """
+        return self.op.windows(path, factor, self.specs[adapter], self.base_layer, shape)
+
     def factor_roles(self, name: str) -> list[Roles]:
         """Return the role of each dimension of each factor tensor, in the order of :meth:`factor_names`."""
         roles = [self.op.roles_a, self.op.roles_b]
