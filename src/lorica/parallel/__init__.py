@@ -5,6 +5,8 @@ from lorica.engines.native import (
     GQAQKVColumnParallelLinear,
     ParallelEmbedding,
     RowParallelLinear,
+    gather_model_state,
+    parallelize,
 )
 from lorica.engines.site import Axis, Site
 from lorica.layout import Cut, HeadOrder, Layout, grouped_heads
@@ -21,8 +23,10 @@ __all__ = [
     "RowParallelLinear",
     "Site",
     "clip_grad_norm_",
+    "gather_model_state",
     "get_total_norm",
     "grouped_heads",
+    "parallelize",
     "sum_gradients",
     "verify",
 ]

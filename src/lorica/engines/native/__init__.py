@@ -4,6 +4,7 @@ from lorica.engines.native.base import AxisLike, Native
 from lorica.engines.native.embedding import ParallelEmbedding
 from lorica.engines.native.gqa import GQAQKVColumnParallelLinear
 from lorica.engines.native.layers import ColumnParallelLinear, RowParallelLinear
+from lorica.engines.native.parallelize import gather_model_state, parallelize
 
 __all__ = [
     "AxisLike",
@@ -12,4 +13,6 @@ __all__ = [
     "Native",
     "ParallelEmbedding",
     "RowParallelLinear",
+    "gather_model_state",
+    "parallelize",
 ]

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import Self
 
-from lorica.engines.gather import gather
-from lorica.engines.site import Axis
+from lorica.engines.gather import gather_parameter
+from lorica.engines.site import Axis, Site
 from lorica.errors import LayoutError
 from lorica.layout import Cut, Layout, Roles
 
@@ -68,8 +69,7 @@ class Native(nn.Module):
     @torch.no_grad()
     def logical(self, name: str) -> Tensor:
         """Return the whole parameter ``name``. Every rank of the axis has to call this."""
-        local = self.get_parameter(name).detach()
-        return gather(local, self.layout, self.roles[name], self.logical_shape(name), self.axes)
+        return gather_parameter(self.get_parameter(name).detach(), Site(self.layout, self.axes), self.roles[name])
 
     @torch.no_grad()
     def load_logical(self, name: str, whole: Tensor) -> None:
@@ -82,7 +82,16 @@ class Native(nn.Module):
             raise LayoutError(f"{name}: {tuple(whole.shape)} is not {tuple(self.logical_shape(name))}")
         self.get_parameter(name).copy_(self.layout.take(whole, self.roles[name], self.at))
 
-    def _adopt(self, whole: nn.Module) -> None:
+    @classmethod
+    def like(cls, whole: nn.Module, axis: AxisLike, **options: Any) -> Self:
+        """Return the layer that a whole one becomes, on the meta device: without weights yet.
+
+        Raises:
+            LayoutError: the whole one cannot be cut.
+        """
+        raise NotImplementedError
+
+    def adopt(self, whole: nn.Module) -> None:
         """Take this rank's pieces of the parameters of a whole module, and whether they train."""
         for name, roles in self.roles.items():
             parameter = getattr(whole, name, None)
@@ -96,8 +105,13 @@ class Native(nn.Module):
         raise NotImplementedError
 
 
-def need_plain(module: nn.Module, cls: type[nn.Module]) -> None:
+def need_plain(module: nn.Module, cls: type[nn.Module], where: str = "") -> None:
     """Refuse to cut a module that is not ``cls`` with an unquantised weight.
+
+    Args:
+        module: to be cut.
+        cls: ``nn.Linear`` or ``nn.Embedding``.
+        where: its full name, for the message.
 
     Raises:
         LayoutError: says what it is.
@@ -107,8 +121,8 @@ def need_plain(module: nn.Module, cls: type[nn.Module]) -> None:
     plain = type(weight) is nn.Parameter and weight.is_floating_point()
     if not (isinstance(module, cls) and own and plain) or isinstance(module, Native):
         raise LayoutError(
-            f"a {type(module).__name__} with a weight of type {type(weight).__name__} cannot be cut; a plain "
-            f"{cls.__name__} is needed, before anything wraps, quantises or adapts it"
+            f"{where}{': ' if where else ''}a {type(module).__name__} with a weight of type {type(weight).__name__} "
+            f"cannot be cut; a plain {cls.__name__} is needed, before anything wraps, quantises or adapts it"
         )
 
 

@@ -107,25 +107,29 @@ class ParallelEmbedding(Native, nn.Embedding):
         Raises:
             LayoutError: the embedding is not a plain ``nn.Embedding``, or it changes or counts the rows it looks up.
         """
-        need_plain(module, nn.Embedding)
-        if module.max_norm is not None or module.scale_grad_by_freq:
-            raise LayoutError("an embedding with max_norm or scale_grad_by_freq cannot be cut")
-        layer = cls(
-            module.num_embeddings,
-            module.embedding_dim,
-            module.padding_idx,
-            axis=axis,
-            device="meta",
-            dtype=module.weight.dtype,
-            **options,
-        )
-        layer._adopt(module)
-        layer.sparse = module.sparse
-        if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
-            layer.register_buffer("embed_scale", scale, persistent=False)
-        elif scale is not None:
-            layer.embed_scale = scale
+        layer = cls.like(module, axis, **options)
+        layer.adopt(module)
         return layer
+
+    @classmethod
+    def like(cls, whole: nn.Module, axis: AxisLike, **options: Any) -> Self:
+        """Return the layer that a whole ``nn.Embedding`` becomes, without weights yet."""
+        need_plain(whole, nn.Embedding)
+        assert isinstance(whole, nn.Embedding)
+        if whole.max_norm is not None or whole.scale_grad_by_freq:
+            raise LayoutError("an embedding with max_norm or scale_grad_by_freq cannot be cut")
+        sizes = (whole.num_embeddings, whole.embedding_dim, whole.padding_idx)
+        layer = cls(*sizes, axis=axis, device="meta", dtype=whole.weight.dtype, **options)
+        layer.sparse = whole.sparse
+        return layer
+
+    def adopt(self, whole: nn.Module) -> None:
+        """Take this rank's piece of the weight, and the scale of the output."""
+        super().adopt(whole)
+        if isinstance(scale := getattr(whole, "embed_scale", None), Tensor):
+            self.register_buffer("embed_scale", scale, persistent=False)
+        elif scale is not None:
+            self.embed_scale = scale
 
     def product(self, x: Tensor) -> Tensor:
         """Return the rows (or their features) that this rank has under the local ids ``x``."""

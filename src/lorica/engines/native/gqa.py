@@ -109,13 +109,13 @@ class GQAQKVColumnParallelLinear(nn.Module):
         layer = cls(q.in_features, sizes, q.bias is not None, axis=axis, dtype=q.weight.dtype, device="meta", **options)
         if not options.get("fuse_qkv", True):
             for name, linear in zip(NAMES, (q, k, v), strict=True):
-                layer.get_submodule(name)._adopt(linear)  # type: ignore[operator]
+                layer.get_submodule(name).adopt(linear)  # type: ignore[operator]
             return layer
         whole = nn.Linear(q.in_features, sum((*sizes, sizes[1])), q.bias is not None, "meta", q.weight.dtype)
         for name in ("weight", "bias")[: 1 + (q.bias is not None)]:
             rows = torch.cat([getattr(linear, name).detach() for linear in (q, k, v)])
             setattr(whole, name, nn.Parameter(rows, requires_grad=getattr(q, name).requires_grad))
-        layer.qkv_proj._adopt(whole)
+        layer.qkv_proj.adopt(whole)
         return layer
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:

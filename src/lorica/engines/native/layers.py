@@ -13,7 +13,7 @@ Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models U
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,17 +69,19 @@ class _ParallelLinear(Native, nn.Linear):
         Raises:
             LayoutError: the layer is not a plain ``nn.Linear``.
         """
-        need_plain(module, nn.Linear)
-        layer: Self = cast(Any, cls)(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            axis=axis,
-            device="meta",
-            dtype=module.weight.dtype,
-            **options,
+        layer = cls.like(module, axis, **options)
+        layer.adopt(module)
+        return layer
+
+    @classmethod
+    def like(cls, whole: nn.Module, axis: AxisLike, **options: Any) -> Self:
+        """Return the layer that a whole ``nn.Linear`` becomes, without weights yet."""
+        need_plain(whole, nn.Linear)
+        make: Any = cls  # the two classes have constructors of their own
+        bias, dtype = whole.bias is not None, whole.weight.dtype
+        layer: Self = make(
+            whole.in_features, whole.out_features, bias, axis=axis, device="meta", dtype=dtype, **options
         )
-        layer._adopt(module)
         return layer
 
     def extra_repr(self) -> str:
