@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,8 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
             yield name, module
             names = module.op.children if isinstance(module, LoraLayer) else ()
             children = [(f"base_layer.{child}", module.base_layer._modules[child]) for child in reversed(names)]
+            if isinstance(module, LoraLayer) and isinstance(module.base_layer, LoraLayer):
+                children = [("base_layer", module.base_layer)]
         else:
             children = [*reversed(module._modules.items())]
         prefix = f"{name}." if name else ""
@@ -134,7 +136,7 @@ def take_out(model: nn.Module, adapter: str) -> None:
     for _, module in reversed(layers):
         if not (module.specs if isinstance(module, LoraLayer) else module.modules_to_save):
             _leave(module)
-            places.put(module, bare(module))
+            places.put(module, _under(module))
     _give_back_fast_path(places)
 
 
@@ -142,26 +144,51 @@ class Places:
     """Where in a model each module stands. One module can stand in several places (a shared embedding).
 
     Attributes:
-        owner: id of a base layer → the adapted layer around it.
         bypassing: modules that compute from their children's weights without calling them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
-        self.owner: dict[int, LoraLayer] = {}
+        self._owners: dict[int, list[LoraLayer]] = {}
         self.bypassing: list[nn.Module] = []
         for parent in model.modules():
             if isinstance(parent, _BYPASSING):
                 self.bypassing.append(parent)
             if isinstance(parent, LoraLayer):
-                self.owner[id(parent.base_layer)] = parent
+                self._owners.setdefault(id(parent.get_base_layer()), []).append(parent)
             for name, child in parent._modules.items():
                 self._slots.setdefault(id(child), []).append((parent, name))
 
     def put(self, old: nn.Module, new: nn.Module) -> None:
-        """Put ``new`` wherever ``old`` stood."""
-        for parent, name in self._slots[id(old)]:
+        """Put ``new`` wherever ``old`` stood; one of the two stands around the other."""
+        slots = self._slots.pop(id(old))
+        for parent, name in slots:
             parent._modules[name] = new
+        within = [(new, name) for name, child in new._modules.items() if child is old]
+        if within:
+            self._slots[id(old)] = within
+        self._slots[id(new)] = slots
+
+    def layer_at(self, target: Target) -> LoraLayer | None:
+        """Return the adapted layer that there is on a target, or None."""
+        return next((layer for layer in self._owners.get(id(target.base), ()) if layer.op is target.op), None)
+
+    def stand_around(self, target: Target, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
+        """Put a new layer around the target's base layer.
+
+        Layers on several parameters of one module stand around one another, the module's last parameter outermost
+        (as in PEFT, whose files tell them apart by that).
+        """
+        order = [*target.base._parameters]
+        inside: nn.Module = target.base
+        owners = self._owners.setdefault(id(target.base), [])
+        for owner in sorted(owners, key=lambda layer: order.index(layer.op.weight_name)):
+            if order.index(owner.op.weight_name) <= order.index(target.op.weight_name):
+                inside = owner
+        layer = make(inside)
+        owners.append(layer)
+        self.put(inside, layer)
+        return layer
 
 
 def unload(model: nn.Module, merged: Sequence[str]) -> None:
@@ -172,13 +199,18 @@ def unload(model: nn.Module, merged: Sequence[str]) -> None:
     """
     places = Places(model)
     for _, module in reversed(list(adapter_modules(model))):
-        plain = bare(module)
+        plain = _under(module)
         _leave(module)
         if isinstance(module, ModulesToSaveWrapper):
             copies = [module.modules_to_save[name] for name in merged if name in module.modules_to_save]
             plain = copies[0] if copies else plain
         places.put(module, plain)
     _give_back_fast_path(places)
+
+
+def _under(module: AdapterModule) -> nn.Module:
+    """Return what an adapted module stands around: the base layer, or a layer on another of its parameters."""
+    return bare(module) if isinstance(module, ModulesToSaveWrapper) else module.base_layer
 
 
 def _leave(module: AdapterModule) -> None:
@@ -218,6 +250,7 @@ def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, au
         lookup=op.lookup,
         generator=target_generator(seed, target.name),
         weight=lambda: logical_weight(op, target.base, site),
+        experts=shapes.a[0] if op.roles_a[0] == "expert" else 0,
     )
     made = _slices(initialise(config.init_lora_weights, request), op, site)
     return Factors(*(None if tensor is None else tensor.to(device, dtype) for tensor in made))  # type: ignore[arg-type]
@@ -260,13 +293,12 @@ def _factor_dtype(weight: Tensor, config: LoraConfig, *, autocast: bool) -> torc
 
 
 def _layer_at(target: Target, places: Places, switch: Switch) -> LoraLayer:
-    owner = places.owner.get(id(target.base))
-    if owner is not None:
-        return owner
-    layer = LoraLayer(target.base, target.op, switch, target.name, target.site)
-    layer.training = target.base.training
-    places.put(target.base, layer)
-    return layer
+    def make(inside: nn.Module) -> LoraLayer:
+        layer = LoraLayer(inside, target.op, switch, target.name, target.site)
+        layer.training = target.base.training
+        return layer
+
+    return places.layer_at(target) or places.stand_around(target, make)
 
 
 def _save_whole(model: nn.Module, plan: Plan, adapter: str, switch: Switch, places: Places) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorica.errors import ConfigError, suggest
-from lorica.init import INITS
+from lorica.init import INITS, find
 
 if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
 
 #: Initialisations that PEFT has and this version does not.
-LATER_INITS = ("pissa", "olora", "eva", "loftq", "corda", "lora_ga", "mica")
+LATER_INITS = ("eva", "loftq", "corda", "lora_ga", "mica")
 
 #: Fields whose behaviour this version does not have → the values that ask for none.
 _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -33,7 +33,6 @@ _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "monteclora_config": (None,),
     "layer_replication": (None,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
@@ -107,7 +106,8 @@ def _check_dropout(config: LoraConfig) -> None:
 
 
 def _check_flags(config: LoraConfig) -> None:
-    for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying", "inference_mode"):
+    flags = ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying", "inference_mode")
+    for name in (*flags, "share_expert_adapters", "normalize_moe_lora"):
         _need(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
     _need(config.bias in ("none", "all", "lora_only"), "bias", config.bias, "'none', 'all' or 'lora_only'")
 
@@ -117,7 +117,7 @@ def _check_init(config: LoraConfig) -> None:
     _need(isinstance(init, bool | str), "init_lora_weights", init, "True, False or a name")
     if isinstance(init, str) and not init.lower().startswith(LATER_INITS):
         known = _known_inits()
-        if init.lower() not in known:
+        if find(init) is None:
             raise ConfigError(f"Unknown initialization {init!r}.{suggest(init, known)} Known: {known}")
 
 
@@ -138,6 +138,8 @@ def _check_names(config: LoraConfig) -> None:
             _check_pattern(name, value)
         elif value is not None:
             _need_names(name, value)
+    if config.target_parameters is not None:
+        _need_names("target_parameters", config.target_parameters)
     if config.modules_to_save is not None:
         _need(not isinstance(config.modules_to_save, str), "modules_to_save", config.modules_to_save, "a list of names")
         _need_names("modules_to_save", config.modules_to_save)

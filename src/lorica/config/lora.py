@@ -68,7 +68,7 @@ class LoraConfig(PeftConfig):
         default=True,
         metadata=_help(
             "How the factors start. True: A Kaiming-uniform, B zero. False: both random. Or one of 'gaussian', "
-            "'orthogonal', 'xavier', 'kaiming', 'normal'."
+            "'orthogonal', 'xavier', 'kaiming', 'normal', and, from the base weight: 'pissa', 'pissa_niter_N', 'olora'."
         ),
     )
     layers_to_transform: list[int] | int | None = field(
@@ -105,7 +105,13 @@ class LoraConfig(PeftConfig):
         default_factory=LoraRuntimeConfig, metadata=_help("Settings of the running process; not saved.")
     )
     lora_bias: bool = field(default=False, metadata=_help("Give B a bias."))
-    target_parameters: list[str] | None = field(default=None, metadata=_help("Bare parameters to adapt."))
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Bare parameters to adapt, such as 'mlp.experts.gate_up_proj': names that are equal or that end with '.' "
+            "and the entry; an entry with '*' is matched against the whole name."
+        ),
+    )
     use_bdlora: Any = field(default=None, metadata=_help("Block-diagonal LoRA."))
     arrow_config: Any = field(default=None, metadata=_help("Configuration of Arrow routing."))
     kasa_config: Any = field(default=None, metadata=_help("Configuration of KaSA."))
@@ -118,9 +124,18 @@ class LoraConfig(PeftConfig):
     lora_dtype: str | None = field(
         default=None, metadata=_help("Dtype of the factors, such as 'bfloat16'. None: chosen from the base weight's.")
     )
+    share_expert_adapters: bool = field(
+        default=False, metadata=_help("Stacked experts of a layer share one adapter; otherwise each has its own.")
+    )
+    normalize_moe_lora: bool = field(
+        default=False,
+        metadata=_help("Divide the rank of stacked experts by the number of experts that a token is sent to."),
+    )
 
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
-    _own_fields: ClassVar[frozenset[str]] = frozenset({"dropout_position", "lora_dtype"})
+    _own_fields: ClassVar[frozenset[str]] = frozenset(
+        {"dropout_position", "lora_dtype", "share_expert_adapters", "normalize_moe_lora"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,9 +13,10 @@ from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site
 from lorica.errors import TargetError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
-from lorica.ops import Op, op_of, supported_layers
+from lorica.ops import Op, op_of, op_of_parameter, supported_layers
 from lorica.targets.defaults import DEFAULT_TARGETS
 from lorica.targets.match import Names, entry_matches, excluded, matches, pattern_value, selected, shortest_names
+from lorica.targets.parameters import Found, find_parameters, rank_per_expert
 from lorica.targets.walk import bare, base_modules, tied_with_embedding
 
 #: Heads that a task trains fully; a model has one of them.
@@ -34,7 +35,7 @@ class Target:
     """One base layer that gets factors.
 
     Attributes:
-        name: full name in the base model.
+        name: full name in the base model; of a bare parameter, the parameter's.
         base: the base layer.
         op: its mathematics.
         spec: rank, scale and the rest.
@@ -84,11 +85,12 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     chosen = [key for key in modules if key and selected(config, names, key) and not excluded(config, key)]
     whole = tuple(f"{name}." for name in saved)
     chosen = [key for key in chosen if key not in tied and not f"{key}.".startswith(whole)]
-    if not chosen:
+    if not chosen and not config.target_parameters:
         _explain_no_match(config, names, modules)
     _warn_of_idle_entries(config, names, modules)
     chosen = _without_attention_inside(chosen, modules)
     targets = [target for key in chosen for target in _targets_at(key, modules[key], config)]
+    targets += _parameter_targets(modules, config, chosen, whole)
     by_name = {target.name: target for target in targets}
     for key, source in tied.items():
         targets.append(_tied_target(key, modules[key], by_name[source]))
@@ -97,10 +99,49 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
 
 def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
     engines = Engines(model)
-    return tuple(
-        replace(target, site=engines.site(target.name, target.base, target.op.weight_name, target.op.roles_weight))
-        for target in targets
-    )
+    placed = []
+    for target in targets:
+        op = target.op
+        site = engines.site(target.name, target.base, op.weight_name, op.roles_weight)
+        if site is not None:
+            op.check_site(site, target.name)
+            site = replace(site, opening=op.opening(target.base, site.opening))
+        placed.append(replace(target, site=site))
+    return tuple(placed)
+
+
+def _parameter_targets(
+    modules: dict[str, nn.Module], config: LoraConfig, chosen: Collection[str], whole: tuple[str, ...]
+) -> list[Target]:
+    found = find_parameters(modules, list(config.target_parameters or ()))
+    for parameter in found:
+        owner = modules[parameter.owner]
+        if isinstance(owner, ModulesToSaveWrapper) or f"{parameter.owner}.".startswith(whole):
+            raise TargetError(f"{parameter.key}: its module trains fully (modules_to_save); it cannot be adapted too")
+        if parameter.owner in chosen:
+            raise TargetError(f"{parameter.key}: its module is a target already; leave one of the two out")
+    targets = [_parameter_target(parameter, config) for parameter in found]
+    if config.share_expert_adapters and not any("expert" in target.op.roles_weight for target in targets):
+        raise TargetError("share_expert_adapters=True: no target is a stack of experts' weights (target_parameters)")
+    return targets
+
+
+def _parameter_target(found: Found, config: LoraConfig) -> Target:
+    op = op_of_parameter(found.module, found.name, shared=config.share_expert_adapters)
+    if op is None:
+        shape = tuple(found.module._parameters[found.name].shape)  # type: ignore[union-attr]
+        raise TargetError(
+            f"{found.key}: a parameter of shape {shape} of {type(found.module).__name__} cannot be adapted; supported "
+            "are matrices and stacks of them, one for each expert, and of the layers that target_modules names their "
+            "weight"
+        )
+    spec = spec_for(config, found.key)
+    if config.normalize_moe_lora and "expert" in op.roles_weight:
+        r = rank_per_expert(spec.r, found)
+        spec = replace(spec, r=r, scaling=AdapterSpec.scale(r, spec.alpha, rslora=spec.rslora))
+    op.check(found.module, spec, found.key)
+    own = op_of(found.module) is op
+    return Target(found.owner if own else found.key, found.module, op, spec)
 
 
 def resolve_names(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> Names:
@@ -112,10 +153,12 @@ def resolve_names(model: nn.Module, modules: dict[str, nn.Module], config: LoraC
     names = config.target_modules
     if names is None:
         model_type = config_of(model).get("model_type")
+        if model_type not in DEFAULT_TARGETS and config.target_parameters:
+            return set()
         if model_type not in DEFAULT_TARGETS:
             raise TargetError(
-                f"Please specify `target_modules` in `peft_config`: there is no default for model type {model_type!r}."
-                f"{suggest(str(model_type), DEFAULT_TARGETS)}"
+                "Please specify `target_modules` or `target_parameters` in `peft_config`: there is no default for "
+                f"model type {model_type!r}.{suggest(str(model_type), DEFAULT_TARGETS)}"
             )
         default = DEFAULT_TARGETS[model_type]
         return default if isinstance(default, str) else set(default)

@@ -1,0 +1,86 @@
+"""Bare parameters that an adapter is put on (``target_parameters``): matrices, and the stacked weights of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from lorica.errors import TargetError, suggest
+from lorica.targets.match import entry_matches
+from lorica.targets.walk import bare
+
+#: How model configurations call the number of experts that a token is sent to.
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
+
+
+class Found(NamedTuple):
+    """A parameter that is meant: the name and the module of its owner, and its own name there."""
+
+    owner: str
+    module: nn.Module
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Its full name."""
+        return f"{self.owner}.{self.name}"
+
+
+def find_parameters(modules: Mapping[str, nn.Module], entries: list[str]) -> list[Found]:
+    """Return the parameters that ``target_parameters`` means, in the order of the model.
+
+    Args:
+        modules: what is walked, by its names in the base model.
+        entries: each means a full name, or an end of one after a dot; one with ``*`` is matched against whole names.
+
+    Raises:
+        TargetError: an entry matches nothing, or a parameter of the model itself, which no module stands around.
+    """
+    everything = list(_parameters(modules))
+    found: list[Found] = []
+    for entry in sorted(set(entries)):
+        meant = [parameter for parameter in everything if entry_matches(entry, parameter.key.removeprefix("."))]
+        if not meant:
+            names = dict.fromkeys([*(p.name for p in everything), *(p.key for p in everything)])
+            raise TargetError(f"target_parameters: no parameter is named {entry!r}.{suggest(entry, names)}")
+        found += meant
+    for parameter in found:
+        if not parameter.owner:
+            raise TargetError(
+                f"target_parameters: {parameter.name!r} is a parameter of the model itself; only parameters of the "
+                "modules inside it can be adapted"
+            )
+    chosen = {parameter.key for parameter in found}
+    return [parameter for parameter in everything if parameter.key in chosen]
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[Found]:
+    for owner, module in modules.items():
+        plain = bare(module)
+        for name, parameter in plain._parameters.items():
+            if parameter is not None:
+                yield Found(owner, plain, name)
+
+
+def rank_per_expert(r: int, found: Found) -> int:
+    """Return the rank that leaves a token as many directions as a dense layer of rank ``r`` (``normalize_moe_lora``).
+
+    Raises:
+        TargetError: the model does not say to how many experts a token is sent, or that number does not divide ``r``.
+    """
+    config = getattr(found.module, "config", None)
+    counts = (getattr(config, name, None) for name in _TOP_K)
+    top_k = next((count for count in counts if isinstance(count, int) and count > 0), None)
+    if top_k is None:
+        raise TargetError(
+            f"{found.key}: normalize_moe_lora=True divides the rank by the number of experts that a token is sent to, "
+            f"and the module's configuration has none of {', '.join(_TOP_K)}"
+        )
+    if r % top_k:
+        raise TargetError(
+            f"{found.key}: normalize_moe_lora=True divides the rank by the {top_k} experts that a token is sent to, "
+            f"and r={r} is not a multiple of it"
+        )
+    return r // top_k
