@@ -20,6 +20,7 @@ ROOMS = [
     "config",
     "storage",
     "ops",
+    "variants",
     "layers",
     "targets",
     "adapt",

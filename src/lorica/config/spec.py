@@ -19,6 +19,7 @@ class AdapterSpec:
         dropout_position: ``"pre"`` on the way into A, ``"post"`` after B.
         rslora: whether the scale is rank-stabilised.
         bias: whether B has a bias.
+        variant: the field of the configuration that turns its variant on (``"use_dora"``); empty: plain LoRA.
     """
 
     r: int
@@ -28,6 +29,7 @@ class AdapterSpec:
     dropout_position: Literal["pre", "post"] = "pre"
     rslora: bool = False
     bias: bool = False
+    variant: str = ""
 
     @property
     def natural_scaling(self) -> float:

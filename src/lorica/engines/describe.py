@@ -55,12 +55,15 @@ class Engines:
         """
         if isinstance(layout := getattr(module, "layout", None), Layout):
             layout = replace(layout, sequence=(*layout.sequence, *_sequence(module)), data=self._data)
-            return Site(layout, {**self.axes, **module.axes}, Opening(module, "product"))  # type: ignore[dict-item]
+            # Its product leaves the bias to be added after the sum of a layer that is cut by its inputs.
+            axes: dict[str, Axis] = {**self.axes, **module.axes}  # type: ignore[dict-item]
+            return Site(layout, axes, Opening(module, "product"), bias=1.0 if layout.shares() == 1 else 0.0)
         if not self.axes:
             return None
         layout = self._layout(getattr(module, weight_name), roles, module, name)
         wrapped = layout.cuts or getattr(module, "_is_hooked", False)
-        return Site(layout, self.axes, opening_of(module) if wrapped else None)
+        # A product of distributed tensors adds this rank's equal share of the bias to its partial sum.
+        return Site(layout, self.axes, opening_of(module) if wrapped else None, bias=1 / layout.shares())
 
     def parameter_site(self, name: str, module: nn.Module, parameter: str, roles: Roles) -> Site | None:
         """Return where one parameter of a module lies, for a module that trains or is saved as a whole.

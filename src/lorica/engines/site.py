@@ -50,11 +50,14 @@ class Site:
         layout: how its logical weight lies over the axes.
         axes: every axis over which the model is divided.
         opening: the way into its forward; None where calling it from outside is the same.
+        bias: how much of the base layer's bias the output holds at the opening: all, none (it is added after the
+            reduction), or this rank's share of it.
     """
 
     layout: Layout
     axes: Mapping[str, Axis] = field(default_factory=dict)
     opening: Opening | None = None
+    bias: float = 1.0
 
     @property
     def at(self) -> dict[str, int]:

@@ -19,11 +19,13 @@ class Factors(NamedTuple):
     For a linear of ``[out, in]``: ``a_RI`` is ``[r, in]``, ``b_OR`` is ``[out, r]`` and ``bias_O``, if any, ``[out]``.
     For an embedding of ``V`` rows of width ``d``: ``[r, V]`` and ``[d, r]``. For a convolution: its kernel, ``[r, in,
     *k]``, and a pointwise ``[out, r, 1 …]``. For ``E`` experts with a pair each: ``[E, r, in]`` and ``[E, out, r]``.
+    Some variants have a ``magnitude`` for every output besides.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lorica.config.spec import AdapterSpec
-from lorica.engines.rest import at_rest, unshard
 from lorica.engines.site import Site
 from lorica.errors import AdapterError
 from lorica.init import Factors
+from lorica.layers.merging import Merging
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
-from lorica.storage import Term, add_low_rank_, storage_of
+from lorica.variants import VARIANTS
 
 
 class Factor(nn.Module):
@@ -41,7 +40,7 @@ class Factor(nn.Module):
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Merging):
     """A base layer and the factors of any number of adapters.
 
     What is not found here is looked up in the base layer, so that code that asks an adapted layer for ``weight``,
@@ -67,13 +66,7 @@ class LoraLayer(nn.Module):
         self.switch = switch
         self.target_name = target_name
         self.specs: dict[str, AdapterSpec] = {}
-        self.merged_adapters: list[str] = []
-        self.owed: set[str] = set()
-        self.notes: dict[Any, Any] = {}
-        self._gains: dict[str, Tensor | None] = {}
         self.tied: dict[str, LoraLayer] = {}
-        # A list, since a bare parameter as an attribute would be registered as this module's own.
-        self._untied_from: list[nn.Parameter] = []
         container = nn.ParameterDict if op.lookup else nn.ModuleDict
         for name in _container_names(op):
             self.add_module(name, container())
@@ -107,8 +100,16 @@ class LoraLayer(nn.Module):
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, spec: AdapterSpec, factors: Factors) -> None:
-        """Take in an adapter. ``factors`` become parameters as they are: on their device, in their dtype."""
+    def add_adapter(self, name: str, spec: AdapterSpec, factors: Factors, *, subtract: bool = False) -> None:
+        """Take in an adapter. ``factors`` become parameters as they are: on their device, in their dtype.
+
+        Args:
+            name: the adapter's name.
+            spec: rank, scale and the rest.
+            factors: what its initialisation made.
+            subtract: take their delta out of the base weight for good. For factors on the meta device this is noted
+                in :attr:`owed`, to be done with the factors that the adapter started from.
+        """
         a, b = nn.Parameter(factors.a), nn.Parameter(factors.b)
         first, second = self._containers()
         if self.op.lookup:
@@ -117,6 +118,22 @@ class LoraLayer(nn.Module):
             bias = None if factors.bias is None else nn.Parameter(factors.bias)
             first[name], second[name] = Factor(a), Factor(b, bias)
         self.specs[name] = spec
+        if subtract and b.is_meta:
+            self.owed.add(name)
+        elif subtract:
+            self.subtract(name, factors)
+        self._add_magnitude(name, spec)
+
+    def _add_magnitude(self, name: str, spec: AdapterSpec) -> None:
+        variant, factors = VARIANTS[spec.variant], self.whole_factors(name)
+        outputs = factors.b.shape[self.op.roles_b.index("out")]
+        shape = variant.magnitude_shape(self.op, outputs)
+        if shape is None:
+            return
+        start = factors.b.new_empty(shape) if factors.b.is_meta else variant.magnitude(self, factors, spec)
+        if _MAGNITUDES not in self._modules:
+            self.add_module(_MAGNITUDES, nn.ModuleDict())
+        self._magnitudes()[name] = Factor(nn.Parameter(start.to(factors.b.dtype)))
 
     def tie_adapter(self, name: str, spec: AdapterSpec, source: LoraLayer) -> None:
         """Take in an adapter whose factors are those of ``source``, an embedding with the same weight, transposed."""
@@ -132,8 +149,11 @@ class LoraLayer(nn.Module):
         if name in self.merged_adapters:
             raise AdapterError(f"{self.target_name}: adapter {name!r} is merged; unmerge it before deleting it")
         if self.specs.pop(name, None) is not None and self.tied.pop(name, None) is None:
-            for container in self._containers():
-                del container[name]
+            for container in (*self._containers(), self._magnitudes()):
+                if name in container:
+                    del container[name]
+        self.owed.discard(name)
+        self.notes.clear()
 
     def factors(self, name: str) -> Factors:
         """Return the factors of an adapter, attached to the graph."""
@@ -141,10 +161,11 @@ class LoraLayer(nn.Module):
             source = self.tied[name].factors(name)
             return Factors(source.b.T, source.a.T)
         first, second = self._containers()
+        magnitude = self._magnitudes()[name].weight if name in self._magnitudes() else None
         if self.op.lookup:
-            return Factors(first[name], second[name])
+            return Factors(first[name], second[name], None, magnitude)
         a, b = first[name], second[name]
-        return Factors(a.weight, b.weight, b.bias)
+        return Factors(a.weight, b.weight, b.bias, magnitude)
 
     def factor_names(self, name: str) -> dict[str, str]:
         """Return, for each factor tensor, its name in a file → its name below this module.
@@ -153,10 +174,13 @@ class LoraLayer(nn.Module):
         """
         first, second = _container_names(self.op)
         if self.op.lookup:
-            return {first: f"{first}.{name}", second: f"{second}.{name}"}
-        names = {f"{first}.weight": f"{first}.{name}.weight", f"{second}.weight": f"{second}.{name}.weight"}
+            names = {first: f"{first}.{name}", second: f"{second}.{name}"}
+        else:
+            names = {f"{first}.weight": f"{first}.{name}.weight", f"{second}.weight": f"{second}.{name}.weight"}
         if self.specs[name].bias:
             names[f"{second}.bias"] = f"{second}.{name}.bias"
+        if name in self._magnitudes():
+            names[_MAGNITUDES] = f"{_MAGNITUDES}.{name}.weight"
         return names
 
     def windows(
@@ -175,11 +199,18 @@ class LoraLayer(nn.Module):
     def factor_roles(self, name: str) -> list[Roles]:
         """Return the role of each dimension of each factor tensor, in the order of :meth:`factor_names`."""
         roles = [self.op.roles_a, self.op.roles_b]
-        return [*roles, self.op.roles_bias] if self.specs[name].bias else roles
+        if self.specs[name].bias:
+            roles.append(self.op.roles_bias)
+        if name in self._magnitudes() and self.op.roles_magnitude is not None:
+            roles.append(self.op.roles_magnitude)
+        return roles
 
     def _containers(self) -> tuple[Any, Any]:
         first, second = _container_names(self.op)
         return self._modules[first], self._modules[second]
+
+    def _magnitudes(self) -> Any:
+        return self._modules.get(_MAGNITUDES, {})
 
     # ---- scale ------------------------------------------------------------------------------------------------------
 
@@ -260,6 +291,10 @@ class LoraLayer(nn.Module):
         assert site.opening is not None
         return self._around(site.opening.original, *args, **kwargs)
 
+    def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Return the output ``y`` with the part that an adapter, of whichever variant, adds for the input ``x``."""
+        return VARIANTS[spec.variant].add(y, x, self, factors, spec)
+
     def _around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         running = self.running()
         if not running:
@@ -269,159 +304,13 @@ class LoraLayer(nn.Module):
             output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
         return output
 
-    # ---- merging --------------------------------------------------------------------------------------------------
-
-    @property
-    def untied_from(self) -> nn.Parameter | None:
-        """The weight that the base layer shared with another module before a merge gave it its own."""
-        return self._untied_from[0] if self._untied_from else None
-
-    def give_own_weight(self) -> None:
-        """Replace a base weight that another module shares with a copy, and remember the shared one."""
-        shared = self.base_layer.weight
-        self._untied_from = [shared]
-        self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-
-    def take_shared_weight(self) -> None:
-        """Undo :meth:`give_own_weight`."""
-        self.base_layer.weight = self._untied_from.pop()
-
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is merged into the base weight."""
-        return bool(self.merged_adapters)
-
     def get_base_layer(self) -> nn.Module:
-        """Return the module that is adapted."""
+        """Return the module that is adapted, inside the layers on its other parameters."""
         base: nn.Module = self.base_layer
-        return base
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ``s·B·A`` in the shape and orientation of the base weight, in the dtype of the factors.
-
-        Raises:
-            TargetError: the delta of this layer has no place in its weight (a grouped convolution).
-        """
-        factors = self.whole_factors(adapter)
-        left, right = self.op.delta(self.base_layer, factors)
-        wide = torch.promote_types(left.dtype, torch.float32)
-        delta = (left.to(wide) @ right.to(wide)) * self.specs[adapter].scaling
-        return delta.view(*left.shape[:1], *self.base_weight.shape[1:]).to(factors.b.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Add the deltas of adapters to the base weight, in place.
-
-        Args:
-            safe_merge: look for NaN and infinity in the result before the weight is touched.
-            adapter_names: which adapters; None: the active ones. Those already merged are passed over.
-
-        Raises:
-            AdapterError: the result is not finite (``safe_merge``), or B has a bias and the base layer none.
-            TargetError: the delta of this layer has no place in its weight (a grouped convolution).
-        """
-        names = self.mergeable(self.switch.active if adapter_names is None else adapter_names)
-        self.check_merge(names, finite=safe_merge)
-        self._add_deltas(names, self.base_weight)
-        self._add_biases(names)
-        self.merged_adapters += names
-
-    def mergeable(self, names: Iterable[str]) -> list[str]:
-        """Return those adapters of ``names`` that this layer has and that are not merged yet."""
-        return [name for name in names if name in self.specs and name not in self.merged_adapters]
-
-    @torch.no_grad()
-    def check_merge(self, names: Iterable[str], *, finite: bool) -> None:
-        """Refuse a merge that cannot be done, before anything is touched; for the errors see :meth:`merge`.
-
-        Args:
-            names: adapters of this layer.
-            finite: compute the merged weight in a copy and look for NaN and infinity.
-        """
-        for name in names:
-            storage_of(self.base_weight, self.target_name)
-            self.op.delta(self.base_layer, self.whole_factors(name))
-            if self.specs[name].bias and getattr(self.base_layer, self.op.bias_name, None) is None:
-                raise AdapterError(
-                    f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
-                )
-            if finite:
-                trial = self.base_weight.clone()
-                self._add_deltas([name], trial)
-                if not trial.isfinite().all():
-                    raise AdapterError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
-                        f"({self.target_name})"
-                    )
-
-    def unmerge(self) -> None:
-        """Take every merged delta out of the base weight again.
-
-        In float32 and float64 the weight comes back up to the rounding of one addition. A 16-bit weight was rounded
-        when the delta went in; then a warning says so.
-        """
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        elif not self.unmerge_quietly():
-            warnings.warn(inexact_message(self.base_weight.dtype), stacklevel=2)
-
-    def unmerge_quietly(self) -> bool:
-        """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding."""
-        exact = not self.merged or storage_of(self.base_weight, self.target_name).exact
-        self._add_deltas(self.merged_adapters, self.base_weight, sign=-1)
-        self._add_biases(self.merged_adapters, sign=-1)
-        self.merged_adapters = []
-        return exact
-
-    @property
-    def base_weight(self) -> Tensor:
-        """What this rank holds of the base layer's weight that the deltas belong to, detached."""
-        weight: Tensor = getattr(self.base_layer, self.op.weight_name)
-        return at_rest(weight.data).local
-
-    def whole_factors(self, name: str) -> Factors:
-        """Return an adapter's factors as they are in a forward, detached: gathered where they are sharded at rest."""
-        a, b, bias = self.factors(name)
-        return Factors(unshard(a.detach()), unshard(b.detach()), None if bias is None else unshard(bias.detach()))
-
-    @torch.no_grad()
-    def _add_deltas(self, names: Sequence[str], weight: Tensor, sign: int = 1) -> None:
-        terms = []
-        rows, columns = self._share_at_rest()
-        for name in names:
-            if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
-                continue  # the same memory: the source's delta is this one's too
-            left, right = self.op.delta(self.base_layer, self.whole_factors(name))
-            terms.append(Term(left[rows], right[:, columns], sign * self.specs[name].scaling))
-        if not terms:
-            return
-        matrix = weight.flatten(1)
-        add_low_rank_(matrix, terms, storage_of(weight, self.target_name))
-        if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
-            weight.copy_(matrix.view(weight.shape))
-
-    def _share_at_rest(self) -> tuple[slice, slice]:
-        """Return which rows and columns of this rank's delta belong to the weight that it keeps between forwards."""
-        held = at_rest(getattr(self.base_layer, self.op.weight_name).data, self.site)
-        rows, *others = held.slices
-        if len(others) > 1 and any(other != slice(None) for other in others):
-            raise AdapterError(f"{self.target_name}: a kernel that is sharded along {held.slices} cannot take a delta")
-        return rows, others[0] if len(others) == 1 else slice(None)
-
-    @torch.no_grad()
-    def _add_biases(self, names: Sequence[str], sign: int = 1) -> None:
-        for name in names:
-            bias = self.whole_factors(name).bias
-            if bias is not None:
-                held = at_rest(getattr(self.base_layer, self.op.bias_name).data, self.site)
-                held.local.add_(bias[held.slices].to(held.local), alpha=sign * self.specs[name].scaling)
+        return base.get_base_layer() if isinstance(base, LoraLayer) else base
 
 
-def inexact_message(dtype: torch.dtype) -> str:
-    """Return what is to be said when a 16-bit weight is unmerged."""
-    return (
-        f"Unmerged from weights stored as {dtype}: they were rounded when the delta went in, so the base weight is "
-        "restored to within one rounding of that dtype, not bit for bit. Reload the base model where that matters."
-    )
+_MAGNITUDES = "lora_magnitude_vector"
 
 
 def _container_names(op: Op) -> tuple[str, str]:

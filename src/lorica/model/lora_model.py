@@ -15,7 +15,7 @@ from lorica.adapt.tying import retie, untie
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, suggest
 from lorica.layers import ModulesToSaveWrapper, Switch
-from lorica.layers.layer import inexact_message
+from lorica.layers.merging import inexact_message
 from lorica.ranks import watch
 from lorica.targets import make_plan
 from lorica.targets.plan import config_of

@@ -31,6 +31,7 @@ class Conv(Op):
         self.roles_weight = ("out", "in", *kernel)
         self.roles_a = ("rank", "in", *kernel)
         self.roles_b = ("out", "rank", *kernel)
+        self.roles_magnitude = ("one", "out", *kernel)
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, in, *k]``, B ``[out, r/groups, 1 …]``."""
@@ -53,6 +54,12 @@ class Conv(Op):
         bias = None if bias is None else bias * spec.scaling
         part = convolve(h, factors.b.to(y.dtype) * spec.scaling, bias, groups=base.groups)
         return y + drop(part, spec, "post", layer.site, layer.training)
+
+    def product(self, x: Tensor, layer: Host) -> Tensor:
+        """Convolve with the base weight."""
+        base, weight = layer.base_layer, layer.base_weight
+        x, padding = _pad(x, base)
+        return _CONVOLVE[weight.dim()](x, weight.to(x.dtype), None, base.stride, padding, base.dilation, base.groups)
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A`` with the kernel flattened into A's columns."""

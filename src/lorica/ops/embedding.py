@@ -24,6 +24,7 @@ class Embedding(Op):
     kind = "Embedding"
     lookup = True
     roles_weight = ("in", "out")
+    roles_magnitude = ("out",)
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, V]``, B ``[d, r]``."""

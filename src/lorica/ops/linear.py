@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
 from lorica.init import Factors
+from lorica.layout import Roles
 from lorica.ops.base import FactorShapes, Host, Op, add_product
 from lorica.ops.dropout import drop
 
@@ -18,6 +19,7 @@ class Linear(Op):
     """``nn.Linear`` and what behaves like it; the weight is ``[out, in]``."""
 
     kind = "Linear"
+    roles_magnitude: Roles | None = ("out",)
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, in]``, B ``[out, r]``."""
@@ -29,6 +31,10 @@ class Linear(Op):
         a_RI = factors.a.to(y.dtype)
         x_TI = drop(x.to(y.dtype), spec, "pre", layer.site, layer.training).reshape(-1, a_RI.shape[1])
         return add_product(y, F.linear(x_TI, a_RI), layer, factors, spec)
+
+    def product(self, x: Tensor, layer: Host) -> Tensor:
+        """``x Wᵀ``."""
+        return F.linear(x, self.orient(layer.base_weight).to(x.dtype))
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A``."""

@@ -83,13 +83,12 @@ class Term(NamedTuple):
     left: Tensor
     right: Tensor
     scale: float
+    gain: Tensor | None = None
 
     def of(self, expert: int) -> Term:
-        """Return the delta of one weight of a stack."""
-        left, right = (factor[expert] if factor.dim() == 3 else factor for factor in self[:2])
-        return Term(left, right, self.scale)
-
-    gain: Tensor | None = None
+        """Return the change of one weight of a stack."""
+        left, right = (factor[expert] if factor.dim() == 3 else factor for factor in (self.left, self.right))
+        return self._replace(left=left, right=right)
 
 
 @torch.no_grad()
@@ -104,7 +103,7 @@ def add_low_rank_(weight: Tensor, terms: Sequence[Term], storage: Storage, *, un
     """
     if weight.dim() == 3:
         for e, matrix in enumerate(weight.unbind(0)):
-            add_low_rank_(matrix, [term.of(e) for term in terms], storage)
+            add_low_rank_(matrix, [term.of(e) for term in terms], storage, undo=undo)
         return
     rows, cols = weight.shape
     step = max(1, CHUNK_ELEMENTS // max(1, cols))

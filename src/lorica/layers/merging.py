@@ -1,0 +1,253 @@
+"""Base weights that take deltas: merging and unmerging, and what an initialisation takes out for good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.config.spec import AdapterSpec
+from lorica.engines.rest import at_rest, unshard
+from lorica.engines.site import Site
+from lorica.errors import AdapterError
+from lorica.init import Factors
+from lorica.layers.switch import Switch
+from lorica.ops import Op
+from lorica.storage import Term, add_low_rank_, storage_of
+from lorica.variants import VARIANTS
+
+
+class Merging(nn.Module):
+    """The half of an adapted layer that writes to the base weight; :class:`~lorica.layers.LoraLayer` is the other.
+
+    Attributes:
+        merged_adapters: names of the adapters that are in the base weight, in the order in which they went in.
+        owed: adapters whose initial delta is still to be taken out of the base weight (see :meth:`subtract`).
+        notes: what variants keep from one forward to the next.
+    """
+
+    base_layer: Any
+    op: Op
+    site: Site | None
+    switch: Switch
+    target_name: str
+    specs: dict[str, AdapterSpec]
+    tied: Mapping[str, Merging]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_adapters: list[str] = []
+        self.owed: set[str] = set()
+        self.notes: dict[Any, Any] = {}
+        self._gains: dict[str, Tensor | None] = {}
+        # A list, since a bare parameter as an attribute would be registered as this module's own.
+        self._untied_from: list[nn.Parameter] = []
+
+    def factors(self, name: str) -> Factors:
+        """Return the factors of an adapter, attached to the graph."""
+        raise NotImplementedError
+
+    @property
+    def untied_from(self) -> nn.Parameter | None:
+        """The weight that the base layer shared with another module before a merge gave it its own."""
+        return self._untied_from[0] if self._untied_from else None
+
+    def give_own_weight(self) -> None:
+        """Replace a base weight that another module shares with a copy, and remember the shared one."""
+        shared = self.base_layer.weight
+        self._untied_from = [shared]
+        self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+
+    def take_shared_weight(self) -> None:
+        """Undo :meth:`give_own_weight`."""
+        self.base_layer.weight = self._untied_from.pop()
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return ``s·B·A`` in the shape and orientation of the base weight, in the dtype of the factors.
+
+        Raises:
+            TargetError: the delta of this layer has no place in its weight (a grouped convolution).
+        """
+        factors = self.whole_factors(adapter)
+        left, right = self.op.delta(self.base_layer, factors)
+        wide = torch.promote_types(left.dtype, torch.float32)
+        delta = (left.to(wide) @ right.to(wide)) * self.specs[adapter].scaling
+        shape = self.base_weight.shape
+        if self.op.roles_weight[0] == "expert":
+            return delta.expand(len(left) if left.dim() == 3 else shape[0], -1, -1).to(factors.b.dtype)
+        return delta.view(*left.shape[:1], *shape[1:]).to(factors.b.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add the deltas of adapters to the base weight, in place.
+
+        Args:
+            safe_merge: look for NaN and infinity in the result before the weight is touched.
+            adapter_names: which adapters; None: the active ones. Those already merged are passed over.
+
+        Raises:
+            AdapterError: the result is not finite (``safe_merge``), or B has a bias and the base layer none.
+            TargetError: the delta of this layer has no place in its weight (a grouped convolution).
+        """
+        names = self.mergeable(self.switch.active if adapter_names is None else adapter_names)
+        self.check_merge(names, finite=safe_merge)
+        self._change(self._terms(names, self.base_weight), self.base_weight)
+        self._add_biases(names)
+        self.merged_adapters += names
+        self.notes.clear()
+
+    def mergeable(self, names: Iterable[str]) -> list[str]:
+        """Return those adapters of ``names`` that this layer has and that are not merged yet."""
+        return [name for name in names if name in self.specs and name not in self.merged_adapters]
+
+    @torch.no_grad()
+    def check_merge(self, names: Iterable[str], *, finite: bool) -> None:
+        """Refuse a merge that cannot be done, before anything is touched; for the errors see :meth:`merge`.
+
+        Args:
+            names: adapters of this layer.
+            finite: compute the merged weight in a copy and look for NaN and infinity.
+        """
+        layer: Any = self  # a LoraLayer
+        for name in names:
+            storage_of(self.base_weight, self.target_name)
+            self.op.delta(self.base_layer, self.whole_factors(name))
+            if self.specs[name].bias and getattr(self.base_layer, self.op.bias_name, None) is None:
+                raise AdapterError(
+                    f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
+                )
+            gain = VARIANTS[self.specs[name].variant].gain(layer, self.whole_factors(name), self.specs[name])
+            if gain is not None and not gain.all():
+                raise AdapterError(
+                    f"{self.target_name}: adapter {name!r} has magnitudes of zero, which would erase rows of the "
+                    "weight that no unmerging gives back"
+                )
+            self._gains[name] = gain
+            if finite:
+                trial = self.base_weight.clone()
+                self._change(self._terms([name], self.base_weight), trial)
+                if not trial.isfinite().all():
+                    raise AdapterError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
+                        f"({self.target_name})"
+                    )
+
+    def unmerge(self) -> None:
+        """Take every merged delta out of the base weight again.
+
+        In float32 and float64 the weight comes back up to the rounding of one addition. A 16-bit weight was rounded
+        when the delta went in; then a warning says so.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        elif not self.unmerge_quietly():
+            warnings.warn(inexact_message(self.base_weight.dtype), stacklevel=2)
+
+    def unmerge_quietly(self) -> bool:
+        """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding."""
+        exact = not self.merged or storage_of(self.base_weight, self.target_name).exact
+        self._change(self._terms(self.merged_adapters, self.base_weight), self.base_weight, undo=True)
+        self._add_biases(self.merged_adapters, sign=-1)
+        self.merged_adapters = []
+        self._gains.clear()
+        self.notes.clear()
+        return exact
+
+    def unmerged_weight(self) -> Tensor:
+        """Return what this rank has of the base weight without the adapters that are merged into it; do not write."""
+        weight = self.base_weight
+        if not self.merged_adapters:
+            return weight
+        plain = weight.clone()
+        self._change(self._terms(self.merged_adapters, weight), plain, undo=True)
+        return plain
+
+    def subtract(self, name: str, factors: Factors) -> None:
+        """Take the delta of the factors that an adapter starts from out of the base weight, for good.
+
+        Raises:
+            AdapterError: an adapter is merged into the weight, or the weight has no memory yet.
+        """
+        if self.merged_adapters or self.base_weight.is_meta:
+            state = f"has {self.merged_adapters} merged into it" if self.merged_adapters else "has no memory yet"
+            raise AdapterError(
+                f"{self.target_name}: the start of adapter {name!r} changes the base weight, which {state}"
+            )
+        left, right = self._delta_at_rest(factors)
+        self._change([Term(left, right, -self.specs[name].scaling)], self.base_weight)
+        self.owed.discard(name)
+        self.notes.clear()
+
+    @property
+    def base_weight(self) -> Tensor:
+        """What this rank holds of the base layer's weight that the deltas belong to, detached."""
+        weight: Tensor = getattr(self.base_layer, self.op.weight_name)
+        return at_rest(weight.data).local
+
+    def whole_factors(self, name: str) -> Factors:
+        """Return an adapter's factors as they are in a forward, detached: gathered where they are sharded at rest."""
+        whole = (None if tensor is None else unshard(tensor.detach()) for tensor in self.factors(name))
+        return Factors(*whole)  # type: ignore[arg-type]
+
+    def _terms(self, names: Sequence[str], weight: Tensor) -> list[Term]:
+        terms = []
+        for name in names:
+            if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
+                continue  # the same memory: the source's delta is this one's too
+            left, right = self._delta_at_rest(self.whole_factors(name))
+            gain = self._gains.get(name)
+            if gain is not None:
+                gain = gain.view((-1, 1) if self.op.roles_weight[0] == "out" else (1, -1))
+            terms.append(Term(left, right, self.specs[name].scaling, gain))
+        return terms
+
+    @torch.no_grad()
+    def _change(self, terms: Sequence[Term], weight: Tensor, *, undo: bool = False) -> None:
+        if not terms:
+            return
+        matrix = weight if self.op.roles_weight[0] == "expert" else weight.flatten(1)
+        add_low_rank_(matrix, terms, storage_of(weight, self.target_name), undo=undo)
+        if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
+            weight.copy_(matrix.view(weight.shape))
+
+    def _delta_at_rest(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Return the factors of the delta of the weight that this rank keeps between forwards."""
+        left, right = (factor.detach() for factor in self.op.delta(self.base_layer, factors))
+        if self.op.roles_weight[0] != "expert":
+            rows, columns = self.share_at_rest()
+            return left[rows], right[:, columns]
+        experts, rows, columns = at_rest(getattr(self.base_layer, self.op.weight_name).data, self.site).slices
+        if left.dim() == 3:
+            left, right = left[experts], right[experts]
+        return left[..., rows, :], right[..., columns]
+
+    def share_at_rest(self) -> tuple[slice, slice]:
+        """Return which rows and columns of this rank's delta belong to the weight that it keeps between forwards."""
+        held = at_rest(getattr(self.base_layer, self.op.weight_name).data, self.site)
+        rows, *others = held.slices
+        if len(others) > 1 and any(other != slice(None) for other in others):
+            raise AdapterError(f"{self.target_name}: a kernel that is sharded along {held.slices} cannot take a delta")
+        return rows, others[0] if len(others) == 1 else slice(None)
+
+    @torch.no_grad()
+    def _add_biases(self, names: Sequence[str], sign: int = 1) -> None:
+        for name in names:
+            bias = self.whole_factors(name).bias
+            if bias is not None:
+                held = at_rest(getattr(self.base_layer, self.op.bias_name).data, self.site)
+                held.local.add_(bias[held.slices].to(held.local), alpha=sign * self.specs[name].scaling)
+
+
+def inexact_message(dtype: torch.dtype) -> str:
+    """Return what is to be said when a 16-bit weight is unmerged."""
+    return (
+        f"Unmerged from weights stored as {dtype}: they were rounded when the delta went in, so the base weight is "
+        "restored to within one rounding of that dtype, not bit for bit. Reload the base model where that matters."
+    )

@@ -1,0 +1,19 @@
+"""What an adapter may make of its factors other than ``y + s·B·A·x``: a registry by field of the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorica.variants.base import Hosting, Variant
+from lorica.variants.dora import Dora
+
+#: The field of ``LoraConfig`` that turns a variant on → the variant. Empty: plain LoRA.
+VARIANTS: dict[str, Variant] = {"": Variant(), "use_dora": Dora()}
+
+
+def variant_of(config: Any) -> str:
+    """Return the key of the variant that a configuration asks for."""
+    return next((field for field in VARIANTS if field and getattr(config, field)), "")
+
+
+__all__ = ["VARIANTS", "Hosting", "Variant", "variant_of"]

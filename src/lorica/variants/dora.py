@@ -1,0 +1,208 @@
+"""DoRA: the adapted weight's direction and its magnitude are learned apart (https://arxiv.org/abs/2402.09353).
+
+::
+
+    y = m / ‖W + s·B·A‖ · (x Wᵀ + s·(x Aᵀ) Bᵀ) + b        one magnitude m and one norm for every output
+
+The norms are constants for the gradient (section 4.3 of the paper).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from lorica.config.spec import AdapterSpec
+from lorica.engines.rest import storage_axes
+from lorica.engines.site import Axis
+from lorica.errors import TargetError
+from lorica.init import Factors
+from lorica.ops import Op
+from lorica.ops.base import autocast_off
+from lorica.ops.dropout import drop
+from lorica.variants.base import Hosting, Variant
+
+#: Elements of a chunk of rows while norms are taken: the only extra memory is that many float32 values.
+CHUNK_ELEMENTS = 4 * 1024 * 1024
+#: Where ``‖W + ΔW‖²`` is less than this part of ``‖W‖² + ‖ΔW‖²``, its three terms cancel and it is taken anew.
+CANCELLATION = 1 / 16
+
+
+class Dora(Variant):
+    """One magnitude for every output of the layer.
+
+    On a layer that is cut by its outputs, magnitudes and norms are cut alike and nothing is sent. Where it is cut by
+    its inputs (row and vocabulary layers), every rank has all magnitudes, and the squared norms are summed over the
+    axis: one ``all_reduce`` of ``out`` numbers, in the first forward after the factors or the weight changed.
+    """
+
+    def check(self, op: Op, base: Any, spec: AdapterSpec, where: str) -> None:
+        """The delta must have its place in the weight, one row to an output."""
+        if op.roles_magnitude is None:
+            raise TargetError(f"{where}: use_dora=True is not supported for a layer of the kind {op.kind}")
+        if getattr(base, "groups", 1) > 1:
+            raise TargetError(f"{where}: use_dora=True is not supported for convolutions with groups > 1")
+        if spec.bias:
+            raise TargetError(f"{where}: lora_bias=True is not supported for DoRA, please pass use_dora=False")
+
+    def magnitude_shape(self, op: Op, outputs: int) -> torch.Size:
+        """``[out]``, and ``[1, out, 1 …]`` of a convolution (PEFT's shapes)."""
+        assert op.roles_magnitude is not None
+        return torch.Size(outputs if role == "out" else 1 for role in op.roles_magnitude)
+
+    def magnitude(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """The norms, so that the layer starts as plain LoRA would."""
+        norm = norms(layer, factors, spec)
+        return norm.view(self.magnitude_shape(layer.op, len(norm)))
+
+    def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Add the adapter's part, then ``(m/‖W + s·B·A‖ - 1)`` times the whole without the base layer's bias.
+
+        Written so, the factor is rounded to the dtype of ``y`` only after 1 was taken off it, and a layer that has
+        learned nothing gives the base layer's output bit for bit. The base product is not computed again, unless
+        dropout comes before A: then the part that is scaled sees the dropped input too, as in PEFT.
+        """
+        excess = (_gain(factors.magnitude, _kept_norms(layer, factors, spec)) - 1).to(y.dtype)
+        op = layer.op
+        if spec.dropout and layer.training and spec.dropout_position == "pre" and not op.lookup:
+            x, spec = drop(x.to(y.dtype), spec, "pre", layer.site, True), replace(spec, dropout=0.0)
+            y, scaled = (op.add(start, x, layer, factors, spec) for start in (y, op.product(x, layer)))
+        else:
+            y = op.add(y, x, layer, factors, spec)
+            bias = _bias(layer, y.dtype)
+            scaled = y if bias is None else y - _per_output(op, bias)
+        return torch.addcmul(y, scaled, _per_output(op, excess))
+
+    def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """``m / ‖W + s·B·A‖``."""
+        assert factors.magnitude is not None
+        return _gain(factors.magnitude, norms(layer, factors, spec))[layer.share_at_rest()[_out_dim(layer.op)]]
+
+
+def _gain(magnitude: Tensor | None, norm: Tensor) -> Tensor:
+    assert magnitude is not None
+    positive = norm > 0  # a row of zeros stays one, whatever multiplies it
+    return torch.where(positive, magnitude.flatten().to(norm.dtype) / torch.where(positive, norm, 1), 1)
+
+
+def norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+    """Return ``‖W + s·B·A‖`` of every output that this rank computes, detached, in float32 (float64 stays).
+
+    Collective over the axes that cut the layer's inputs and, between forwards, over those that shard the weight.
+    """
+    with torch.inference_mode(False), torch.no_grad(), autocast_off(factors.b.device.type):
+        held = layer.share_at_rest()
+        plain = Factors(factors.a.detach(), factors.b.detach())
+        left, right = layer.op.delta(layer.base_layer, plain)
+        matrices = (layer.unmerged_weight().flatten(1), left[held[0]], right[:, held[1]])
+        outputs, kept = (left.shape[0], held[0])
+        if _out_dim(layer.op) == 1:
+            matrices = (matrices[0].T, matrices[2].T, matrices[1].T)
+            outputs, kept = (right.shape[1], held[1])
+        squares = (_traced if torch.compiler.is_compiling() else row_squares)(*matrices, spec.scaling)
+        if axes := _axes_of_terms(layer):
+            part, squares = squares, squares.new_zeros(outputs)
+            squares[kept] = part
+            for axis in axes:
+                dist.all_reduce(squares, group=axis.group)
+        return squares.sqrt()
+
+
+def row_squares(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
+    """Return ``‖W + s·B·A‖²`` of every row, without a second matrix of the weight's size.
+
+    ``‖W‖² + 2s·⟨W Aᵀ, B⟩ + s²·⟨B (A Aᵀ), B⟩``, and row by row as it stands where these terms cancel, so that the result
+    is good to some ten roundings.
+    """
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    b_OR, a_RI = b_OR.to(wide) * scale, a_RI.to(wide)
+    delta_O = ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
+    step = max(1, CHUNK_ELEMENTS // max(1, weight_OI.shape[1]))
+    found = [torch.zeros(0, dtype=wide, device=weight_OI.device)]
+    for start in range(0, len(weight_OI), step):
+        chunk = slice(start, start + step)
+        w_OI, b = weight_OI[chunk].to(wide), b_OR[chunk]
+        parts_O = torch.einsum("oi,oi->o", w_OI, w_OI) + delta_O[chunk]
+        squares_O = parts_O + 2 * ((w_OI @ a_RI.T) * b).sum(1)
+        cancelled = squares_O < CANCELLATION * parts_O
+        if cancelled.any():
+            squares_O[cancelled] = torch.addmm(w_OI[cancelled], b[cancelled], a_RI).square().sum(1)
+        found.append(squares_O)
+    return torch.cat(found)
+
+
+@torch.library.custom_op("lorica::row_squares", mutates_args=())
+def _traced(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
+    """One node in a compiled graph: what happens inside depends on the numbers."""
+    return row_squares(weight_OI, b_OR, a_RI, scale)
+
+
+@_traced.register_fake
+def _(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
+    return weight_OI.new_empty(weight_OI.shape[0], dtype=torch.promote_types(weight_OI.dtype, torch.float32))
+
+
+_steps = 0
+
+
+def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+    """Return the norms of the last forward, as long as nothing was written to what they depend on.
+
+    Writes are seen through torch's version counters and, since fully-sharded parallelism hides them there, through the
+    steps of any optimiser. A write through ``.data`` moves neither.
+    """
+    weight = getattr(layer.base_layer, layer.op.weight_name)
+    sources: tuple[Tensor, ...] = (weight, factors.a, factors.b)
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
+        return norms(layer, factors, spec)
+    place = layer.base_weight.data_ptr()  # engines hand the forward a new object around the same memory
+    state = (_steps, spec.scaling, place, id(factors.a), *(tensor._version for tensor in sources))
+    kept = layer.notes.get(id(factors.b))
+    if kept is None or kept[0] != state:
+        kept = layer.notes[id(factors.b)] = (state, norms(layer, factors, spec))
+    norm: Tensor = kept[1]
+    return norm
+
+
+def _axes_of_terms(layer: Hosting) -> list[Axis]:
+    """Return the axes over which this rank's outputs and their squared norms are divided."""
+    if layer.site is None:
+        return []
+    cut = layer.site.layout.cut_of("in")
+    stored = storage_axes(getattr(layer.base_layer, layer.op.weight_name), layer.site)
+    return [*([] if cut is None else [layer.site.axes[cut.axis]]), *(axis for _, axis in stored)]
+
+
+def _out_dim(op: Op) -> int:
+    return op.roles_weight.index("out")
+
+
+def _bias(layer: Hosting, dtype: torch.dtype) -> Tensor | None:
+    """Return what the output holds of the base layer's bias where adapters are added to it."""
+    bias: Tensor | None = getattr(layer.base_layer, layer.op.bias_name, None)
+    share = 1.0 if layer.site is None else layer.site.bias
+    if bias is None or share == 0:
+        return None
+    local = bias.to_local() if isinstance(bias, DTensor) else bias
+    return (local if share == 1 else local * share).to(dtype)
+
+
+def _per_output(op: Op, values: Tensor) -> Tensor:
+    """Shape one number per output so that it broadcasts over the layer's output."""
+    assert op.roles_magnitude is not None
+    behind = len(op.roles_magnitude) - op.roles_magnitude.index("out") - 1
+    return values.view(-1, *[1] * behind)
