@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorica.adapt.inject import adapter_modules, base_of
 from lorica.adapt.trainable import named_biases
+from lorica.checkpoint.forms import FORMS
 from lorica.config import LoraConfig
 from lorica.engines import Engines, Site
 from lorica.errors import AdapterError, suggest
@@ -55,9 +56,10 @@ class Entry:
 
     @property
     def shape(self) -> torch.Size:
-        """The logical shape, which the tensor in a file has."""
+        """The shape that the tensor in a file has."""
         if self.window is None:
-            return self.whole_shape
+            form = FORMS.get(self.roles)
+            return self.whole_shape if form is None else form.shape(self.whole_shape)
         return torch.Size(side.stop - side.start for side in self.window)
 
     @property
@@ -68,14 +70,23 @@ class Entry:
         sizes = self.site.layout.sizes
         return torch.Size(sizes.get(role, size) for role, size in zip(self.roles, self.tensor.shape, strict=True))
 
+    def saved(self, tensor: Tensor) -> Tensor:
+        """Return a whole live tensor as it is in a file."""
+        form = FORMS.get(self.roles)
+        return tensor if form is None else form.saved(tensor)
+
 
 def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[str, Entry]:
     """Return every tensor that belongs to an adapter: name in a file → where it lives."""
     entries: dict[str, Entry] = {}
     engines: Engines | None = None
+    inside: dict[int, str] = {}
     for path, module in adapter_modules(model):
         if isinstance(module, LoraLayer):
-            entries.update(_factors(path, module, adapter))
+            saved_as = inside.get(id(module), path)
+            # Of layers around one another, those without this adapter leave no trace in the names of a file.
+            inside[id(module.base_layer)] = f"{saved_as}.base_layer" if adapter in module.specs else saved_as
+            entries.update(_factors(path, saved_as, module, adapter))
         elif adapter in module.modules_to_save:
             engines = engines or Engines(base_of(model))
             prefix = f"{path}.modules_to_save.{adapter}"
@@ -101,7 +112,7 @@ def _whole(live: str, tensor: Tensor, inside: nn.Module, name: str, engines: Eng
     return Entry(live, tensor, roles=roles, site=engines.parameter_site(owner_name, owner, parameter, roles))
 
 
-def _factors(path: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
+def _factors(path: str, saved_as: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
     if adapter not in layer.specs:
         return {}
     tensors = [tensor for tensor in layer.factors(adapter) if tensor is not None]
@@ -112,8 +123,8 @@ def _factors(path: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
     for (name, live), tensor, role in zip(layer.factor_names(adapter).items(), tensors, roles, strict=True):
         owner = None if tied else layer.get_submodule(live.rpartition(".")[0])
         entry = Entry(f"{path}.{live}", tensor, tied, owner, device, role, layer.site)
-        for saved_as, window in layer.windows(path, name, adapter, entry.whole_shape):
-            entries[saved_as] = replace(entry, window=window)
+        for key, window in layer.windows(saved_as, name, adapter, entry.whole_shape):
+            entries[key] = replace(entry, window=window)
     return entries
 
 

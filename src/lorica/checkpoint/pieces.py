@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lorica.checkpoint.forms import FORMS
 from lorica.checkpoint.names import Entry
 from lorica.engines.describe import STAGES
 from lorica.engines.rest import at_rest
@@ -76,7 +77,11 @@ def piece_of(name: str, entry: Entry) -> Piece:
     if entry.window is not None:
         seen = [(_seen(box, entry.window), mine) for box, mine in zip(boxes, owned, strict=True)]
         boxes, owned = [box for box, _ in seen if box is not None], [mine for box, mine in seen if box is not None]
-    return Piece(name, entry.shape, tuple(boxes), held.local, tuple(owned))
+    if (form := FORMS.get(entry.roles)) is None:
+        return Piece(name, entry.shape, tuple(boxes), held.local, tuple(owned))
+    turned = [(part, mine) for box, mine in zip(boxes, owned, strict=True) for part in form.boxes(box, shape)]
+    view = form.view(held.local)
+    return Piece(name, entry.shape, tuple(box for box, _ in turned), view, tuple(mine for _, mine in turned))
 
 
 def _seen(box: Box, window: Sequence[slice]) -> Box | None:

@@ -51,9 +51,10 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     entries = saved_entries(model, adapter_name, save_embedding_layers)
     if state_dict is not None:
-        return {n: entry.tensor.detach() if entry.tied else state_dict[entry.live] for n, entry in entries.items()}
+        values = {n: entry.tensor.detach() if entry.tied else state_dict[entry.live] for n, entry in entries.items()}
+        return {name: entries[name].saved(value) for name, value in values.items()}
     if not lie_over_ranks(entries):
-        return {name: entry.tensor.detach() for name, entry in entries.items()}
+        return {name: entry.saved(entry.tensor.detach()) for name, entry in entries.items()}
     return collect(pieces(entries))
 
 
