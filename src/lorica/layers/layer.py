@@ -69,7 +69,7 @@ class LoraLayer(Merging):
         self.tied: dict[str, LoraLayer] = {}
         container = nn.ParameterDict if op.lookup else nn.ModuleDict
         for name in _container_names(op):
-            self.add_module(name, container())
+            self._modules[name] = container()  # add_module would find the name in a layer inside this one
         self.settle(site)
 
     def settle(self, site: Site | None) -> None:
