@@ -19,6 +19,7 @@ class AdapterSpec:
         dropout_position: ``"pre"`` on the way into A, ``"post"`` after B.
         rslora: whether the scale is rank-stabilised.
         bias: whether B has a bias.
+        parts: of a layer that holds several projections, those that are adapted; empty: all.
         variant: the field of the configuration that turns its variant on (``"use_dora"``); empty: plain LoRA.
     """
 
@@ -30,6 +31,7 @@ class AdapterSpec:
     rslora: bool = False
     bias: bool = False
     variant: str = ""
+    parts: tuple[str, ...] = ()
 
     @property
     def natural_scaling(self) -> float:

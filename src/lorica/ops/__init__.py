@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorica.engines.native import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from lorica.layout import Layout
 from lorica.ops.attention import Attention
 from lorica.ops.base import FactorShapes, Op
 from lorica.ops.conv import Conv
 from lorica.ops.embedding import Embedding
 from lorica.ops.experts import experts_op, matrix_op
+from lorica.ops.fused import FusedLinear, part_names
 from lorica.ops.linear import Linear, TransposedLinear
 
 #: Class of a base layer, or its full name where lorica does not depend on its package → op.
@@ -20,11 +23,18 @@ OPS: dict[type[nn.Module] | str, Op] = {
     nn.Conv3d: Conv(3),
     nn.MultiheadAttention: Attention(),
     "transformers.pytorch_utils.Conv1D": TransposedLinear(),
+    ColumnParallelLinear: Linear(),
+    RowParallelLinear: Linear(),
+    ParallelEmbedding: Embedding(),
 }
+_FUSED = FusedLinear()
 
 
 def op_of(module: nn.Module) -> Op | None:
     """Return the op for a base layer or None; subclasses are found by their bases."""
+    layout = getattr(module, "layout", None)
+    if isinstance(layout, Layout) and layout.parts:
+        return _FUSED
     for cls in type(module).__mro__:
         op = OPS.get(cls) or OPS.get(f"{cls.__module__}.{cls.__qualname__}")
         if op is not None:
@@ -57,4 +67,4 @@ def supported_layers() -> list[str]:
     return [key if isinstance(key, str) else f"torch.nn.{key.__name__}" for key in OPS]
 
 
-__all__ = ["OPS", "FactorShapes", "Op", "op_of", "op_of_parameter", "supported_layers"]
+__all__ = ["OPS", "FactorShapes", "Op", "op_of", "op_of_parameter", "part_names", "supported_layers"]

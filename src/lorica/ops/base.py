@@ -116,6 +116,10 @@ class Op(ABC):
         """Return a weight in the base layer's orientation as ``[out, in, …]``."""
         return weight
 
+    def parts(self, base: Any) -> list[tuple[str, int, int]]:
+        """Return name, first row and last row of projections that have factors of their own, where there are some."""
+        return []
+
     def windows(
         self, path: str, factor: str, spec: AdapterSpec, base: Any, shape: torch.Size
     ) -> list[tuple[str, tuple[slice, ...] | None]]:

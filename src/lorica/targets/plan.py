@@ -12,12 +12,14 @@ from torch import nn
 from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site
 from lorica.errors import TargetError, suggest
+from lorica.init import subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
-from lorica.ops import Op, op_of, op_of_parameter, supported_layers
+from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.targets.defaults import DEFAULT_TARGETS
 from lorica.targets.match import Names, entry_matches, excluded, matches, pattern_value, selected, shortest_names
 from lorica.targets.parameters import Found, find_parameters, rank_per_expert
 from lorica.targets.walk import bare, base_modules, tied_with_embedding
+from lorica.variants import VARIANTS, variant_of
 
 #: Heads that a task trains fully; a model has one of them.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -82,19 +84,70 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     modules = dict(base_modules(model))
     names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
     saved, names, tied = _tying(model, modules, config, names)
-    chosen = [key for key in modules if key and selected(config, names, key) and not excluded(config, key)]
+    chosen = [key for key, module in modules.items() if key and _is_chosen(config, names, key, module)]
     whole = tuple(f"{name}." for name in saved)
     chosen = [key for key in chosen if key not in tied and not f"{key}.".startswith(whole)]
     if not chosen and not config.target_parameters:
         _explain_no_match(config, names, modules)
-    _warn_of_idle_entries(config, names, modules)
+    _warn_of_idle_entries(config, names, [name for key, module in modules.items() for name in _keys(key, module)])
     chosen = _without_attention_inside(chosen, modules)
-    targets = [target for key in chosen for target in _targets_at(key, modules[key], config)]
+    targets = [target for key in chosen for target in _targets_at(key, modules[key], config, names)]
     targets += _parameter_targets(modules, config, chosen, whole)
     by_name = {target.name: target for target in targets}
     for key, source in tied.items():
         targets.append(_tied_target(key, modules[key], by_name[source]))
+    _check_variant(targets)
+    _check_start(model, config, targets)
     return Plan(names, _placed(model, targets), saved, _orientation(config, targets))
+
+
+def _check_variant(targets: Iterable[Target]) -> None:
+    for target in targets:
+        VARIANTS[target.spec.variant].check(target.op, target.base, target.spec, target.name)
+        if target.spec.variant and target.tied_to is not None:
+            raise TargetError(f"{target.name}: ensure_weight_tying=True is not supported with {target.spec.variant}")
+
+
+def _check_start(model: nn.Module, config: LoraConfig, targets: Iterable[Target]) -> None:
+    tied = tied_with_embedding(model)
+    shared = [] if tied is None else [tied[0], *tied[1]]
+    for target in targets:
+        if target.tied_to is None and subtracts(config.init_lora_weights, lookup=target.op.lookup):
+            if target.name in shared:
+                raise TargetError(
+                    f"{target.name}: init_lora_weights={config.init_lora_weights!r} changes the base weight, which "
+                    f"{[name for name in shared if name != target.name]} would see; untie the model's weights first"
+                )
+            if not getattr(target.base, target.op.weight_name).is_floating_point():
+                raise TargetError(
+                    f"{target.name}: init_lora_weights={config.init_lora_weights!r} needs a floating-point base weight"
+                )
+
+
+def _keys(key: str, module: nn.Module) -> list[str]:
+    """Return the names that mean a module: its own, and those of the projections that are fused in it."""
+    return [key, *part_names(key, bare(module))]
+
+
+def _is_chosen(config: LoraConfig, names: Names, key: str, module: nn.Module) -> bool:
+    return any(selected(config, names, name) and not excluded(config, name) for name in _keys(key, module))
+
+
+def _spec_of_parts(config: LoraConfig, names: Names, key: str, base: nn.Module) -> AdapterSpec:
+    """Return the spec of a layer in which several projections are fused, of which some may be targets."""
+    parts = part_names(key, base)
+    meant = [name for name in parts if selected(config, names, key) or selected(config, names, name)]
+    meant = [name for name in meant if not excluded(config, name)]
+    specs = {name: spec_for(config, name) for name in meant}
+    spec = specs[meant[0]]
+    differing = [name for name in meant if specs[name] != spec]
+    if differing:
+        raise TargetError(
+            f"{key}: the projections fused in it need the same rank and alpha, but rank_pattern or alpha_pattern "
+            f"gives {differing[0]} r={specs[differing[0]].r}, alpha={specs[differing[0]].alpha} and {meant[0]} "
+            f"r={spec.r}, alpha={spec.alpha}; leave them unfused or give them the same"
+        )
+    return replace(spec, parts=tuple(name.rpartition(".")[2] for name in meant) if meant != parts else ())
 
 
 def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
@@ -200,7 +253,7 @@ def _op(module: nn.Module) -> Op | None:
     return module.op if isinstance(module, LoraLayer) else op_of(module)
 
 
-def _targets_at(key: str, module: nn.Module, config: LoraConfig) -> list[Target]:
+def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names) -> list[Target]:
     if isinstance(module, ModulesToSaveWrapper):
         raise TargetError(
             f"{key}: already trained fully by another adapter (modules_to_save); it cannot be adapted too"
@@ -211,7 +264,7 @@ def _targets_at(key: str, module: nn.Module, config: LoraConfig) -> list[Target]
             f"Target module {key} of type {type(module).__name__} is not supported. Currently, only the following "
             f"modules are supported: {', '.join(supported_layers())}."
         )
-    spec = spec_for(config, key)
+    spec = _spec_of_parts(config, names, key, base) if op.parts(base) else spec_for(config, key)
     op.check(base, spec, key)
     targets = [Target(key, base, op, spec)]
     for child_name in op.children:
@@ -252,6 +305,7 @@ def spec_for(config: LoraConfig, key: str) -> AdapterSpec:
         dropout_position=config.dropout_position,
         rslora=config.use_rslora,
         bias=config.lora_bias,
+        variant=variant_of(config),
     )
 
 
@@ -353,7 +407,7 @@ def _explain_no_match(config: LoraConfig, names: Names, modules: dict[str, nn.Mo
     )
 
 
-def _warn_of_idle_entries(config: LoraConfig, names: Names, modules: dict[str, nn.Module]) -> None:
+def _warn_of_idle_entries(config: LoraConfig, names: Names, modules: Collection[str]) -> None:
     if isinstance(names, str) or config.target_modules is None:
         return
     for name in sorted(names):

@@ -1,0 +1,77 @@
+"""Several linear layers fused into one weight, each with factors of its own (I7: fusing and going back are exact).
+
+The parts' A's lie one below the other, ``[P·r, in]``. A row of the weight belongs to one part, so B stays ``[out, r]``;
+spread over the columns of its part it is the B of the fused weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorica.config.spec import AdapterSpec
+from lorica.init import Factors
+from lorica.layout import Layout
+from lorica.ops.base import FactorShapes, Host
+from lorica.ops.linear import Linear
+
+
+class FusedLinear(Linear):
+    """A native layer whose layout names parts (``qkv_proj`` of ``q_proj``, ``k_proj`` and ``v_proj``)."""
+
+    def factor_shapes(self, base: Any, r: int) -> FactorShapes:
+        """A ``[P·r, in]``, B ``[out, r]``."""
+        layout: Layout = base.layout
+        sizes = layout.sizes
+        return FactorShapes(torch.Size((len(layout.parts) * r, sizes["in"])), torch.Size((sizes["out"], r)))
+
+    def parts(self, base: Any) -> list[tuple[str, int, int]]:
+        """The layout's."""
+        layout: Layout = base.layout
+        return layout.part_bounds()
+
+    def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Add the parts of all projections in one product."""
+        return super().add(y, x, layer, spread(factors, layer.base_layer), spec)
+
+    def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
+        """``B, A`` with B spread over the parts' columns."""
+        return super().delta(base, spread(factors, base))
+
+    def windows(
+        self, path: str, factor: str, spec: AdapterSpec, base: Any, shape: torch.Size
+    ) -> list[tuple[str, tuple[slice, ...] | None]]:
+        """Each part under its own name beside the fused layer, as if the projections had never been fused."""
+        parent = path.rpartition(".")[0]
+        rest = tuple(slice(0, size) for size in shape[1:])
+        found: list[tuple[str, tuple[slice, ...] | None]] = []
+        for index, (name, first, last) in enumerate(base.layout.part_bounds()):
+            rows = slice(index * spec.r, (index + 1) * spec.r) if factor.startswith("lora_A") else slice(first, last)
+            if not spec.parts or name in spec.parts:
+                found.append((f"{parent}.{name}.{factor}", (rows, *rest)))
+        return found
+
+
+def spread(factors: Factors, base: Any) -> Factors:
+    """Return the factors of the fused weight: A as it is, B ``[out, P·r]`` with each row in its part's columns."""
+    layout: Layout = base.layout
+    r, parts = factors.b.shape[1], len(layout.parts)
+    rows = sorted((start, stop, part) for part, held in enumerate(layout.part_rows(base.at)) for start, stop in held)
+    pieces = [F.pad(factors.b[start:stop], (part * r, (parts - part - 1) * r)) for start, stop, part in rows]
+    return factors._replace(b=torch.cat(pieces))
+
+
+def part_names(key: str, module: nn.Module) -> list[str]:
+    """Return the full names that the projections fused in a module had, or nothing where none are.
+
+    Args:
+        key: full name of the module.
+        module: it.
+    """
+    layout = getattr(module, "layout", None)
+    parent = key.rpartition(".")[0]
+    names = [name for name, _ in layout.parts] if isinstance(layout, Layout) else []
+    return [f"{parent}.{name}" if parent else name for name in names]
