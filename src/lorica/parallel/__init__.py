@@ -4,9 +4,13 @@ from lorica.engines.native import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
     ParallelEmbedding,
+    Pipeline,
     RowParallelLinear,
     gather_model_state,
+    next_token_loss,
     parallelize,
+    split_stages,
+    stage,
 )
 from lorica.engines.site import Axis, Site
 from lorica.layout import Cut, HeadOrder, Layout, grouped_heads
@@ -20,13 +24,17 @@ __all__ = [
     "HeadOrder",
     "Layout",
     "ParallelEmbedding",
+    "Pipeline",
     "RowParallelLinear",
     "Site",
     "clip_grad_norm_",
     "gather_model_state",
     "get_total_norm",
     "grouped_heads",
+    "next_token_loss",
     "parallelize",
+    "split_stages",
+    "stage",
     "sum_gradients",
     "verify",
 ]

@@ -67,7 +67,7 @@ def close(a: Tensor, b: Tensor, what: str) -> None:
     )
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def gradients(model: Any, group: Any = None) -> dict[str, Tensor]:
     """The logical gradients: summed over the axis where they are partial."""
     found = {}
     for place, module in model.named_modules():
@@ -86,7 +86,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
             else:
                 partial, copies = hasattr(module, "sequence_axes"), False
             if partial or copies:
-                dist.all_reduce(gradient)
+                dist.all_reduce(gradient, group=group)
             found[f"{place}.{name}"] = gradient
     return found
 

@@ -139,8 +139,6 @@ def _cut(
         head.weight = embedding.cut.weight
     if region is not None:
         region.begin(decoder.layers[0])
-        for layer in decoder.layers:
-            region.continue_in(layer)
         region.end(decoder.norm)
         decoder.lorica_region = region
         for module in (*plan.partial, decoder.norm):
@@ -205,7 +203,7 @@ def gather_model_state(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the logical state of a cut base model, tensor by tensor, on the first rank of every axis.
 
     Every rank has to go through it to the end; all but the first get nothing. One whole tensor is held at a time. A
-    weight that two modules share comes once, under its first name.
+    weight that two modules share comes once, under its first name; from two stages it comes under both.
 
     Args:
         model: what :func:`parallelize` (and :func:`split_stages`) made, without adapters that are not merged.

@@ -18,8 +18,8 @@ class Region:
     """The part of a model in which each rank of an axis has its tokens only: from the first decoder layer to the norm.
 
     Outside it everything is whole on every rank: positions, masks, embeddings, the last hidden state, logits. The
-    length of the sequence is learnt at the first layer, and again by each layer from the positions it is given, which
-    serves activation checkpointing; so no rank has to ask another.
+    length of the sequence is learnt at the first layer, and again by each attention block from the positions it is
+    given, since activation checkpointing runs a layer again when other sequences have passed; so no rank has to ask.
 
     Args:
         axis: over which the tokens are divided: any number, also fewer than ranks.
@@ -30,19 +30,21 @@ class Region:
         self.length = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
-        return Region(self.axis)
+        return self  # the hooks of a copied model are those of the first
 
     def begin(self, layer: nn.Module) -> None:
         """Divide the tokens before ``layer``."""
         layer.register_forward_pre_hook(self._divide, with_kwargs=True, prepend=True)
 
-    def continue_in(self, layer: nn.Module) -> None:
-        """Learn the length from what ``layer`` is given."""
-        layer.register_forward_pre_hook(self._learn, with_kwargs=True)
-
     def end(self, module: nn.Module) -> None:
         """Give every rank all tokens of what ``module`` returns."""
         module.register_forward_hook(self._gather)
+
+    def learn(self, kwargs: dict[str, Any]) -> None:
+        """Learn the length from the positions that a block is given, if it is."""
+        positions = kwargs.get("position_ids")
+        if isinstance(positions, Tensor):
+            self.length = positions.shape[-1]
 
     def all_tokens(self, x: Tensor) -> Tensor:
         """Return all tokens, for a block that is cut."""
@@ -55,11 +57,6 @@ class Region:
 
         return on_first(args, kwargs, divided)
 
-    def _learn(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        positions = kwargs.get("position_ids")
-        if isinstance(positions, Tensor):
-            self.length = positions.shape[-1]
-
     def _gather(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return gather(output, self.axis, TOKENS, shares(self.length, self.axis.size))
 
@@ -67,10 +64,13 @@ class Region:
 def enter_block(block: nn.Module, axis: Axis, region: Region | None) -> None:
     """Put the one collective of a block's input before it: all of its column-parallel layers share it."""
 
-    def entered(x: Tensor) -> Tensor:
-        return enter(x, axis) if region is None else region.all_tokens(x)
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if region is None:
+            return on_first(args, kwargs, lambda x: enter(x, axis))
+        region.learn(kwargs)
+        return on_first(args, kwargs, region.all_tokens)
 
-    block.register_forward_pre_hook(lambda module, args, kwargs: on_first(args, kwargs, entered), with_kwargs=True)
+    block.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def on_first(args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]) -> Any:
