@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lorica.adapt.inject import base_of
 from lorica.checkpoint import card
@@ -116,7 +117,9 @@ def _write_config(model: PeftModel, name: str, folder: Path) -> None:
     base = model.get_base_model()
     mapping = None
     if config.task_type is None:
-        mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        # Fully-sharded parallelism gives a model a class of its own, made of its real one.
+        kind = next(cls for cls in type(base).__mro__ if not issubclass(cls, FSDPModule))
+        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     mode, config.inference_mode = config.inference_mode, True
     try:
         config.save_pretrained(folder, auto_mapping_dict=mapping)

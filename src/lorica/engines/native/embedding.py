@@ -132,8 +132,11 @@ class ParallelEmbedding(Native, nn.Embedding):
             self.embed_scale = scale
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the rows (or their features) that this rank has under the local ids ``x``."""
-        rows = F.embedding(x, self.weight, self.padding_idx, sparse=self.sparse)
+        """Return the rows (or their features) that this rank has for the ids ``x``; zeros for what it has not."""
+        place = x if self.shard_across_embedding else x - self.start_index
+        elsewhere = (place < 0) | (place >= self.num_embeddings)
+        rows = F.embedding(place.masked_fill(elsewhere, 0), self.weight, self.padding_idx, sparse=self.sparse)
+        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0)
         scale = getattr(self, "embed_scale", None)
         return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
@@ -142,9 +145,7 @@ class ParallelEmbedding(Native, nn.Embedding):
         if self.shard_across_embedding:
             (cut,) = self.layout.cuts
             return gather(self.product(input), self.axis, -1, [cut.length(rank) for rank in range(cut.size)])
-        place = input - self.start_index
-        elsewhere = (place < 0) | (place >= self.num_embeddings)
-        rows = self.product(place.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
+        rows = self.product(input)
         if self.sequence_parallel_enabled:
             return sequence_reduce(rows, self.axis, self.sequence_dimension)
         return leave(rows, self.axis)
