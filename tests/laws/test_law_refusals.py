@@ -13,11 +13,7 @@ import lorica
 from models import ids, mlp, tiny_llama
 
 LATER = [
-    {"use_dora": True},
     {"init_lora_weights": "eva"},
-    {"init_lora_weights": "pissa"},
-    {"init_lora_weights": "pissa_niter_4"},
-    {"init_lora_weights": "olora"},
     {"init_lora_weights": "corda"},
     {"init_lora_weights": "lora_ga"},
     {"init_lora_weights": "mica"},

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorica.adapt.parts import each_part
 from lorica.config import LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
 from lorica.engines.rest import at_rest
 from lorica.errors import AdapterError
-from lorica.init import Factors, InitRequest, draw_seed, initialise, target_generator
+from lorica.init import Factors, InitRequest, draw_seed, initialise, subtracts, target_generator
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.ops import FactorShapes, Op
 from lorica.targets.plan import Plan, Target
@@ -109,15 +110,42 @@ def inject(
     }
     layers: dict[str, LoraLayer] = {}
     places = Places(model)
+    _refuse_merged(places, plan, config)
     for target in plan.targets:
         layer = _layer_at(target, places, switch)
         layers[target.name] = layer
         if target.tied_to is None:
-            layer.add_adapter(adapter, target.spec, factors[target.name])
+            changes_base = subtracts(config.init_lora_weights, lookup=target.op.lookup)
+            layer.add_adapter(adapter, target.spec, factors[target.name], subtract=changes_base)
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
     _save_whole(model, plan, adapter, switch, places)
     _keep_from_fast_path(places)
+
+
+def subtract_owed(model: nn.Module, adapter: str, config: LoraConfig) -> None:
+    """Take out of the base weights what the adapter's start took out of them where it was trained.
+
+    For adapters whose factors were made on the meta device and then filled from a file. Their start is made again, so
+    that a file means the same model here as there.
+    """
+    owing = [layer for layer in lora_layers(model) if adapter in layer.owed]
+    starts = []
+    for layer in owing:
+        target = Target(layer.target_name, layer.get_base_layer(), layer.op, layer.specs[adapter], site=layer.site)
+        starts.append(_start(target, config, 0, layer.base_weight.device, layer.factors(adapter).b.dtype))
+    for layer, start in zip(owing, starts, strict=True):
+        layer.subtract(adapter, start)
+
+
+def _refuse_merged(places: Places, plan: Plan, config: LoraConfig) -> None:
+    for target in plan.targets:
+        layer = places.layer_at(target)
+        if layer is not None and layer.merged and subtracts(config.init_lora_weights, lookup=target.op.lookup):
+            raise AdapterError(
+                f"{target.name}: init_lora_weights={config.init_lora_weights!r} changes the base weight, which has "
+                f"{layer.merged_adapters} merged into it; unmerge first"
+            )
 
 
 def take_out(model: nn.Module, adapter: str) -> None:
@@ -240,6 +268,12 @@ def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, au
         empty = partial(torch.empty, dtype=dtype, device=device)
         bias = empty(shapes.b[:1]) if target.spec.bias else None
         return _slices(Factors(empty(shapes.a), empty(shapes.b), bias), op, site)
+    return _start(target, config, seed, device, dtype)
+
+
+def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Factors:
+    op, site = target.op, target.site
+    shapes = logical_shapes(op, target.base, target.spec.r, site)
     request = InitRequest(
         target=target.name,
         r=target.spec.r,
@@ -252,7 +286,9 @@ def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, au
         weight=lambda: logical_weight(op, target.base, site),
         experts=shapes.a[0] if op.roles_a[0] == "expert" else 0,
     )
-    made = _slices(initialise(config.init_lora_weights, request), op, site)
+    parts = op.parts(target.base)
+    drawn = each_part(config, request, parts, target.spec, seed) if parts else None
+    made = _slices(drawn or initialise(config.init_lora_weights, request), op, site)
     return Factors(*(None if tensor is None else tensor.to(device, dtype) for tensor in made))  # type: ignore[arg-type]
 
 

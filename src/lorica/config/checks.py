@@ -27,7 +27,6 @@ _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "eva_config": (None,),
     "corda_config": (None,),
     "lora_ga_config": (None,),
-    "use_dora": (False, None),
     "velora_config": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
