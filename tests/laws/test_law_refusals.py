@@ -20,7 +20,6 @@ LATER = [
     {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
     {"alora_invocation_tokens": [1, 2]},
     {"layer_replication": [(0, 1), (1, 2)]},
-    {"target_parameters": ["lin0.weight"]},
     {"trainable_token_indices": [1, 2]},
     {"use_bdlora": {"nblocks": 2}},
     {"arrow_config": {"top_k": 2}},

@@ -108,6 +108,9 @@ def _check_flags(config: LoraConfig) -> None:
     flags = ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying", "inference_mode")
     for name in (*flags, "share_expert_adapters", "normalize_moe_lora"):
         _need(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    _need(config.use_dora in (True, False, None), "use_dora", config.use_dora, "True or False")
+    if config.use_dora and config.lora_bias:
+        raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
     _need(config.bias in ("none", "all", "lora_only"), "bias", config.bias, "'none', 'all' or 'lora_only'")
 
 

@@ -48,8 +48,6 @@ class Dora(Variant):
             raise TargetError(f"{where}: use_dora=True is not supported for a layer of the kind {op.kind}")
         if getattr(base, "groups", 1) > 1:
             raise TargetError(f"{where}: use_dora=True is not supported for convolutions with groups > 1")
-        if spec.bias:
-            raise TargetError(f"{where}: lora_bias=True is not supported for DoRA, please pass use_dora=False")
 
     def magnitude_shape(self, op: Op, outputs: int) -> torch.Size:
         """``[out]``, and ``[1, out, 1 …]`` of a convolution (PEFT's shapes)."""
