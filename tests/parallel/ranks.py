@@ -29,6 +29,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -49,6 +50,9 @@ PRELOAD = [
     "torch.distributed.pipelining",
     "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
+    "torch.testing._internal.distributed.fake_pg",
+    "transformers.distributed.tensor_parallel",
+    "transformers.distributed.pipeline_parallel",
     "transformers.integrations.tensor_parallel",
     "transformers.models.llama.modeling_llama",
     "transformers.models.phi3.modeling_phi3",
@@ -138,7 +142,9 @@ def _rank(
 def _call(call: bytes, rank: int, size: int, folder: str, timeout: float, environment: Any, filters: Any) -> Any:
     import torch
     import torch.distributed as dist
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which multiprocessing would miss when the rank has left
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank))
