@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,13 @@ from torch.distributed.tensor import DTensor
 from lorica.engines import fsdp
 from lorica.engines.dtensor import cuts_of
 from lorica.engines.site import Axis, Opening, Site, opening_of
-from lorica.layout import Layout, Roles
+from lorica.layout import Cut, Layout, Roles
 
 #: Names of mesh axes over which batches are divided, on models that :func:`lorica.parallel.parallelize` cut.
 DATA_AXES = ("dp", "dp_replicate", "fsdp", "dp_shard")
+#: transformers lays the same ranks out twice, once for its dense layers and once for its experts. A layer knows the
+#: axes of its own view; those of the other one would divide it by the same ranks again.
+DENSE_VIEW, EXPERT_VIEW = frozenset({"fsdp", "tp"}), frozenset({"efsdp", "ep"})
 #: Name of the mesh axis of pipeline stages, which hold different layers.
 STAGES = "pp"
 
@@ -60,10 +63,11 @@ class Engines:
             return Site(layout, axes, Opening(module, "product"), bias=1.0 if layout.shares() == 1 else 0.0)
         if not self.axes:
             return None
-        layout = self._layout(getattr(module, weight_name), roles, module, name)
+        weight = getattr(module, weight_name)
+        layout, axes = self._layout(weight, roles, module, name), self._axes_of(weight)
         wrapped = layout.cuts or getattr(module, "_is_hooked", False)
         # A product of distributed tensors adds this rank's equal share of the bias to its partial sum.
-        return Site(layout, self.axes, opening_of(module) if wrapped else None, bias=1 / layout.shares())
+        return Site(layout, axes, opening_of(module) if wrapped else None, bias=1 / layout.shares())
 
     def parameter_site(self, name: str, module: nn.Module, parameter: str, roles: Roles) -> Site | None:
         """Return where one parameter of a module lies, for a module that trains or is saved as a whole.
@@ -81,7 +85,8 @@ class Engines:
         if not isinstance(layout, Layout):
             if not self.axes:
                 return None
-            return Site(self._layout(getattr(module, parameter), roles, module, name), self.axes)
+            weight = getattr(module, parameter)
+            return Site(self._layout(weight, roles, module, name), self._axes_of(weight))
         cuts = tuple(cut for cut in layout.cuts if cut.dim in roles)  # what it lacks is added after the reduction
         after = tuple(cut.axis for cut in layout.cuts if cut.dim not in roles and _splits_sequence(module))
         sizes = {role: layout.sizes[role] for role in roles if role in layout.sizes}
@@ -91,7 +96,23 @@ class Engines:
 
     def _layout(self, weight: Tensor, roles: Roles, module: nn.Module, name: str) -> Layout:
         cuts = cuts_of(weight, roles, self._storage, name) if isinstance(weight, DTensor) else ()
-        return Layout(_sizes(weight, roles), cuts, sequence=_sequence(module), data=self._data)
+        data = tuple(axis for axis in self._data if axis in self._axes_of(weight))
+        batches = self._batches(cuts)
+        return Layout(_sizes(weight, roles), cuts, sequence=_sequence(module), data=data, batches=batches)
+
+    def _axes_of(self, weight: Tensor) -> dict[str, Axis]:
+        """Return the axes of the view that a weight belongs to."""
+        own = set(weight.device_mesh.mesh_dim_names or ()) if isinstance(weight, DTensor) else set()
+        other = (DENSE_VIEW if own & EXPERT_VIEW else EXPERT_VIEW) - own
+        return {name: axis for name, axis in self.axes.items() if name not in other}
+
+    def _batches(self, cuts: Iterable[Cut]) -> int:
+        """Return how many batches the ranks bring together that experts lie over: those of a tensor-parallel group,
+        which is within theirs, share one.
+        """
+        experts = next((cut.size for cut in cuts if cut.dim == "expert" and cut.axis in EXPERT_VIEW), 1)
+        tensor_parallel = self.axes["tp"].size if "tp" in self.axes else 1
+        return max(1, experts // tensor_parallel)
 
 
 def _sizes(weight: Tensor, roles: Roles) -> dict[str, int]:

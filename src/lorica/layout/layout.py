@@ -43,6 +43,8 @@ class Layout:
             its own. Empty: one.
         sequence: axes whose ranks see different tokens of one sequence; gradients of replicated tensors add up.
         data: axes whose ranks see different batches; gradients are averaged.
+        batches: how many different batches the ranks of the cut axes bring together, each sending its tokens to the
+            rank that has their expert. Gradients are then sums over these batches, and are divided by their number.
     """
 
     sizes: Mapping[str, int]
@@ -50,6 +52,7 @@ class Layout:
     parts: tuple[tuple[str, int], ...] = ()
     sequence: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    batches: int = 1
     _by_dim: dict[str, Cut] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class Layout:
             raise LayoutError(f"sizes {dict(self.sizes)}: every dimension needs a positive length")
         for cut in self.cuts:
             self._add(cut)
+        if self.batches < 1:
+            raise LayoutError(f"batches={self.batches}: a gradient is the sum over at least one batch")
         if len({cut.axis for cut in self.cuts}) < len(self.cuts):
             raise LayoutError(f"an axis cuts two dimensions: {[(cut.axis, cut.dim) for cut in self.cuts]}")
         self._check_parts()
@@ -87,7 +92,8 @@ class Layout:
             self.part(index)
 
     def __hash__(self) -> int:
-        return hash((tuple(sorted(self.sizes.items())), self.cuts, self.parts, self.sequence, self.data))
+        sizes = tuple(sorted(self.sizes.items()))
+        return hash((sizes, self.cuts, self.parts, self.sequence, self.data, self.batches))
 
     # ---- where things lie ------------------------------------------------------------------------------------------
 
@@ -213,7 +219,7 @@ class Layout:
                 )
                 cut = Cut(cut.axis, "out", held)
             cuts.append(cut)
-        return Layout({**self.sizes, "out": last - first}, tuple(cuts), (), self.sequence, self.data)
+        return Layout({**self.sizes, "out": last - first}, tuple(cuts), (), self.sequence, self.data, self.batches)
 
     # ---- as data -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +231,7 @@ class Layout:
             "parts": self.parts,
             "sequence": self.sequence,
             "data": self.data,
+            "batches": self.batches,
         }
 
     @classmethod
@@ -245,7 +252,8 @@ class Layout:
             )
             parts = tuple((str(name), int(length)) for name, length in values["parts"])
             sizes = {key: int(size) for key, size in values["sizes"].items()}
-            return cls(sizes, cuts, parts, _names(values["sequence"]), _names(values["data"]))
+            batches = int(values.get("batches", 1))
+            return cls(sizes, cuts, parts, _names(values["sequence"]), _names(values["data"]), batches)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LayoutError(f"not a layout: {error!r}") from error
 

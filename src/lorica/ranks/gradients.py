@@ -53,6 +53,9 @@ def sum_gradients(model: nn.Module) -> None:
     data = {name for item in items for name in item.site.layout.averaged()}
     for name in sorted(axes, key=lambda name: (name not in data, name)):
         _reduce([share for item in items if (share := _share(item, name)) is not None], axes[name])
+    for item in items:
+        if item.site.layout.batches > 1 and (gradient := item.local_gradient()) is not None:
+            gradient.div_(item.site.layout.batches)
 
 
 def _share(item: Trained, axis: str) -> _Share | None:
