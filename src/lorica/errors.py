@@ -42,6 +42,10 @@ class RankError(LoricaError, RuntimeError):
     """Ranks disagree, or one of them did not answer in time."""
 
 
+class LostRankError(RankError):
+    """Another rank died, or did not answer in time."""
+
+
 class MissingExtraError(LoricaError, ImportError):
     """An optional dependency is needed that is not installed."""
 

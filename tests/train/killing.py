@@ -73,7 +73,7 @@ def tensors(live: state.Live) -> list[torch.Tensor]:
 
 def main(base: Path, data: Path, output: Path) -> None:
     torch.set_num_threads(1)
-    chosen = recipe.parse(runs.settings(base, data, output))
+    chosen = recipe.parse(runs.settings(base, data, output, checkpoint={"every": 3, "keep": 1}))
     first, second = job._prepare(chosen), job._prepare(chosen)
     live = first.trainer.live
     live.model.train()
@@ -83,12 +83,12 @@ def main(base: Path, data: Path, output: Path) -> None:
         live.progress.step = step
         expected[step] = tensors(live)
         if step == 1:
-            state.save(output, live, chosen, first.data, keep=1)
+            state.Saver(live, chosen, first.data).save()
     clean = output.with_name("clean")
     shutil.copytree(output, clean)
 
     def write() -> None:
-        state.save(output, live, chosen, first.data, keep=1)
+        state.Saver(live, chosen, first.data).save()
 
     def check() -> int:
         step = 0

@@ -72,7 +72,7 @@ def test_gradients_are_scaled_down_to_the_norm() -> None:
     for run in (free, bound):
         run.live.optimizer.zero_grad = lambda **_: None  # type: ignore[method-assign]
         norm = float(run.step().norm)
-        left = torch.nn.utils.get_total_norm([p.grad for p in run._trainable if p.grad is not None])
+        left = torch.nn.utils.get_total_norm([p.grad for p in run.live.model.parameters() if p.grad is not None])
         seen.append((norm, float(left)))
     assert seen[0][0] == pytest.approx(seen[0][1], rel=1e-5)
     assert seen[1][0] == pytest.approx(seen[0][0], rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 
 import runs
 from lorica.errors import CheckpointError, RecipeError
-from lorica.train import job, metrics, recipe, signals, state
+from lorica.train import job, metrics, recipe, signals, state, tensors
 
+SHARDS = "state/shards-00000.safetensors"
 SPEEDS = ("seconds", "tokens_per_second")
 
 
@@ -33,13 +35,13 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert trace(first) == trace(second)
     ends = [state.complete(output)[-1] for output in (first, second)]
     assert ends[0].name == ends[1].name
-    for name in (state.ADAPTER, "training_state.safetensors"):
+    for name in (state.ADAPTER, SHARDS):
         ours, theirs = (load_file(end / name) for end in ends)
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert torch.equal(value, theirs[key]), key
     numbers = [state.read_numbers(end) for end in ends]
-    for entry in ("optimizer", "scheduler", "batches", "random", "data"):
+    for entry in ("step", "batches", "random", "data"):
         assert numbers[0][entry] == numbers[1][entry], entry
     final = [(output / "adapter" / state.ADAPTER).read_bytes() for output in (first, second)]
     assert final[0] == final[1]
@@ -112,14 +114,15 @@ def test_with_packing_and_lora_plus_and_bf16(
 
 
 def test_every_random_state_comes_back() -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    numbers = json.loads(json.dumps(state._collect_random(tensors)))
+    pieces = copy.deepcopy(tensors.random_states(0))
+    numbers = json.loads(json.dumps(tensors.random_numbers()))
 
     def draw() -> tuple[float, float, float]:
         return random.gauss(0, 1), float(np.random.randn()), float(torch.randn(()))
 
     first = [draw() for _ in range(3)]
-    state._restore_random(numbers, tensors)
+    tensors.put_random_states(pieces)
+    tensors.put_random_numbers(numbers)
     assert [draw() for _ in range(3)] == first
 
 
@@ -141,14 +144,16 @@ def test_a_finished_run_resumes_to_itself(base: Path, data_file: Path, tmp_path:
 
 
 def test_only_json_and_safetensors_are_written(uninterrupted: Path) -> None:
-    names = {path.name for path in state.complete(uninterrupted)[-1].iterdir()}
+    checkpoint = state.complete(uninterrupted)[-1]
+    names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert names == {
         "COMPLETE",
         "README.md",
         "adapter_config.json",
         state.ADAPTER,
         "state.json",
-        "training_state.safetensors",
+        "state/index.json",
+        SHARDS,
     }
 
 
@@ -212,15 +217,24 @@ def _drop(key: str) -> Callable[[Path], None]:
     return damage
 
 
+def _drop_tensor(path: Path) -> None:
+    values = json.loads(path.read_text())
+    values["tensors"].pop(next(name for name in values["tensors"] if name.startswith("factors/")))
+    path.write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("state.json", lambda path: path.write_text("{")),
-        ("state.json", _drop("scheduler")),
+        ("state.json", _drop("progress")),
+        ("state/index.json", lambda path: path.write_text("{}")),
+        ("state/index.json", lambda path: path.unlink()),
+        ("state/index.json", _drop_tensor),
         ("state.json", _drop("random")),
-        ("training_state.safetensors", lambda path: path.write_bytes(path.read_bytes()[:100])),
-        ("training_state.safetensors", lambda path: path.unlink()),
-        (state.ADAPTER, lambda path: path.write_bytes(b"")),
+        (SHARDS, lambda path: path.write_bytes(path.read_bytes()[:100])),
+        (SHARDS, lambda path: path.write_bytes(b"")),
+        (SHARDS, lambda path: path.unlink()),
     ],
 )
 def test_a_damaged_checkpoint_is_named(stopped: dict[str, Any], name: str, damage: Callable[[Path], None]) -> None:

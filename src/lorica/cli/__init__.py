@@ -17,6 +17,8 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
+    from lorica.cli import rank
     from lorica.cli.app import app
 
+    rank.begin()
     app(prog_name="lorica")

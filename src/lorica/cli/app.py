@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorica._version import __version__
-from lorica.cli import inspect, use
+from lorica.cli import inspect, launch, use
 from lorica.cli.errors import note, quiet, readable
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ def train(
 
     arguments = list(recipe or [])
     loaded = recipes.load(*_split(arguments))
+    launch.spread(loaded.parallel, loaded.training.device)
     quiet()
     from lorica.train.job import run
     from lorica.train.signals import Interrupted

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import typer
 
-from lorica.errors import LoricaError
+from lorica.cli import rank
+from lorica.errors import LoricaError, LostRankError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,33 +28,53 @@ def readable(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except LoricaError as error:
-            fail(str(error), code=getattr(error, "exit_code", USAGE))
-        except NotImplementedError as error:
-            fail(f"not supported yet: {error}")
+        except typer.Exit as leaving:
+            if leaving.exit_code and rank.is_rank():
+                rank.report("", leaving.exit_code, "final")
+            raise
         except BrokenPipeError:
             # The reader has seen enough (as in a pipe to head); nothing is left to say, and nobody to say it to.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}", code=1)
-        except KeyboardInterrupt:
-            fail("stopped", code=INTERRUPTED)
+        except (Exception, KeyboardInterrupt) as error:
+            message, code, kind = _said(error)
+            if kind == "bug" and not rank.is_rank():
+                raise
+            fail(message, code=code, kind=kind)
         raise AssertionError("fail() does not return")
 
     return wrapped
 
 
-def fail(message: str, *, code: int = USAGE) -> None:
-    """Print the error and leave."""
-    print(f"error: {message}", file=sys.stderr)
+def _said(error: BaseException) -> tuple[str, int, rank.Kind]:
+    """What to say of an error, the exit code, and what kind it is."""
+    if isinstance(error, LostRankError):
+        return str(error), 1, "lost"
+    if isinstance(error, LoricaError):
+        return str(error), getattr(error, "exit_code", USAGE), "final"
+    if isinstance(error, NotImplementedError):
+        return f"not supported yet: {error}", USAGE, "final"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", 1, "final"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", INTERRUPTED, "final"
+    return "".join(traceback.format_exception(error)), 1, "bug"
+
+
+def fail(message: str, *, code: int = USAGE, kind: rank.Kind = "final") -> None:
+    """Print the error (a rank: tell the launcher) and leave."""
+    if rank.is_rank():
+        rank.report(f"error: {message}", code, kind)
+    else:
+        print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
 
 def note(message: str) -> None:
     """Tell the user something that is no result (results go to stdout)."""
-    print(message, file=sys.stderr)
+    if rank.is_first():
+        print(message, file=sys.stderr)
 
 
 def quiet() -> None:

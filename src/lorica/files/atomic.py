@@ -68,6 +68,39 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     write_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
 
 
+def begin_directory(final: str | os.PathLike[str]) -> Path:
+    """Make the temporary sibling in which ``final`` is to be filled, with a name that follows from its own.
+
+    Raises:
+        FileExistsError: ``final`` is already there.
+    """
+    final = Path(final)
+    if final.exists():
+        raise FileExistsError(f"{final} already exists; a complete checkpoint is never overwritten")
+    temporary = temporary_of(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def temporary_of(final: str | os.PathLike[str]) -> Path:
+    """Where :func:`begin_directory` lets ``final`` be filled, maybe by several processes."""
+    return Path(final).parent / f"{_TEMPORARY}{Path(final).name}"
+
+
+def finish_directory(final: str | os.PathLike[str], *, marker: bool = True) -> None:
+    """Flush what ``final`` was filled with to the disk, and give it its name and its marker."""
+    temporary = temporary_of(final)
+    for directory, _, files in os.walk(temporary):
+        for name in files:
+            sync(Path(directory, name))
+        sync(Path(directory))
+    if marker:
+        write_bytes(temporary / MARKER, b"")
+    temporary.rename(final)
+    sync(temporary.parent)
+
+
 @contextlib.contextmanager
 def complete_directory(final: str | os.PathLike[str], *, marker: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of ``final`` to fill; give it its name, with the marker, once the block succeeds.
@@ -77,22 +110,10 @@ def complete_directory(final: str | os.PathLike[str], *, marker: bool = True) ->
     Raises:
         FileExistsError: ``final`` is already there.
     """
-    final = Path(final)
-    if final.exists():
-        raise FileExistsError(f"{final} already exists; a complete checkpoint is never overwritten")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
-    temporary.mkdir()
+    temporary = begin_directory(final)
     try:
         yield temporary
-        for directory, _, files in os.walk(temporary):
-            for name in files:
-                sync(Path(directory, name))
-            sync(Path(directory))
-        if marker:
-            write_bytes(temporary / MARKER, b"")
-        temporary.rename(final)
-        sync(final.parent)
+        finish_directory(final, marker=marker)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -11,17 +11,18 @@ from lorica.errors import CheckpointError
 MAX_BYTES = 8 * 1024 * 1024
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
+def read_json_object(path: str | Path, *, limit: int | None = None) -> dict[str, Any]:
     """Return the JSON object in ``path``.
 
     Raises:
-        CheckpointError: the file is larger than 8 MiB, is not JSON, is nested too deeply, repeats a key, or
+        CheckpointError: the file is larger than ``limit`` (8 MiB), is not JSON, is nested too deeply, repeats a key, or
             holds something else than an object.
     """
     path = Path(path)
     size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {size:,} bytes is too large for a configuration (limit {MAX_BYTES:,})")
+    limit = MAX_BYTES if limit is None else limit
+    if size > limit:
+        raise CheckpointError(f"{path}: {size:,} bytes is too large for a configuration (limit {limit:,})")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique(path))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from lorica.train.data import IGNORE, Example
 
 Batch = dict[str, Tensor]
-"""``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``; ``tokens``: how many of them are no padding."""
+"""``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``; ``tokens``: how many of them are no padding.
+
+Where ranks share a batch, ``tokens`` and ``learned`` (how many tokens the loss is over) are those of the whole batch.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,23 @@ class Collator:
                 start = end
             if len(pack) > 1:
                 positions_BT[row, start:] = torch.arange(width - start)
-        tokens = torch.tensor(sum(len(example) for pack in packs for example in pack))
-        return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": positions_BT, "tokens": tokens}
+        found = {"input_ids": ids_BT, "labels": labels_BT, "position_ids": positions_BT}
+        return found | count([example for pack in packs for example in pack])
+
+
+def count(examples: Sequence[Example]) -> Batch:
+    """``tokens`` and ``learned`` of a batch of these examples."""
+    learned = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
+    return {"tokens": torch.tensor(sum(map(len, examples))), "learned": torch.tensor(learned)}
+
+
+def shared(packs: Sequence[Sequence[Example]], share: tuple[int, int]) -> Sequence[Sequence[Example]]:
+    """Every ``share[1]``-th pack from ``share[0]`` on; where there is none left, one that teaches nothing."""
+    index, shares = share
+    if index < len(packs):
+        return packs[index::shares]
+    # All ranks have to go forward and backward together, so one without rows goes with a row that counts for nothing.
+    return [[replace(example, labels=torch.full_like(example.labels, IGNORE)) for example in packs[0]]]
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
@@ -72,13 +90,25 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
 
 
 class Batches:
-    """An endless stream of batches: every epoch a new seeded permutation, and one number to say where it stands."""
+    """An endless stream of batches: every epoch a new seeded permutation, and one number to say where it stands.
 
-    def __init__(self, packs: Sequence[Sequence[Example]], collate: Collator, batch_size: int, seed: int) -> None:
+    ``share`` is which share of each batch's rows this rank has, of how many. The batches themselves are the same
+    however many ranks share them.
+    """
+
+    def __init__(
+        self,
+        packs: Sequence[Sequence[Example]],
+        collate: Collator,
+        batch_size: int,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self._packs = packs
         self._collate = collate
         self._batch_size = batch_size
         self._seed = seed
+        self._share = share
         self.position = 0
 
     @property
@@ -90,9 +120,12 @@ class Batches:
             epoch, first = divmod(self.position, self.per_epoch)
             order = self._order(epoch)
             for index in range(first, self.per_epoch):
-                chosen = order[index * self._batch_size : (index + 1) * self._batch_size]
+                chosen = [
+                    self._packs[item] for item in order[index * self._batch_size : (index + 1) * self._batch_size]
+                ]
                 self.position += 1
-                yield self._collate([self._packs[item] for item in chosen])
+                whole = count([example for pack in chosen for example in pack])
+                yield self._collate(shared(chosen, self._share)) | whole
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.train.collate import Batch, Collator, forward
+from lorica.train.collate import Batch, Collator, forward, shared
 from lorica.train.data import IGNORE, Example, Format, Question, questions
+from lorica.train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,29 @@ def loss(
     batch_size: int = 8,
     pad_id: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks | None = None,
 ) -> float:
     """The mean cross-entropy over all learned tokens of ``examples``; ``exp`` of it is the perplexity.
 
-    ``stop`` is asked between batches; once it says so the result is NaN.
+    ``stop`` is asked between batches; once it says so the result is NaN. ``ranks`` share the rows of each batch.
     """
-    collate = Collator(pad_id)
+    collate, ranks = Collator(pad_id), ranks or Ranks()
     # Neighbours of like length need little padding; the mean does not depend on the order.
     ordered = sorted(examples, key=len)
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     try:
         for start in range(0, len(ordered), batch_size):
             if stop():
                 return math.nan
-            summed, tokens = token_losses(model, collate([[item] for item in ordered[start : start + batch_size]]))
+            rows = shared([[item] for item in ordered[start : start + batch_size]], ranks.share)
+            summed, tokens = token_losses(model, collate(rows))
             total += float(summed)
             count += tokens
     finally:
         model.train(was_training)
+    total, count = ranks.total(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count if count else math.nan
 
 

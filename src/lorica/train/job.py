@@ -18,13 +18,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lorica import parallel
 from lorica.errors import CheckpointError, LoricaError, RecipeError
 from lorica.files import atomic
-from lorica.train import evaluate, metrics, models, optim, sources, state
+from lorica.train import evaluate, layouts, metrics, models, optim, ranks, sources, state
 from lorica.train.collate import Batches, Collator, documents_are_separate, pack
 from lorica.train.data import fingerprint
 from lorica.train.loop import Schedule, Trainer, train
 from lorica.train.metrics import Metrics, Record
+from lorica.train.ranks import Ranks
 from lorica.train.recipe import LoraSection, Recipe, dump_yaml
 from lorica.train.signals import Interrupted, StopRequest
 
@@ -65,7 +67,7 @@ def run(
     progress: bool = True,
     notify: Callable[[str], None] = tqdm.write,
 ) -> Result:
-    """Train as ``recipe`` says.
+    """Train as ``recipe`` says. Under torchrun, every rank calls this; files, bar and sentences are the first one's.
 
     Args:
         resume: go on from the newest complete checkpoint in ``output_dir`` as if the run had never stopped.
@@ -78,19 +80,35 @@ def run(
         CheckpointError: the checkpoint to resume from is damaged.
         Interrupted: SIGINT or SIGTERM; the state is saved.
         DivergedError: the loss is not finite.
+        RankError: ranks differ in what they are about to train.
+        LostRankError: another rank died, or did not answer within ``parallel.timeout``.
     """
     metrics.require(recipe.log)
-    checkpoint = _place(recipe.output, resume=resume, overwrite=overwrite, notify=notify)
-    if checkpoint is not None:
-        state.check_recipe(state.read_numbers(checkpoint).get("recipe", {}), recipe)
-    prepared = _prepare(recipe)
-    for note in prepared.notes:
-        notify(note)
-    if checkpoint is not None:
-        _continue(checkpoint, prepared, notify)
-    _open_output(recipe, fresh=checkpoint is None, step=prepared.trainer.live.progress.step)
-    _train(prepared, progress=progress)
-    return _finish(prepared)
+    with ranks.answered():
+        joined = ranks.join(recipe.parallel, ranks.device(recipe.training.device))
+        if not joined.first:
+            progress, notify = False, _say_nothing
+        if ranks.restarted() and state.launched_by(recipe.output) == ranks.launch():
+            resume, overwrite = True, False
+        checkpoint = _place(recipe.output, resume=resume, overwrite=overwrite, notify=notify)
+        if checkpoint is not None:
+            state.check_recipe(state.read_numbers(checkpoint).get("recipe", {}), recipe)
+        prepared = _prepare(recipe, joined)
+        for note in prepared.notes:
+            notify(note)
+        if checkpoint is not None:
+            _continue(checkpoint, prepared, notify)
+        parallel.verify(prepared.trainer.live.model, timeout=recipe.parallel.timeout)
+        joined.wait()
+        if joined.first:
+            _open_output(recipe, fresh=checkpoint is None, step=prepared.trainer.live.progress.step)
+        joined.wait()
+        _train(prepared, progress=progress)
+        return _finish(prepared)
+
+
+def _say_nothing(message: str) -> None:
+    pass
 
 
 def adapt(base: nn.Module, section: LoraSection) -> Any:
@@ -108,13 +126,14 @@ def adapt(base: nn.Module, section: LoraSection) -> Any:
         raise RecipeError(f"lora: {error}") from error
 
 
-def _prepare(recipe: Recipe) -> _Run:
+def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     """Load and build everything, from the cheapest to the most expensive; writes nothing."""
     model, training = recipe.model, recipe.training
-    where = models.device(training.device)
+    joined, where = joined or Ranks(), ranks.device(training.device)
     tokenizer = models.load_tokenizer(model.path, model.revision)
     length = models.max_length(model.path, model.revision, recipe.data.max_length)
-    loaded = sources.load(recipe.data, tokenizer, length, training.seed)
+    with joined.first_goes_first():  # it may fill a cache on the disk that the others then find
+        loaded = sources.load(recipe.data, tokenizer, length, training.seed)
     base = models.load_base(
         model.path,
         dtype=model.dtype,
@@ -122,6 +141,7 @@ def _prepare(recipe: Recipe) -> _Run:
         attn_implementation=model.attn_implementation,
         where=where,
     )
+    layouts.lay_out(base, recipe.parallel, joined)
     _seed(training.seed)
     adapted = adapt(base, recipe.lora)
     _checkpoint_gradients(adapted, training.gradient_checkpointing)
@@ -129,7 +149,8 @@ def _prepare(recipe: Recipe) -> _Run:
     pad = evaluate.pad_id(tokenizer)
     packs = pack(loaded.training, length) if recipe.data.packing else [[example] for example in loaded.training]
     flash = "flash" in str(getattr(base.config, "_attn_implementation", ""))
-    batches = Batches(packs, Collator(pad, flatten=flash and recipe.data.packing), training.batch_size, training.seed)
+    collate = Collator(pad, flatten=flash and recipe.data.packing)
+    batches = Batches(packs, collate, training.batch_size, training.seed, joined.share)
     if recipe.data.packing:
         _check_packing(adapted, packs, Collator(pad, flatten=flash), where)
     steps = training.steps or math.ceil(batches.per_epoch * training.epochs / training.gradient_accumulation)
@@ -137,17 +158,18 @@ def _prepare(recipe: Recipe) -> _Run:
     live = state.Live(adapted, optimizer, optim.schedule(optimizer, training, steps), batches, state.Progress())
     schedule = Schedule(steps, recipe.log.every, training.eval_every, recipe.checkpoint.every)
     hashed = fingerprint([*loaded.training, *loaded.held_out])
-    return _Run(recipe, Trainer(live, training, loaded.held_out, pad), schedule, hashed, loaded.notes)
+    return _Run(recipe, Trainer(live, training, loaded.held_out, pad, joined), schedule, hashed, loaded.notes)
 
 
 def _train(prepared: _Run, *, progress: bool) -> None:
     recipe, trainer = prepared.recipe, prepared.trainer
-    live = trainer.live
-    log = Metrics(recipe.output / "metrics.jsonl", recipe.log, recipe.model_dump(mode="json"))
+    live, joined = trainer.live, trainer.ranks
+    log = Metrics(recipe.output / "metrics.jsonl", recipe.log, recipe.model_dump(mode="json")) if joined.first else None
     shown: dict[str, str] = {}
 
     def record(entry: Record) -> None:
-        log.write(entry)
+        if log is not None:
+            log.write(entry)
         shown["loss" if entry["kind"] == "train" else "held out"] = f"{entry['loss']:.4f}"
         bar.set_postfix(shown, refresh=False)
 
@@ -157,26 +179,33 @@ def _train(prepared: _Run, *, progress: bool) -> None:
         bar.update()
 
     def save() -> None:
-        log.sync()
-        saved.append(state.save(recipe.output, live, recipe, prepared.data, recipe.checkpoint.keep))
+        if log is not None:
+            log.sync()
+        saved.append(saver.save())
 
+    saver = state.Saver(live, recipe, prepared.data, joined)
     saved: list[Path] = []
     total, done = prepared.schedule.steps, live.progress.step
-    with StopRequest() as stop, tqdm(total=total, initial=done, unit="step", disable=not progress) as bar:
+    agree = joined.most if joined.size > 1 else None
+    with StopRequest(agree) as stop, tqdm(total=total, initial=done, unit="step", disable=not progress) as bar:
         try:
             train(trainer, prepared.schedule, stop=stop, record=record, save=save, on_step=on_step)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
+            saver.wait()
     if stop.signum is not None:
         raise Interrupted(stop.signum, live.progress.step, saved[-1])
 
 
 def _finish(prepared: _Run) -> Result:
-    output, live = prepared.recipe.output, prepared.trainer.live
+    output, live, joined = prepared.recipe.output, prepared.trainer.live, prepared.trainer.ranks
     adapter, plot = output / "adapter", output / "loss.png"
     live.model.save_pretrained(str(adapter))  # type: ignore[operator]
     records = metrics.read(output / "metrics.jsonl")
-    metrics.plot(records, plot)
+    if joined.first:
+        metrics.plot(records, plot)
+    joined.wait()
     learned = [record["loss"] for record in records if record["kind"] == "train"]
     held_out = [record["loss"] for record in records if record["kind"] == "eval"]
     return Result(
@@ -222,7 +251,7 @@ def _continue(checkpoint: Path, prepared: _Run, notify: Callable[[str], None]) -
         raise CheckpointError(
             f"{checkpoint} was trained on other data: the tokens that the recipe's data give now are not the same"
         )
-    state.restore(checkpoint, prepared.trainer.live)
+    state.restore(checkpoint, prepared.trainer.live, prepared.trainer.ranks)
     done = prepared.trainer.live.progress.step
     notify(f"Resuming after step {done} of {prepared.schedule.steps} from {checkpoint}.")
 
@@ -237,6 +266,7 @@ def _open_output(recipe: Recipe, *, fresh: bool, step: int) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(output / "recipe.yaml", dump_yaml(recipe).encode())
+        state.note_launch(output, ranks.launch())
     except OSError as error:
         raise RecipeError(f"output_dir: {output} cannot be written: {error.strerror or error}") from None
     atomic.remove_partial(output)

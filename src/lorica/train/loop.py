@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lorica import parallel
 from lorica.errors import LoricaError
 from lorica.train import evaluate
 from lorica.train.collate import Batch
-from lorica.train.data import IGNORE, Example
+from lorica.train.data import Example
 from lorica.train.metrics import Record
+from lorica.train.ranks import Ranks
 from lorica.train.recipe import TrainingSection
 from lorica.train.state import Live, Progress
 
@@ -51,33 +53,33 @@ class Step:
 
 @dataclass
 class Trainer:
-    """One optimiser step at a time over :class:`~lorica.train.state.Live`; owns no files and no signals.
-
-    A parallel layout joins here in two places: ``count_learned`` and the sum of gradients before clipping.
-    """
+    """One optimiser step at a time over :class:`~lorica.train.state.Live`; owns no files and no signals."""
 
     live: Live
     settings: TrainingSection
     held_out: Sequence[Example]
     pad_id: int
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         self._stream: Iterator[Batch] = iter(self.live.batches)
         self._device = next(self.live.model.parameters()).device
-        self._trainable: list[nn.Parameter] = [p for p in self.live.model.parameters() if p.requires_grad]
 
     def step(self) -> Step:
         """One optimiser step, over ``gradient_accumulation`` batches."""
         batches = list(islice(self._stream, self.settings.gradient_accumulation))
         learned = count_learned(batches)
+        shares = self.ranks.share[1]
         total = torch.zeros((), device=self._device)
         for batch in batches:
             with self._autocast():
                 summed, _ = evaluate.token_losses(self.live.model, batch)
-            # Each token weighs the same, whichever of the accumulated batches it is in.
-            torch.autograd.backward(summed / max(1, learned))
+            # Each token weighs the same, whichever of the accumulated batches and on whichever rank it is in. (Ranks
+            # that share a batch average their gradients.)
+            torch.autograd.backward(summed * shares / max(1, learned))
             total += summed.detach()
-        norm = nn.utils.clip_grad_norm_(self._trainable, self.settings.max_grad_norm or math.inf)
+        parallel.sum_gradients(self.live.model)
+        norm = parallel.clip_grad_norm_(self.live.model, self.settings.max_grad_norm or math.inf)
         self.live.optimizer.step()
         self.live.scheduler.step()
         self.live.optimizer.zero_grad(set_to_none=True)
@@ -87,7 +89,9 @@ class Trainer:
         """The held-out loss; NaN if asked to stop meanwhile."""
         size = self.settings.eval_batch_size or self.settings.batch_size
         with self._autocast():
-            return evaluate.loss(self.live.model, self.held_out, batch_size=size, pad_id=self.pad_id, stop=stop)
+            return evaluate.loss(
+                self.live.model, self.held_out, batch_size=size, pad_id=self.pad_id, stop=stop, ranks=self.ranks
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
@@ -95,7 +99,7 @@ class Trainer:
 
 def count_learned(batches: Sequence[Batch]) -> int:
     """The tokens that are learned in these batches, of which the loss is the mean."""
-    return sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    return sum(int(batch["learned"]) for batch in batches)
 
 
 def train(
@@ -109,14 +113,17 @@ def train(
 ) -> None:
     """Go from where ``trainer.live.progress`` stands to ``schedule.steps``; if ``stop`` says so, save and return.
 
+    On several ranks ``stop`` has to say the same on all of them.
+
     The checkpoint of a step is taken before its evaluation, which therefore happens again after a resume. ``on_step``
     is told the tokens and seconds of each step.
 
     Raises:
         DivergedError: the loss is not finite; nothing of that state is saved.
     """
-    live, progress = trainer.live, trainer.live.progress
-    window = torch.tensor(progress.window_loss, device=next(live.model.parameters()).device)
+    live, progress, ranks = trainer.live, trainer.live.progress, trainer.ranks
+    before = progress.window_loss if ranks.share[0] == 0 else 0.0
+    window = torch.tensor(before, device=next(live.model.parameters()).device)
     live.model.train()
     while not stop():
         if progress.step == 0 or schedule.due(schedule.eval_every, progress.step):
@@ -139,7 +146,7 @@ def train(
         due = schedule.due(schedule.checkpoint_every, progress.step)
         on_step(step.tokens, elapsed)
         if logged or due:
-            progress.window_loss = _finite(window, progress.step)
+            progress.window_loss = _finite(ranks.total(window), progress.step)
         if logged:
             record(_train_record(progress, rate, step.norm))
             window.zero_()
@@ -147,7 +154,7 @@ def train(
         if due:
             save()
     if stop():
-        progress.window_loss = _finite(window, progress.step)
+        progress.window_loss = _finite(ranks.total(window), progress.step)
         save()
 
 

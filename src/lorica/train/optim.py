@@ -67,3 +67,12 @@ def multiplier(settings: TrainingSection, steps: int) -> Callable[[int], float]:
 def schedule(optimiser: AdamW, settings: TrainingSection, steps: int) -> LambdaLR:
     """The scheduler of a run of ``steps`` optimiser steps."""
     return LambdaLR(optimiser, multiplier(settings, steps))
+
+
+def resume(scheduler: LambdaLR, step: int) -> None:
+    """Set scheduler and optimiser to where they stand after ``step`` steps, in groups however divided."""
+    rates = [base * at(step) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    state = scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict(state)

@@ -5,6 +5,7 @@ A key that is not known here is an error with a suggestion, never ignored. Paths
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,14 @@ _ALIASES = {
     "max_seq_length": "max_length",
     "save_steps": "every",
     "save_total_limit": "keep",
+    "tensor_parallel": "tp",
+    "tp_size": "tp",
+    "sequence_parallel": "sp",
+    "pp_size": "pp",
+    "ep_size": "ep",
+    "fsdp_size": "fsdp",
+    "dp_size": "dp",
+    "async": "asynchronous",
 }
 
 
@@ -110,7 +119,7 @@ class TrainingSection(_Section):
     epochs: _Positive = 1.0
     """Passes over the training set."""
     batch_size: _Count = 8
-    """Rows per forward pass."""
+    """Rows per forward pass, of all ranks together."""
     gradient_accumulation: _Count = 1
     """Forward passes per optimiser step; the loss is the mean over the completion tokens of all of them."""
     learning_rate: _Positive = 2e-4
@@ -150,6 +159,60 @@ class CheckpointSection(_Section):
     """Steps between checkpoints; null: only at the end and when interrupted."""
     keep: _Count = 2
     """How many of the newest are kept."""
+    asynchronous: bool = False
+    """Train on while a copy of the state is written."""
+
+
+class ParallelSection(_Section):
+    """How model and data lie over ranks. Each axis has so many ranks; their product is the number of processes."""
+
+    tp: _Count = 1
+    """Tensor parallelism: every layer's weights are cut over so many ranks."""
+    sp: bool = False
+    """Sequence parallelism: between the cut layers each tensor-parallel rank has its own tokens."""
+    fsdp: _Count = 1
+    """Fully-sharded data parallelism: the weights are stored in shares, each rank has its own rows."""
+    ep: _Count = 1
+    """Expert parallelism: the experts are divided over so many ranks."""
+    pp: _Count = 1
+    """Pipeline parallelism: the layers are divided over so many ranks; micro-batches are gradient_accumulation's."""
+    dp: _Count | None = None
+    """Replicas, each with its own rows; null: under torchrun whatever ranks are left, else 1."""
+    engine: Literal["native", "transformers"] = "native"
+    """Who cuts the model: lorica, or transformers' DistributedConfig."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Who carries the tensors; auto: nccl between GPUs, gloo between CPUs."""
+    timeout: _Positive = 600.0
+    """Seconds without an answer from another rank after which the run ends with an error."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often a lost rank may be replaced; the run goes on from its newest checkpoint."""
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes from the outermost to the innermost, whose ranks are neighbours and talk most."""
+        return {"pp": self.pp, "dp": self.dp or 1, "fsdp": self.fsdp, "ep": self.ep, "tp": self.tp}
+
+    @property
+    def ranks(self) -> int:
+        """How many processes; with ``dp`` open, as few as can be."""
+        return math.prod(self.axes.values())
+
+    @property
+    def data_ranks(self) -> int:
+        """Over how many ranks the rows of a batch are divided."""
+        return (self.dp or 1) * self.fsdp
+
+    @model_validator(mode="after")
+    def _possible(self) -> ParallelSection:
+        if self.sp and self.tp == 1:
+            raise ValueError("sp divides the tokens over the tensor-parallel ranks, of which there is one: set tp")
+        if self.sp and self.engine == "transformers":
+            raise ValueError("transformers has no sequence parallelism: set engine=native")
+        if self.pp > 1 and self.fsdp > 1:
+            raise ValueError(
+                "pp and fsdp exclude each other: every micro-batch would gather a stage's weights again; use dp or tp"
+            )
+        return self
 
 
 class LogSection(_Section):
@@ -172,6 +235,7 @@ class Recipe(_Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
     log: LogSection = Field(default_factory=LogSection)
     output_dir: str = "runs/lora"
     """Where adapter/, checkpoints/, metrics.jsonl, loss.png and recipe.yaml go."""
@@ -180,6 +244,18 @@ class Recipe(_Section):
     def _one_held_out_set(self) -> Recipe:
         if self.data.eval is not None and self.data.eval_split is not None and Path(self.data.eval).exists():
             raise ValueError("data.eval is a file and data.eval_split names a split: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_divide(self) -> Recipe:
+        rows, ranks = self.training.batch_size, self.parallel.data_ranks
+        if rows % ranks:
+            raise ValueError(
+                f"training.batch_size: {rows} rows do not divide over {ranks} data-parallel ranks "
+                f"(parallel.dp × parallel.fsdp); the next that do are {rows - rows % ranks + ranks}"
+            )
+        if self.parallel.ranks > 1 and ":" in self.training.device:
+            raise ValueError(f"training.device: {self.training.device} is one device; ranks choose their own")
         return self
 
     @property

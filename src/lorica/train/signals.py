@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -28,13 +29,24 @@ class StopRequest:
     """While entered, the first SIGINT or SIGTERM is only noted; a second one acts as it would without us.
 
     Outside the main thread, where Python allows no handlers, it never asks to stop.
+
+    Args:
+        agree: on several ranks, gives the largest of all ranks' numbers, so that all stop at the same step. A second
+            signal is then only noted too: ranks are told by their launcher and often also by who told that.
+
+    Attributes:
+        signum: the signal to stop at, once asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signum: int | None = None
+        self._noted = 0
+        self._agree = agree
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> bool:
+        if self.signum is None:
+            self.signum = (self._agree(self._noted) if self._agree is not None else self._noted) or None
         return self.signum is not None
 
     def __enter__(self) -> StopRequest:
@@ -49,8 +61,9 @@ class StopRequest:
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
+        self._noted = signum
+        if self._agree is None:
+            self._restore()
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

@@ -1,46 +1,49 @@
 """The whole state of a run on disk: enough to go on as if it had never stopped, in safetensors and JSON only.
 
 A checkpoint is a directory ``checkpoints/step-000123`` with the adapter in PEFT's files (so that it can be used as it
-is), the optimiser's tensors by parameter name, the random states, and in ``state.json`` everything that is a number.
+is), in ``state/`` all tensors as shards of logical ones, written by every rank and readable on any layout (factors,
+the optimiser's state by factor, random states), and in ``state.json`` everything that is a number.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lorica.checkpoint import sharded
+from lorica.checkpoint.shards import ShardReader
 from lorica.errors import CheckpointError, RecipeError
 from lorica.files import atomic
+from lorica.train import optim, tensors
 from lorica.train.collate import Batches
+from lorica.train.ranks import Ranks, is_lost
 from lorica.train.recipe import Recipe, flatten
 
 ADAPTER = "adapter_model.safetensors"
-_TENSORS = "training_state.safetensors"
+_STATE = "state"
 _NUMBERS = "state.json"
+_FORMAT = 2
+_LAUNCH = "launch"
 _NAME = re.compile(r"step-(\d{6,})")
 
 # What may change between a run and its continuation, because no step depends on it. (That moved data are the same data
-# is checked by their fingerprint.)
+# is checked by their fingerprint. The layout, all of ``parallel``, may change too.)
 HARMLESS = (
     "output_dir",
     "data.train",
     "data.eval",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.asynchronous",
     "log.every",
     "log.tensorboard",
     "log.wandb",
@@ -93,18 +96,71 @@ def complete(output: Path) -> list[Path]:
     return sorted((path for path in found if _NAME.fullmatch(path.name) and atomic.is_complete(path)), key=_step_of)
 
 
-def save(output: Path, live: Live, recipe: Recipe, data_fingerprint: str, keep: int) -> Path:
-    """Write a checkpoint and drop the oldest beyond ``keep``; a kill at any moment leaves the one before usable."""
-    final = directory_of(output) / f"step-{live.progress.step:06d}"
-    if not atomic.is_complete(final):
-        numbers, tensors = _collect(live)
-        numbers |= {"recipe": recipe.model_dump(mode="json"), "data": data_fingerprint}
-        with atomic.complete_directory(final) as temporary:
-            live.model.save_pretrained(str(temporary))  # type: ignore[operator]
-            atomic.write_tensors(temporary / _TENSORS, tensors, {"format": "pt"})
+class Saver:
+    """Writes checkpoints, each by all ranks together, and drops the oldest beyond ``recipe.checkpoint.keep``.
+
+    A kill at any moment leaves the one before usable.
+    """
+
+    def __init__(self, live: Live, recipe: Recipe, data: str, ranks: Ranks | None = None) -> None:
+        self._live, self._recipe, self._data, self._ranks = live, recipe, data, ranks or Ranks()
+        self._later = recipe.checkpoint.asynchronous
+        self._group = self._ranks.group() if self._later else self._ranks.control
+        self._pending: Callable[[], None] | None = None
+
+    def save(self) -> Path:
+        """Write the state as it is now, or (``checkpoint.asynchronous``) copy it, to be written in the background.
+
+        Raises:
+            CheckpointError: it, or the one that was being written, cannot be written.
+            OSError: likewise, on one process.
+        """
+        self.wait()
+        live, output = self._live, self._recipe.output
+        final = directory_of(output) / f"step-{live.progress.step:06d}"
+        if not atomic.is_complete(final):
+            self._write(final)
+        elif self._ranks.first:
+            prune(output, self._recipe.checkpoint.keep)
+        return final
+
+    def wait(self) -> None:
+        """Let what is being written in the background be finished; raises what went wrong with it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending()
+
+    def _write(self, final: Path) -> None:
+        live, ranks, temporary = self._live, self._ranks, atomic.temporary_of(final)
+        if ranks.first:
+            (atomic.begin_directory(final) / _STATE).mkdir()
+            numbers = _numbers(live, ranks) | {"recipe": self._recipe.model_dump(mode="json"), "data": self._data}
             atomic.write_json(temporary / _NUMBERS, numbers)
-    prune(output, keep)
-    return final
+        ranks.wait()
+        live.model.save_pretrained(str(temporary))  # type: ignore[operator]
+        pieces = tensors.pieces(live.model, live.optimizer, ranks.rank)
+
+        def finish() -> None:
+            atomic.finish_directory(final)
+            prune(self._recipe.output, self._recipe.checkpoint.keep)
+
+        if self._later:
+            self._pending = sharded.save_later(temporary / _STATE, pieces, finish=finish, group=self._group)
+        else:
+            sharded.save(temporary / _STATE, pieces, finish=finish, group=self._group)
+
+
+def note_launch(output: Path, name: str | None) -> None:
+    """Write down which launch's run this is, so that ranks which replace lost ones know it for their own."""
+    if name is not None:
+        directory_of(output).mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(directory_of(output) / _LAUNCH, name.encode())
+
+
+def launched_by(output: Path) -> str | None:
+    """What :func:`note_launch` wrote."""
+    path = directory_of(output) / _LAUNCH
+    return path.read_text() if path.exists() else None
 
 
 def prune(output: Path, keep: int) -> None:
@@ -123,25 +179,33 @@ def clean(output: Path) -> None:
     atomic.remove_partial(directory_of(output))
 
 
-def restore(checkpoint: Path, live: Live) -> None:
-    """Put a checkpoint's state into freshly built objects.
+def restore(checkpoint: Path, live: Live, ranks: Ranks | None = None) -> None:
+    """Put a checkpoint's state into freshly built objects, whatever the layout that wrote it.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the model.
     """
-    from lorica import set_peft_model_state_dict
-
+    ranks = ranks or Ranks()
     numbers = read_numbers(checkpoint)
-    tensors = _read_tensors(checkpoint / _TENSORS)
+    reader = ShardReader(checkpoint / _STATE)
     try:
-        set_peft_model_state_dict(live.model, _read_tensors(checkpoint / ADAPTER), strict=True)
-        _restore_optimizer(live, numbers["optimizer"], tensors)
-        live.scheduler.load_state_dict(numbers["scheduler"])
+        known = tensors.entries(live.model)
+        # Another layout draws other numbers in any case; all its ranks begin alike.
+        author = ranks.rank if numbers["axes"] == dict(ranks.axes) else 0
+        moments = tensors.put_moments(known, live.optimizer, reader.index)
+        randoms = tensors.random_pieces(reader.index, author)
+        sharded.load(reader, [*tensors.factors(known), *moments, *randoms], group=ranks.control)
+        optim.resume(live.scheduler, int(numbers["step"]))
         live.batches.load_state_dict(numbers["batches"])
         vars(live.progress).update(numbers["progress"])
-        _restore_random(numbers["random"], tensors)
+        tensors.put_random_states(randoms)
+        tensors.put_random_numbers(numbers["random"])
     except (KeyError, RuntimeError, TypeError) as error:
+        if is_lost(error):
+            raise
         raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
 
 
 def read_numbers(checkpoint: Path) -> dict[str, Any]:
@@ -154,6 +218,8 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads((checkpoint / _NUMBERS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / _NUMBERS} cannot be read: {error}") from None
+    if values.get("format") != _FORMAT:
+        raise CheckpointError(f"{checkpoint} was written by another version of lorica")
     return values
 
 
@@ -167,7 +233,7 @@ def check_recipe(saved: Mapping[str, Any], recipe: Recipe) -> None:
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if key not in HARMLESS and before.get(key) != now.get(key)
+        if key not in HARMLESS and not key.startswith("parallel.") and before.get(key) != now.get(key)
     ]
     if changed:
         listing = "".join(f"\n  {line}" for line in changed)
@@ -182,72 +248,12 @@ def _step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    return tensors
-
-
-def _collect(live: Live) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _named_parameters(live.optimizer):
-        for key, value in live.optimizer.state[parameter].items():
-            tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
-    numbers = {
-        "optimizer": [{"names": group["names"], "lr": group["lr"]} for group in live.optimizer.param_groups],
-        "scheduler": live.scheduler.state_dict(),
+def _numbers(live: Live, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "axes": dict(ranks.axes),
+        "step": live.progress.step,
         "batches": live.batches.state_dict(),
         "progress": asdict(live.progress),
-        "random": _collect_random(tensors),
+        "random": tensors.random_numbers(),
     }
-    return numbers, tensors
-
-
-def _restore_optimizer(live: Live, groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-    ours = [group["names"] for group in live.optimizer.param_groups]
-    if [group["names"] for group in groups] != ours:
-        raise CheckpointError("the optimiser's parameters are not those of the checkpoint")
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, name, entry = key.split("/")
-            by_name.setdefault(name, {})[entry] = value
-    current = live.optimizer.state_dict()
-    for group, saved in zip(current["param_groups"], groups, strict=True):
-        group["lr"] = saved["lr"]
-    # At step 0 the optimiser holds nothing yet.
-    names = [name for name, _ in _named_parameters(live.optimizer)]
-    current["state"] = {index: by_name[name] for index, name in enumerate(names) if name in by_name}
-    live.optimizer.load_state_dict(current)
-
-
-def _named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for group in optimizer.param_groups:
-        yield from zip(group["names"], group["params"], strict=True)
-
-
-def _collect_random(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    tensors["random/torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"random/cuda/{index}"] = state
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, words, next_gauss = random.getstate()
-    return {
-        "python": [version, list(words), next_gauss],
-        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-    }
-
-
-def _restore_random(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    version, words, next_gauss = numbers["python"]
-    random.setstate((version, tuple(words), next_gauss))
-    kind, keys, position, has_gauss, gauss = numbers["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(tensors["random/torch"])
-    cuda = sorted(key for key in tensors if key.startswith("random/cuda/"))
-    if cuda and torch.cuda.is_available():
-        for index in range(min(len(cuda), torch.cuda.device_count())):
-            torch.cuda.set_rng_state(tensors[f"random/cuda/{index}"], index)
