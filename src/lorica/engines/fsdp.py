@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,12 +19,23 @@ def meshes(model: nn.Module) -> Iterator[DeviceMesh]:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in groups:
-            if group is not None and not any(group.mesh_info.mesh is mesh for mesh in seen):
+        for group in _groups(module._get_fsdp_state()):
+            if not any(group.mesh_info.mesh is mesh for mesh in seen):
                 seen.append(group.mesh_info.mesh)
                 yield group.mesh_info.mesh
+
+
+def managed(model: nn.Module) -> set[int]:
+    """Return the identities of the parameters, as they are at rest, that ``fully_shard`` manages."""
+    reshard(model)
+    states = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
+    groups = (group for state in states for group in _groups(state))
+    return {id(managed.sharded_param) for group in groups for managed in group.fsdp_params}
+
+
+def _groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def reshard(model: nn.Module) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
+from lorica.engines.duplicate import duplicate
 from lorica.layers.switch import Switch
 
 
@@ -37,9 +37,9 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add_adapter(self, name: str, source: nn.Module | None = None) -> None:
         """Make a trainable copy for an adapter; with ``source``, one that shares that module's weight."""
-        self.modules_to_save[name] = duplicate = copy.deepcopy(self.original_module)
+        self.modules_to_save[name] = made = duplicate(self.original_module)
         if source is not None:
-            duplicate.weight = source.weight
+            made.weight = source.weight
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter's copy; one that is not there is no error."""

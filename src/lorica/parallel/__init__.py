@@ -14,13 +14,15 @@ from lorica.engines.native import (
 )
 from lorica.engines.site import Axis, Site
 from lorica.layout import Cut, HeadOrder, Layout, grouped_heads
-from lorica.ranks import clip_grad_norm_, get_total_norm, sum_gradients, verify
+from lorica.parallel.cutting import cutting
+from lorica.ranks import GradScaler, clip_grad_norm_, get_total_norm, parameter_groups, sum_gradients, verify
 
 __all__ = [
     "Axis",
     "ColumnParallelLinear",
     "Cut",
     "GQAQKVColumnParallelLinear",
+    "GradScaler",
     "HeadOrder",
     "Layout",
     "ParallelEmbedding",
@@ -28,11 +30,13 @@ __all__ = [
     "RowParallelLinear",
     "Site",
     "clip_grad_norm_",
+    "cutting",
     "gather_model_state",
     "get_total_norm",
     "grouped_heads",
     "next_token_loss",
     "parallelize",
+    "parameter_groups",
     "split_stages",
     "stage",
     "sum_gradients",

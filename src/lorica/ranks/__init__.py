@@ -3,5 +3,6 @@
 from lorica.ranks.agreement import verify
 from lorica.ranks.gradients import sum_gradients, watch
 from lorica.ranks.norm import clip_grad_norm_, get_total_norm
+from lorica.ranks.optim import GradScaler, parameter_groups
 
-__all__ = ["clip_grad_norm_", "get_total_norm", "sum_gradients", "verify", "watch"]
+__all__ = ["GradScaler", "clip_grad_norm_", "get_total_norm", "parameter_groups", "sum_gradients", "verify", "watch"]

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from lorica.config import AdapterSpec, LoraConfig, TaskType
-from lorica.engines import Engines, Site
-from lorica.errors import TargetError, suggest
+from lorica.engines import Engines, Site, fsdp
+from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
@@ -98,7 +98,19 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
         targets.append(_tied_target(key, modules[key], by_name[source]))
     _check_variant(targets)
     _check_start(model, config, targets)
+    _check_copies(model, saved)
     return Plan(names, _placed(model, targets), saved, _orientation(config, targets))
+
+
+def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
+    saved = list(saved)
+    sharded = fsdp.managed(model) if saved else set()
+    for name in saved:
+        if any(id(parameter) in sharded for parameter in model.get_submodule(name).parameters()):
+            raise LayoutError(
+                f"{name}: modules_to_save trains a copy, and what fully_shard manages cannot be copied; add the adapter "
+                "first and call fully_shard then"
+            )
 
 
 def _check_variant(targets: Iterable[Target]) -> None:
@@ -306,6 +318,7 @@ def spec_for(config: LoraConfig, key: str) -> AdapterSpec:
         rslora=config.use_rslora,
         bias=config.lora_bias,
         variant=variant_of(config),
+        a2a=config.a2a_experimental,
     )
 
 

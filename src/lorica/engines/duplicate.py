@@ -1,0 +1,36 @@
+"""Copies of modules that an engine has wrapped."""
+
+from __future__ import annotations
+
+import copy
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+
+def duplicate(module: nn.Module) -> nn.Module:
+    """Return a deep copy of a module that computes with its own parameters.
+
+    Engines wrap a module's forward in functions that hold on to the module. Copying shares functions, so the copy's
+    would compute with the original's parameters; they are made anew around the copy.
+    """
+    copied = copy.deepcopy(module)
+    for old, new in zip(module.modules(), copied.modules(), strict=True):
+        forward = new.__dict__.get("forward")
+        if forward is not None:
+            new.__dict__["forward"] = _rebound(forward, old, new)
+    return copied
+
+
+def _rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    if value is old:
+        return new
+    if isinstance(value, MethodType) and value.__self__ is old:
+        return MethodType(value.__func__, new)
+    if isinstance(value, FunctionType) and value.__closure__:
+        cells = tuple(CellType(_rebound(cell.cell_contents, old, new)) for cell in value.__closure__)
+        made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        made.__kwdefaults__ = value.__kwdefaults__
+        return made
+    return value
