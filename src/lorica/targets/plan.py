@@ -108,8 +108,8 @@ def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
     for name in saved:
         if any(id(parameter) in sharded for parameter in model.get_submodule(name).parameters()):
             raise LayoutError(
-                f"{name}: modules_to_save trains a copy, and what fully_shard manages cannot be copied; add the adapter "
-                "first and call fully_shard then"
+                f"{name}: modules_to_save trains a copy, and what fully_shard manages cannot be copied; add the "
+                "adapter first and call fully_shard then"
             )
 
 
