@@ -77,8 +77,7 @@ def check(layer: Any, whole: nn.Module, x: Tensor, *, x_of: Any = None, y_of: An
 def columns(sequence: int, size: int, bias: bool) -> None:
     axis = tp()
     whole, x = nn.Linear(6, size, bias=bias), torch.randn(2, sequence, 6)
-    order = grouped_heads(axis.size, 8, 4).query_cut("tp", 1) if size == 8 and axis.size < 8 else None
-    bounds = [0]
+    order = fused("tp", "out", (3, 5), axis.size) if size == 8 else None
     cut = ColumnParallelLinear.from_linear(whole, axis, cut=order).layout.cuts[0]
     bounds = [place for held in cut.held for a, b in held for place in range(a, b)]
     place = sum(cut.length(rank) for rank in range(axis.rank))
@@ -96,7 +95,7 @@ def columns(sequence: int, size: int, bias: bool) -> None:
 def rows(sequence: int, size: int, bias: bool) -> None:
     axis = tp()
     whole, x = nn.Linear(size, 6, bias=bias), torch.randn(2, sequence, size)
-    order = grouped_heads(axis.size, 8, 4).query_cut("tp", 1, dim="in") if size == 8 and axis.size < 8 else None
+    order = fused("tp", "in", (3, 5), axis.size) if size == 8 else None
     for parallel in (False, True):
         y_of = (lambda y: own(y, axis, 1)) if parallel else None
         options = {"cut": order, "sequence_parallel_enabled": parallel}

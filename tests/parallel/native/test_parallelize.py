@@ -252,7 +252,13 @@ def sharded() -> None:
     }
     ids = torch.randint(3, 51, (2, 5))
     mine = ids[mesh.get_local_rank("fsdp")][None]
-    close(cut(input_ids=mine).logits, model(input_ids=mine).logits, "logits")
+    result = cut(input_ids=mine, labels=mine)
+    close(result.logits, model(input_ids=mine).logits, "logits")
+    result.loss.backward()
+    (sum(model(input_ids=row[None], labels=row[None]).loss for row in ids) / 2).backward()
+    down = cut.model.layers[1].mlp.down_proj
+    expected = down.layout.take(model.model.layers[1].mlp.down_proj.weight.grad, down.roles["weight"], down.at)
+    close(down.weight.grad.full_tensor(), expected, "gradient, averaged over the data ranks")
     state = dict(gather_model_state(cut))
     if dist.get_rank() == 0:
         assert all(torch.equal(state[name], parameter) for name, parameter in model.named_parameters())
@@ -312,6 +318,9 @@ def refused() -> None:
     def more(model: Any) -> None:
         model.model.layers[1].mlp.more_proj = nn.Linear(2, 2)
 
+    def sinks(model: Any) -> None:
+        model.model.layers[1].self_attn.sinks = nn.Parameter(torch.ones(8))
+
     def same(model: Any) -> None:
         pass
 
@@ -322,6 +331,7 @@ def refused() -> None:
         (broken(quantised), named, {}, "layers.1.mlp.down_proj"),
         (broken(wide_norm), named, {}, "layers.1.self_attn.q_norm"),
         (broken(more), named, {}, "layers.1.mlp"),
+        (broken(sinks), named, {}, "layers.1.self_attn.*sinks"),
         (broken(same), named, {"kv_size_multiplier": 4}, "layers.0.self_attn"),
         (broken(same), named, {"whole": ("self_attn",), "sequence_parallel": True}, "needs all tokens"),
         (broken(same, "Qwen2"), named, {"whole": ("lm_head",)}, "share their weight"),

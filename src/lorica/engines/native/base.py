@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
 from lorica.engines.gather import gather_parameter
-from lorica.engines.site import Axis, Site
+from lorica.engines.site import Axis, Opening, Site
 from lorica.errors import LayoutError
 from lorica.layout import Cut, Layout, Roles
 
@@ -38,6 +39,8 @@ class Native(nn.Module):
 
     Its forward calls ``self.product``, which sees the input as gathered and returns the output before any reduction.
     Whatever is added there rides on the layer's own collectives; an instance attribute ``product`` replaces it.
+    Where the layer gathers its rank's tokens itself, or leaves each rank its tokens of a sum, ``self.spanning`` is the
+    product with that collective, and ``self.carry`` does to an adapter's hidden values what it does to activations.
 
     Attributes:
         layout: how the logical weight lies over the axes.
@@ -52,6 +55,24 @@ class Native(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """Return this rank's output for the input it needs."""
         raise NotImplementedError
+
+    def spanning(self, x: Tensor) -> Tensor:
+        """Return the product with the layer's collective of tokens: from this rank's input to this rank's output."""
+        raise NotImplementedError
+
+    def carry(self, h: Tensor) -> Tensor:
+        """Return the hidden values ``[…, r]`` of an adapter after the layer's collective of tokens."""
+        raise NotImplementedError
+
+    def site(self, layout: Layout, axes: Mapping[str, Axis]) -> Site:
+        """Return where this layer lies, given what is known of it from outside: its layout and all axes."""
+        # The product leaves the bias to be added after the sum of a layer that is cut by its inputs.
+        bias = 1.0 if layout.shares() == 1 else 0.0
+        across = None
+        if getattr(self, "sequence_parallel_enabled", False):
+            apart = replace(layout, sequence=tuple(dict.fromkeys((*layout.sequence, *self.axes))))
+            across = Site(apart, axes, Opening(self, "spanning"), bias, carry=self.carry)
+        return Site(layout, axes, Opening(self, "product"), bias, across=across)
 
     @property
     def at(self) -> dict[str, int]:

@@ -139,10 +139,10 @@ class Cutter:
         children = dict(children_with_parameters(module))
         joined = "qkv_proj" in children
         projections = {"qkv_proj"} if joined else {*NAMES}
-        self._expect(name, children, {*projections, "o_proj"}, {"q_norm", "k_norm"})
-        head_dim: int = module.head_dim
+        self._expect(name, module, {*projections, "o_proj"}, {"q_norm", "k_norm"})
+        head_dim: int = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
         need_plain(module.o_proj, nn.Linear, f"{name}.o_proj")
-        query, kv = module.o_proj.in_features, _kv_size(name, module, config, joined)
+        query, kv = module.o_proj.in_features, _kv_size(name, module, config, head_dim, joined)
         try:
             heads = grouped_heads(self.axis.size, query // head_dim, kv // head_dim, multiplier=multiplier, order=order)
         except LayoutError as error:
@@ -168,26 +168,28 @@ class Cutter:
         """
         children = dict(children_with_parameters(module))
         if "gate_up_proj" in children:
-            self._expect(name, children, {"gate_up_proj", "down_proj"}, set())
+            self._expect(name, module, {"gate_up_proj", "down_proj"}, set())
             need_plain(children["gate_up_proj"], nn.Linear, f"{name}.gate_up_proj")
             half = children["gate_up_proj"].weight.shape[0] // 2  # type: ignore[index]
             cut = fused(self.axis.name, "out", (half, half), self.axis.size)
             parts = (("gate_proj", half), ("up_proj", half))
             changes = [self.column(module, f"{name}.gate_up_proj", cut=cut, parts=parts)]
         else:
-            self._expect(name, children, {"up_proj", "down_proj"}, {"gate_proj"})
+            self._expect(name, module, {"up_proj", "down_proj"}, {"gate_proj"})
             changes = [self.column(module, f"{name}.{part}") for part in ("gate_proj", "up_proj") if part in children]
         return Block(module, [*changes, self.row(module, f"{name}.down_proj")])
 
-    def _expect(self, name: str, children: dict[str, nn.Module], needed: set[str], allowed: set[str]) -> None:
-        if not needed <= children.keys() <= needed | allowed:
+    def _expect(self, name: str, module: nn.Module, needed: set[str], allowed: set[str]) -> None:
+        found = {child for child, _ in children_with_parameters(module)}
+        found |= {own for own, _ in module.named_parameters(recurse=False)}
+        if not needed <= found <= needed | allowed:
             raise LayoutError(
-                f"{name}: {sorted(children)} is not {sorted(needed)} (with or without {sorted(allowed)}), so what it "
+                f"{name}: {sorted(found)} is not {sorted(needed)} (with or without {sorted(allowed)}), so what it "
                 "computes is not known; name it in `whole` to leave it as it is on every rank"
             )
 
 
-def _kv_size(name: str, module: Any, config: Any, joined: bool) -> int:
+def _kv_size(name: str, module: Any, config: Any, head_dim: int, joined: bool) -> int:
     """Return the rows of the key projection, checked against those of the others."""
     query = module.o_proj.in_features
     if joined:
@@ -200,8 +202,8 @@ def _kv_size(name: str, module: Any, config: Any, joined: bool) -> int:
         kv = module.k_proj.out_features
         right = module.q_proj.out_features == query and module.v_proj.out_features == kv
     stated = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if not right or math.gcd(query, kv) % module.head_dim or kv != stated * module.head_dim:
-        raise LayoutError(f"{name}: {query} query and {kv} key/value rows are not heads of {module.head_dim}")
+    if not right or math.gcd(query, kv) % head_dim or kv != stated * head_dim:
+        raise LayoutError(f"{name}: {query} query and {kv} key/value rows are not heads of {head_dim}")
     return kv
 
 

@@ -9,16 +9,20 @@ function            forward                  backward
 ``gather``          all-gather               own slice
 ``sequence_gather`` all-gather               reduce-scatter
 ``sequence_reduce`` reduce-scatter           all-gather
+``sequence_swap``   all-to-all, own sum      all-gather
 ==================  =======================  =======================
 
-The first two are f and g of Megatron-LM (Shoeybi et al., 2019, section 3), the last two those of sequence parallelism
-(Korthikanti et al., 2022, section 4.2). On an axis of one rank each returns its input and sends nothing.
+The first two are f and g of Megatron-LM (Shoeybi et al., 2019, section 3), ``sequence_gather`` and ``sequence_reduce``
+those of sequence parallelism (Korthikanti et al., 2022, section 4.2). ``sequence_swap`` gives what ``sequence_reduce``
+gives, summed here in the order of the ranks, whatever algorithm a backend reduces by; for what is narrow. On an axis of
+one rank each returns its input and sends nothing.
 
 Lengths may differ between ranks, and may be zero: what is sent is padded to the longest.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +93,20 @@ def sequence_reduce(x: Tensor, axis: Axis, dim: int = -2, sizes: Sequence[int] |
     sizes = shares(x.shape[dim], axis.size) if sizes is None else tuple(sizes)
     _check(sum(sizes) == x.shape[dim], x, axis, dim, sizes)
     return _apply(_SequenceReduce, x, axis, dim, sizes)
+
+
+def sequence_swap(x: Tensor, axis: Axis, dim: int = -2, sizes: Sequence[int] | None = None) -> Tensor:
+    """Return this rank's tokens of the sum of ``x`` over the axis, in one all-to-all; arguments as in :func:`split`."""
+    if axis.size == 1:
+        return x
+    sizes = shares(x.shape[dim], axis.size) if sizes is None else tuple(sizes)
+    _check(sum(sizes) == x.shape[dim], x, axis, dim, sizes)
+    return _apply(_SequenceSwap, x, axis, dim, sizes)
+
+
+def lengths(x: Tensor, axis: Axis, dim: int) -> tuple[int, ...]:
+    """Return how long ``x`` is along a dimension on each rank of the axis, in one small collective."""
+    return (x.shape[dim],) if axis.size == 1 else _sizes(x, axis, dim, None)
 
 
 # ---- the pairs -----------------------------------------------------------------------------------------------------
@@ -163,6 +181,16 @@ class _SequenceReduce(_Along):
         return _gathered(gradient, *ctx.along), None, None, None
 
 
+class _SequenceSwap(_Along):
+    @staticmethod
+    def forward(x: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -> Tensor:
+        return _swapped(x, axis, dim, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return _gathered(gradient, *ctx.along), None, None, None
+
+
 # ---- on plain tensors ----------------------------------------------------------------------------------------------
 
 
@@ -191,6 +219,15 @@ def _scattered(x: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -> Tenso
     own = every.new_empty(longest, *every.shape[1:])
     _reduce_scatter(own, every, group=axis.group)
     return own[: sizes[axis.rank]].movedim(0, dim).contiguous()
+
+
+def _swapped(x: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    first = x.movedim(dim, 0).contiguous()
+    own = sizes[axis.rank]
+    every = first.new_empty(axis.size * own, *first.shape[1:])
+    dist.all_to_all_single(every, first, [own] * axis.size, list(sizes), group=axis.group)
+    parts = every.view(axis.size, own, *first.shape[1:]).unbind(0)
+    return functools.reduce(torch.add, parts).movedim(0, dim)
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
@@ -222,4 +259,14 @@ def _apply(function: Any, x: Tensor, *arguments: Any) -> Tensor:
     return result
 
 
-__all__ = ["enter", "gather", "leave", "sequence_gather", "sequence_reduce", "shares", "split"]
+__all__ = [
+    "enter",
+    "gather",
+    "leave",
+    "lengths",
+    "sequence_gather",
+    "sequence_reduce",
+    "sequence_swap",
+    "shares",
+    "split",
+]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lorica.engines.native.base import AxisLike, Native, axis_of, need_plain
-from lorica.engines.native.collectives import gather, leave, sequence_reduce
+from lorica.engines.native.collectives import gather, leave, sequence_reduce, sequence_swap
 from lorica.errors import LayoutError
 from lorica.layout import Layout, Roles, even
 
@@ -145,10 +145,17 @@ class ParallelEmbedding(Native, nn.Embedding):
         if self.shard_across_embedding:
             (cut,) = self.layout.cuts
             return gather(self.product(input), self.axis, -1, [cut.length(rank) for rank in range(cut.size)])
-        rows = self.product(input)
+        return self.spanning(input)
+
+    def spanning(self, x: Tensor) -> Tensor:
+        """Return the rows under the ids ``x``, whichever rank has them, for all tokens or this rank's."""
         if self.sequence_parallel_enabled:
-            return sequence_reduce(rows, self.axis, self.sequence_dimension)
-        return leave(rows, self.axis)
+            return sequence_reduce(self.product(x), self.axis, self.sequence_dimension)
+        return leave(self.product(x), self.axis)
+
+    def carry(self, h: Tensor) -> Tensor:
+        """Sum hidden values over the ranks, each of which keeps those of its tokens."""
+        return sequence_swap(h, self.axis, self.sequence_dimension)
 
     def extra_repr(self) -> str:
         """Show the logical sizes and this rank's."""

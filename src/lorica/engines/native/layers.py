@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lorica.engines.native.base import AxisLike, Native, axis_of, held_order, need_plain
-from lorica.engines.native.collectives import enter, gather, leave, sequence_gather, sequence_reduce, split
+from lorica.engines.native.collectives import (
+    enter,
+    gather,
+    leave,
+    lengths,
+    sequence_gather,
+    sequence_reduce,
+    sequence_swap,
+    split,
+)
 from lorica.errors import LayoutError
 from lorica.layout import Cut, Layout, Roles, even
 
@@ -148,13 +157,22 @@ class ColumnParallelLinear(_ParallelLinear):
         """Return this rank's output features for the whole input."""
         return F.linear(x, self.weight, self.bias)
 
+    def spanning(self, x: Tensor) -> Tensor:
+        """Return this rank's output features for the input as it is here: what the product needs of it is gathered."""
+        if self.sequence_parallel_enabled:
+            self._lengths = lengths(x, self.axis, self.sequence_dimension)
+            x = sequence_gather(x, self.axis, self.sequence_dimension, self._lengths)
+        elif not self.disable_grad_reduce:
+            x = enter(x, self.axis)
+        return self.product(x)
+
+    def carry(self, h: Tensor) -> Tensor:
+        """Gather hidden values of this rank's tokens, as the last :meth:`spanning` gathered the input."""
+        return sequence_gather(h, self.axis, self.sequence_dimension, self._lengths)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the output, whole or this rank's features."""
-        if self.sequence_parallel_enabled:
-            input = sequence_gather(input, self.axis, self.sequence_dimension)
-        elif not self.disable_grad_reduce:
-            input = enter(input, self.axis)
-        output = self.product(input)
+        output = self.spanning(input)
         return self._whole(output) if self.gather_output else output
 
     def _whole(self, output: Tensor) -> Tensor:
@@ -215,12 +233,18 @@ class RowParallelLinear(_ParallelLinear):
         """Return the output, for all tokens or this rank's."""
         if not self.input_is_parallel:
             input = self._own(input)
-        output = self.product(input)
-        if self.sequence_parallel_enabled:
-            output = sequence_reduce(output, self.axis, self.sequence_dimension)
-        else:
-            output = leave(output, self.axis)
+        output = self.spanning(input)
         return output if self.bias is None else output + self.bias
+
+    def spanning(self, x: Tensor) -> Tensor:
+        """Return the sum of all ranks' products, for all tokens or this rank's, without the bias."""
+        if self.sequence_parallel_enabled:
+            return sequence_reduce(self.product(x), self.axis, self.sequence_dimension)
+        return leave(self.product(x), self.axis)
+
+    def carry(self, h: Tensor) -> Tensor:
+        """Sum hidden values over the ranks, each of which keeps those of its tokens."""
+        return sequence_swap(h, self.axis, self.sequence_dimension)
 
     def _own(self, input: Tensor) -> Tensor:
         (cut,) = self.layout.cuts

@@ -64,8 +64,8 @@ def parallelize(
     parameters would have partial gradients ``sequence_axes``: names of the axes over which they add up.
 
     Attentions that are put out (``output_attentions``) are those of this rank's heads, hidden states
-    (``output_hidden_states``) under sequence parallelism those of its tokens. Dropout on what all ranks have needs the
-    same random state on all of them.
+    (``output_hidden_states``) under sequence parallelism those of its tokens. Dropout on what all ranks have, and
+    sampling, need the same random state on all of them.
 
     Args:
         model: a whole model, the same on every rank of the axis; without adapters.
@@ -161,6 +161,10 @@ def _plan_layers(
 ) -> None:
     names = {id(module): name for name, module in model.named_modules()}
     for layer in decoder.layers:
+        if cutter.sequence_parallel and layer._parameters:
+            raise LayoutError(
+                f"{names[id(layer)]}: parameters of its own {list(layer._parameters)}: no sequence_parallel"
+            )
         for short, child in children_with_parameters(layer):
             name = names[id(child)]
             if short == "self_attn":
