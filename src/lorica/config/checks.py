@@ -106,7 +106,7 @@ def _check_dropout(config: LoraConfig) -> None:
 
 def _check_flags(config: LoraConfig) -> None:
     flags = ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying", "inference_mode")
-    for name in (*flags, "share_expert_adapters", "normalize_moe_lora"):
+    for name in (*flags, "share_expert_adapters", "normalize_moe_lora", "a2a_experimental"):
         _need(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
     _need(config.use_dora in (True, False, None), "use_dora", config.use_dora, "True or False")
     if config.use_dora and config.lora_bias:

@@ -131,10 +131,18 @@ class LoraConfig(PeftConfig):
         default=False,
         metadata=_help("Divide the rank of stacked experts by the number of experts that a token is sent to."),
     )
+    a2a_experimental: bool = field(
+        default=False,
+        metadata=_help(
+            "Under sequence parallelism, send the r hidden values of each token between A and B, so that B (of a layer "
+            "that reduces its output) or A (of one that gathers its input) works on its rank's tokens only. Where a "
+            "layer has no such collective of its own, and for DoRA, nothing changes."
+        ),
+    )
 
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     _own_fields: ClassVar[frozenset[str]] = frozenset(
-        {"dropout_position", "lora_dtype", "share_expert_adapters", "normalize_moe_lora"}
+        {"dropout_position", "lora_dtype", "share_expert_adapters", "normalize_moe_lora", "a2a_experimental"}
     )
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ class AdapterSpec:
         dropout_position: ``"pre"`` on the way into A, ``"post"`` after B.
         rslora: whether the scale is rank-stabilised.
         bias: whether B has a bias.
+        a2a: whether hidden values travel where the layer offers it.
         parts: of a layer that holds several projections, those that are adapted; empty: all.
         variant: the field of the configuration that turns its variant on (``"use_dora"``); empty: plain LoRA.
     """
@@ -32,6 +33,7 @@ class AdapterSpec:
     bias: bool = False
     variant: str = ""
     parts: tuple[str, ...] = ()
+    a2a: bool = False
 
     @property
     def natural_scaling(self) -> float:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lorica.engines import fsdp
 from lorica.engines.dtensor import cuts_of
-from lorica.engines.site import Axis, Opening, Site, opening_of
+from lorica.engines.site import Axis, Site, opening_of
 from lorica.layout import Cut, Layout, Roles
 
 #: Names of mesh axes over which batches are divided, on models that :func:`lorica.parallel.parallelize` cut.
@@ -58,9 +58,8 @@ class Engines:
         """
         if isinstance(layout := getattr(module, "layout", None), Layout):
             layout = replace(layout, sequence=(*layout.sequence, *_sequence(module)), data=self._data)
-            # Its product leaves the bias to be added after the sum of a layer that is cut by its inputs.
-            axes: dict[str, Axis] = {**self.axes, **module.axes}  # type: ignore[dict-item]
-            return Site(layout, axes, Opening(module, "product"), bias=1.0 if layout.shares() == 1 else 0.0)
+            site: Site = module.site(layout, {**self.axes, **module.axes})  # type: ignore[operator,dict-item]
+            return site
         if not self.axes:
             return None
         weight = getattr(module, weight_name)

@@ -52,12 +52,18 @@ class Site:
         opening: the way into its forward; None where calling it from outside is the same.
         bias: how much of the base layer's bias the output holds at the opening: all, none (it is added after the
             reduction), or this rank's share of it.
+        carry: what the hidden values of an adapter, ``[…, r]`` with the leading sizes of the input, go through between
+            A and B; None: nothing.
+        across: the same layer where its input is not gathered yet and its output is reduced already, if adapters may be
+            added there too: their hidden values are carried, and each product sees its rank's tokens.
     """
 
     layout: Layout
     axes: Mapping[str, Axis] = field(default_factory=dict)
     opening: Opening | None = None
     bias: float = 1.0
+    carry: Callable[[Tensor], Tensor] | None = None
+    across: Site | None = None
 
     @property
     def at(self) -> dict[str, int]:

@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -76,13 +77,13 @@ class LoraLayer(Merging):
         """Take the place among the ranks that ``site`` describes; the factors are not touched."""
         self.leave()
         self.site = site
-        if site is not None and site.opening is not None:
-            site.opening.put(self._inside)
+        for place in _places(site):
+            place.opening.put(partial(self._inside, place))
 
     def leave(self) -> None:
         """Give the base layer its own forward back, when it is about to stand alone again."""
-        if self.site is not None and self.site.opening is not None:
-            self.site.opening.close()
+        for place in _places(self.site):
+            place.opening.close()
         self.site = None
 
     def __getattr__(self, name: str) -> Any:
@@ -283,26 +284,31 @@ class LoraLayer(Merging):
             raise NotImplementedError("adapter_names: batches that mix adapters are not implemented in this version")
         if self.site is not None and self.site.opening is not None:
             return self.base_layer(*args, **kwargs)  # whose engine calls _inside, between its collectives
-        return self._around(self.base_layer, *args, **kwargs)
+        return self._around(self, self.base_layer, *args, **kwargs)
 
-    def _inside(self, *args: Any, **kwargs: Any) -> Any:
-        site = self.site
-        assert site is not None
+    def _inside(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         assert site.opening is not None
-        return self._around(site.opening.original, *args, **kwargs)
+        layer = self if site is self.site else Across(self, site)
+        return self._around(layer, site.opening.original, *args, **kwargs)
 
     def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output ``y`` with the part that an adapter, of whichever variant, adds for the input ``x``."""
         return VARIANTS[spec.variant].add(y, x, self, factors, spec)
 
-    def _around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        running = self.running()
+    def _around(self, layer: LoraLayer | Across, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        running = [(factors, spec) for factors, spec in self.running() if self.site_of(spec) is layer.site]
         if not running:
             return base(*args, **kwargs)
-        output = self.op.forward(self, base, running, *args, **kwargs)
+        output = self.op.forward(layer, base, running, *args, **kwargs)
         if self.site is not None and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
         return output
+
+    def site_of(self, spec: AdapterSpec) -> Site | None:
+        """Return where an adapter's part is added: inside the base layer's collectives, or across them."""
+        if self.site is None or self.site.across is None or not (spec.a2a and VARIANTS[spec.variant].across):
+            return self.site
+        return self.site.across
 
     def get_base_layer(self) -> nn.Module:
         """Return the module that is adapted, inside the layers on its other parameters."""
@@ -310,7 +316,28 @@ class LoraLayer(Merging):
         return base.get_base_layer() if isinstance(base, LoraLayer) else base
 
 
+class Across:
+    """An adapted layer, as an op or a variant sees it where parts are added across the base layer's collectives."""
+
+    def __init__(self, layer: LoraLayer, site: Site) -> None:
+        self._layer = layer
+        self.site: Site | None = site
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Return the output with one adapter's part; both are this rank's."""
+        return VARIANTS[spec.variant].add(y, x, self, factors, spec)
+
+
 _MAGNITUDES = "lora_magnitude_vector"
+
+
+def _places(site: Site | None) -> Iterator[Any]:
+    """Yield a layer's sites that have an opening."""
+    if site is not None:
+        yield from (place for place in (site, site.across) if place is not None and place.opening is not None)
 
 
 def _container_names(op: Op) -> tuple[str, str]:

@@ -177,9 +177,12 @@ class Layout:
         return count
 
     def shares(self) -> int:
-        """Return of how many ranks' outputs the base layer's output is the sum (row and vocabulary layers)."""
+        """Return of how many ranks' outputs the base layer's output is the sum (row and vocabulary layers).
+
+        Where the axis divides the tokens too, the output is that of this rank's tokens, summed already.
+        """
         cut = self._by_dim.get("in")
-        return 1 if cut is None else cut.size
+        return 1 if cut is None or cut.axis in self.sequence else cut.size
 
     # ---- fused projections -----------------------------------------------------------------------------------------
 

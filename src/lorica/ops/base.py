@@ -171,6 +171,20 @@ def autocast_off(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def carried(h_TR: Tensor, sizes: torch.Size, layer: Host) -> Tensor:
+    """Return the hidden values of the tokens that B sees: those given, or what they become on their way between ranks.
+
+    Args:
+        h_TR: ``[T, r]``, the input seen through A.
+        sizes: the leading sizes of the input, whose product is ``T``.
+        layer: the adapted layer.
+    """
+    if layer.site is None or layer.site.carry is None:
+        return h_TR
+    r = h_TR.shape[1]
+    return layer.site.carry(h_TR.view(*sizes, r)).reshape(-1, r)
+
+
 def add_product(y: Tensor, h: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
     """Return ``y + s·(h Bᵀ + bias)`` in one product.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorica.config.spec import AdapterSpec
 from lorica.errors import TargetError
 from lorica.init import Factors
-from lorica.ops.base import FactorShapes, Host, Op, add_product
+from lorica.ops.base import FactorShapes, Host, Op, add_product, carried
 
 
 class Embedding(Op):
@@ -42,7 +42,8 @@ class Embedding(Op):
         h = _look_up(x, layer, factors.a.T)
         if (embed_scale := getattr(base, "embed_scale", None)) is not None:
             h = h * embed_scale  # the base layer multiplies its rows too (Gemma, BART)
-        return add_product(y, h.to(y.dtype).reshape(-1, h.shape[-1]), layer, factors, spec)
+        h_TR = carried(h.to(y.dtype).reshape(-1, h.shape[-1]), x.shape, layer)
+        return add_product(y, h_TR, layer, factors, spec)
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``Aᵀ, Bᵀ``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorica.config.spec import AdapterSpec
 from lorica.init import Factors
 from lorica.layout import Roles
-from lorica.ops.base import FactorShapes, Host, Op, add_product
+from lorica.ops.base import FactorShapes, Host, Op, add_product, carried
 from lorica.ops.dropout import drop
 
 
@@ -30,7 +30,7 @@ class Linear(Op):
         """Add ``s·(x Aᵀ) Bᵀ`` in one ``addmm``; the factors follow the dtype of ``y``, so ``x`` is never widened."""
         a_RI = factors.a.to(y.dtype)
         x_TI = drop(x.to(y.dtype), spec, "pre", layer.site, layer.training).reshape(-1, a_RI.shape[1])
-        return add_product(y, F.linear(x_TI, a_RI), layer, factors, spec)
+        return add_product(y, carried(F.linear(x_TI, a_RI), x.shape[:-1], layer), layer, factors, spec)
 
     def product(self, x: Tensor, layer: Host) -> Tensor:
         """``x Wᵀ``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,13 @@ class Variant:
     """Plain LoRA: ``y + s·B·A·x`` and ``W + s·B·A``.
 
     A variant overrides what it does otherwise. Variants hold no state; there is one object of each.
+
+    Attributes:
+        across: whether its part can be added outside of the base layer's collectives, where the input is not yet what
+            the base weight is multiplied with (``a2a_experimental``).
     """
+
+    across: ClassVar[bool] = True
 
     def check(self, op: Op, base: Any, spec: AdapterSpec, where: str) -> None:
         """Refuse a layer or a spec that this variant cannot have.
