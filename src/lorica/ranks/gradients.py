@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorica.adapt.inject import adapter_modules, switch_of
+from lorica.engines.describe import STAGES
 from lorica.engines.site import Axis
 from lorica.layers import LoraLayer
 from lorica.ranks.trained import Trained, trained
@@ -61,8 +62,8 @@ def sum_gradients(model: nn.Module) -> None:
 def _share(item: Trained, axis: str) -> _Share | None:
     """Return how a gradient takes part in the reduction over an axis; None where it does not."""
     layout = item.site.layout
-    if axis not in item.site.axes or axis in item.stored_over:
-        return None
+    if axis not in item.site.axes or axis in item.stored_over or axis == STAGES:
+        return None  # stages hold different layers
     if axis in layout.summed(item.roles):
         return _Share(item, mean=False)
     return None if axis in layout.sharded(item.roles) else _Share(item, mean=True)
