@@ -31,7 +31,7 @@ from lorica.variants.base import Hosting, Variant
 #: Elements of a chunk of rows while norms are taken: the only extra memory is that many float32 values.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
 #: Where ``‖W + ΔW‖²`` is less than this part of ``‖W‖² + ‖ΔW‖²``, its three terms cancel and it is taken anew.
-CANCELLATION = 1 / 16
+CANCELLATION = 1 / 4
 
 
 class Dora(Variant):
@@ -41,6 +41,8 @@ class Dora(Variant):
     its inputs (row and vocabulary layers), every rank has all magnitudes, and the squared norms are summed over the
     axis: one ``all_reduce`` of ``out`` numbers, in the first forward after the factors or the weight changed.
     """
+
+    across = False  # it computes the base product again
 
     def check(self, op: Op, base: Any, spec: AdapterSpec, where: str) -> None:
         """The delta must have its place in the weight, one row to an output."""
@@ -60,22 +62,23 @@ class Dora(Variant):
         return norm.view(self.magnitude_shape(layer.op, len(norm)))
 
     def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
-        """Add the adapter's part, then ``(m/‖W + s·B·A‖ - 1)`` times the whole without the base layer's bias.
+        """Add the adapter's part, then multiply all but the base layer's bias by ``m / ‖W + s·B·A‖``.
 
-        Written so, the factor is rounded to the dtype of ``y`` only after 1 was taken off it, and a layer that has
-        learned nothing gives the base layer's output bit for bit. The base product is not computed again, unless
-        dropout comes before A: then the part that is scaled sees the dropped input too, as in PEFT.
+        That is ``gain·y + (1 - gain)·b``, in float32 or wider: a gain of 1 leaves ``y`` bit for bit, and one that is
+        near 1 is not rounded to it. The base product is not computed again, unless dropout comes before A: then the
+        part that is multiplied sees the dropped input, as in PEFT.
         """
-        excess = (_gain(factors.magnitude, _kept_norms(layer, factors, spec)) - 1).to(y.dtype)
+        gain = _gain(factors.magnitude, _kept_norms(layer, factors, spec))
         op = layer.op
         if spec.dropout and layer.training and spec.dropout_position == "pre" and not op.lookup:
             x, spec = drop(x.to(y.dtype), spec, "pre", layer.site, True), replace(spec, dropout=0.0)
-            y, scaled = (op.add(start, x, layer, factors, spec) for start in (y, op.product(x, layer)))
+            product = op.product(x, layer)
+            part, rest = op.add(product, x, layer, factors, spec), y - product
         else:
-            y = op.add(y, x, layer, factors, spec)
-            bias = _bias(layer, y.dtype)
-            scaled = y if bias is None else y - _per_output(op, bias)
-        return torch.addcmul(y, scaled, _per_output(op, excess))
+            part, bias = op.add(y, x, layer, factors, spec), _bias(layer)
+            rest = torch.zeros_like(gain) if bias is None else (1 - gain) * bias
+            rest = _per_output(op, rest)
+        return torch.addcmul(rest, part, _per_output(op, gain)).to(y.dtype)
 
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """``m / ‖W + s·B·A‖``."""
@@ -116,7 +119,7 @@ def row_squares(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> 
     """Return ``‖W + s·B·A‖²`` of every row, without a second matrix of the weight's size.
 
     ``‖W‖² + 2s·⟨W Aᵀ, B⟩ + s²·⟨B (A Aᵀ), B⟩``, and row by row as it stands where these terms cancel, so that the result
-    is good to some ten roundings.
+    is good to a few roundings.
     """
     wide = torch.promote_types(weight_OI.dtype, torch.float32)
     b_OR, a_RI = b_OR.to(wide) * scale, a_RI.to(wide)
@@ -189,14 +192,14 @@ def _out_dim(op: Op) -> int:
     return op.roles_weight.index("out")
 
 
-def _bias(layer: Hosting, dtype: torch.dtype) -> Tensor | None:
+def _bias(layer: Hosting) -> Tensor | None:
     """Return what the output holds of the base layer's bias where adapters are added to it."""
     bias: Tensor | None = getattr(layer.base_layer, layer.op.bias_name, None)
     share = 1.0 if layer.site is None else layer.site.bias
     if bias is None or share == 0:
         return None
     local = bias.to_local() if isinstance(bias, DTensor) else bias
-    return (local if share == 1 else local * share).to(dtype)
+    return local if share == 1 else local * share
 
 
 def _per_output(op: Op, values: Tensor) -> Tensor:
