@@ -45,7 +45,7 @@ def op_of(module: nn.Module) -> Op | None:
 def op_of_parameter(module: nn.Module, name: str, *, shared: bool = False) -> Op | None:
     """Return the op for one parameter of a module, found by its dimensions, or None.
 
-    The weight of a layer that has an op of its own is adapted by that one.
+    The weight of a linear layer is adapted by the layer's own; other layers are to be named themselves.
 
     Args:
         module: the module that holds it.
@@ -56,7 +56,7 @@ def op_of_parameter(module: nn.Module, name: str, *, shared: bool = False) -> Op
     if parameter is None or parameter.dim() not in (2, 3):
         return None
     if (op := op_of(module)) is not None:
-        return op if op.weight_name == name and not op.children else None
+        return op if op.weight_name == name and op.kind == "Linear" and not op.transposed else None
     if parameter.dim() == 2:
         return matrix_op(name)
     return experts_op(name, turned=bool(getattr(module, "is_transposed", False)), shared=shared)

@@ -196,9 +196,8 @@ def _parameter_target(found: Found, config: LoraConfig) -> Target:
     if op is None:
         shape = tuple(found.module._parameters[found.name].shape)  # type: ignore[union-attr]
         raise TargetError(
-            f"{found.key}: a parameter of shape {shape} of {type(found.module).__name__} cannot be adapted; supported "
-            "are matrices and stacks of them, one for each expert, and of the layers that target_modules names their "
-            "weight"
+            f"{found.key}: a parameter of shape {shape} of {type(found.module).__name__} cannot be adapted so. Supported "
+            "are matrices, and stacks of one for each expert; layers of other kinds are named in target_modules"
         )
     spec = spec_for(config, found.key)
     if config.normalize_moe_lora and "expert" in op.roles_weight:
