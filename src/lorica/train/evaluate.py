@@ -44,13 +44,15 @@ class Matches:
 def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """The summed cross-entropy (in nats, fp32) of a batch, and how many tokens it is over."""
     device = next(model.parameters()).device
-    labels_BT = batch["labels"][:, 1:]
-    count = int((labels_BT != IGNORE).sum())
-    logits_BTV = forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device))[:, :-1]
-    summed = F.cross_entropy(
-        logits_BTV.float().flatten(0, 1), labels_BT.to(device).flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return summed, count
+    labels_BT = batch["labels"]
+    logits_BTV = forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device))
+    return summed_cross_entropy(logits_BTV, labels_BT.to(device)), int((labels_BT[:, 1:] != IGNORE).sum())
+
+
+def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """The cross-entropy, in nats and fp32, summed over all tokens with a label; each is predicted from those before."""
+    logits_NV, labels_N = logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten()
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
 
 
 @torch.no_grad()
@@ -62,10 +64,12 @@ def loss(
     pad_id: int = 0,
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks | None = None,
+    measure: Callable[[Batch], Tensor] | None = None,
 ) -> float:
     """The mean cross-entropy over all learned tokens of ``examples``; ``exp`` of it is the perplexity.
 
     ``stop`` is asked between batches; once it says so the result is NaN. ``ranks`` share the rows of each batch.
+    ``measure`` gives a batch's summed cross-entropy where the model's own forward is of no use (a pipeline).
     """
     collate, ranks = Collator(pad_id), ranks or Ranks()
     # Neighbours of like length need little padding; the mean does not depend on the order.
@@ -78,9 +82,9 @@ def loss(
             if stop():
                 return math.nan
             rows = shared([[item] for item in ordered[start : start + batch_size]], ranks.share)
-            summed, tokens = token_losses(model, collate(rows))
-            total += float(summed)
-            count += tokens
+            batch = collate(rows)
+            total += float(measure(batch) if measure is not None else token_losses(model, batch)[0])
+            count += int(batch["learned"])
     finally:
         model.train(was_training)
     total, count = ranks.total(torch.tensor([total, count], dtype=torch.float64)).tolist()

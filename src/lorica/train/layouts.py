@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorica import parallel
+from lorica.adapt.inject import base_of
 from lorica.errors import LayoutError, RecipeError
 from lorica.train.ranks import Ranks
 from lorica.train.recipe import ParallelSection
@@ -23,5 +24,13 @@ def lay_out(base: Any, section: ParallelSection, ranks: Ranks) -> None:
         return
     try:
         parallel.parallelize(base, ranks.mesh, sequence_parallel=section.sp)
+        if "pp" in ranks.axes:
+            parallel.split_stages(base, ranks.mesh)
     except LayoutError as error:
         raise RecipeError(f"parallel: {error}") from error
+
+
+def stages(model: Any) -> parallel.Axis | None:
+    """The axis of the stages that a model is split into; None where it is in one piece."""
+    axis: parallel.Axis | None = getattr(base_of(model), "lorica_mesh", {}).get("pp")
+    return axis

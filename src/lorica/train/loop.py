@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lorica import parallel
 from lorica.errors import LoricaError
-from lorica.train import evaluate
+from lorica.train import evaluate, layouts
 from lorica.train.collate import Batch
 from lorica.train.data import Example
 from lorica.train.metrics import Record
+from lorica.train.pipeline import Pipelines
 from lorica.train.ranks import Ranks
 from lorica.train.recipe import TrainingSection
 from lorica.train.state import Live, Progress
@@ -64,20 +65,16 @@ class Trainer:
     def __post_init__(self) -> None:
         self._stream: Iterator[Batch] = iter(self.live.batches)
         self._device = next(self.live.model.parameters()).device
+        stages = layouts.stages(self.live.model)
+        self._pipelines = Pipelines(self.live.model, stages, self.pad_id) if stages is not None else None
 
     def step(self) -> Step:
         """One optimiser step, over ``gradient_accumulation`` batches."""
         batches = list(islice(self._stream, self.settings.gradient_accumulation))
         learned = count_learned(batches)
-        shares = self.ranks.share[1]
-        total = torch.zeros((), device=self._device)
-        for batch in batches:
-            with self._autocast():
-                summed, _ = evaluate.token_losses(self.live.model, batch)
-            # Each token weighs the same, whichever of the accumulated batches and on whichever rank it is in. (Ranks
-            # that share a batch average their gradients.)
-            torch.autograd.backward(summed * shares / max(1, learned))
-            total += summed.detach()
+        # Each token weighs the same, whichever of the accumulated batches and on whichever rank it is in. (Ranks that
+        # share a batch average their gradients.)
+        total = self._backward(batches, self.ranks.share[1], max(1, learned))
         parallel.sum_gradients(self.live.model)
         norm = parallel.clip_grad_norm_(self.live.model, self.settings.max_grad_norm or math.inf)
         self.live.optimizer.step()
@@ -85,12 +82,31 @@ class Trainer:
         self.live.optimizer.zero_grad(set_to_none=True)
         return Step(total, learned, sum(int(batch["tokens"]) for batch in batches), norm)
 
+    def _backward(self, batches: Sequence[Batch], shares: int, learned: int) -> Tensor:
+        """Add the gradients of ``shares / learned`` times the summed loss; return the sum."""
+        if self._pipelines is not None:
+            with self._autocast():
+                return self._pipelines.train(batches, shares / learned)
+        total = torch.zeros((), device=self._device)
+        for batch in batches:
+            with self._autocast():
+                summed, _ = evaluate.token_losses(self.live.model, batch)
+            torch.autograd.backward(summed * shares / learned)
+            total += summed.detach()
+        return total
+
     def evaluate(self, stop: Callable[[], bool]) -> float:
         """The held-out loss; NaN if asked to stop meanwhile."""
         size = self.settings.eval_batch_size or self.settings.batch_size
         with self._autocast():
             return evaluate.loss(
-                self.live.model, self.held_out, batch_size=size, pad_id=self.pad_id, stop=stop, ranks=self.ranks
+                self.live.model,
+                self.held_out,
+                batch_size=size,
+                pad_id=self.pad_id,
+                stop=stop,
+                ranks=self.ranks,
+                measure=self._pipelines.evaluate if self._pipelines is not None else None,
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:
