@@ -7,6 +7,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def duplicate(module: nn.Module) -> nn.Module:
@@ -15,7 +16,13 @@ def duplicate(module: nn.Module) -> nn.Module:
     Engines wrap a module's forward in functions that hold on to the module. Copying shares functions, so the copy's
     would compute with the original's parameters; they are made anew around the copy.
     """
-    copied = copy.deepcopy(module)
+    # A distributed tensor has no memory that could be copied; it is cloned.
+    tensors = {
+        id(parameter): nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        for parameter in module.parameters()
+        if isinstance(parameter, DTensor)
+    }
+    copied = copy.deepcopy(module, tensors)
     for old, new in zip(module.modules(), copied.modules(), strict=True):
         forward = new.__dict__.get("forward")
         if forward is not None:
