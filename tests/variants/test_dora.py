@@ -241,15 +241,14 @@ def test_inference_mode_first_and_training_after() -> None:
 def test_under_autocast_norms_stay_float32() -> None:
     op = DORA[0]
     model = randomise(adapt(op))
-    magnitude = layer_of(model).factors("default").magnitude
+    layer = layer_of(model)
+    factors, spec = layer.factors("default"), layer.specs["default"]
     with torch.no_grad():
-        magnitude.copy_(
-            dora.norms(layer_of(model), layer_of(model).factors("default"), layer_of(model).specs["default"])
-        )
+        factors.magnitude.copy_(dora.norms(layer, factors, spec))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fresh = dora.norms(layer_of(model), layer_of(model).factors("default"), layer_of(model).specs["default"])
+        fresh = dora.norms(layer, factors, spec)
         out = model(op.inputs())
-    assert torch.equal(fresh, magnitude)
+    assert torch.equal(fresh, factors.magnitude)
     assert torch.allclose(out.float(), model(op.inputs()), atol=0.05)
 
 

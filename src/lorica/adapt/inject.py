@@ -123,12 +123,14 @@ def inject(
     _keep_from_fast_path(places)
 
 
-def subtract_owed(model: nn.Module, adapter: str, config: LoraConfig) -> None:
-    """Take out of the base weights what the adapter's start took out of them where it was trained.
+def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
+    """Prepare for factors from a file.
 
-    For adapters whose factors were made on the meta device and then filled from a file. Their start is made again, so
-    that a file means the same model here as there.
+    What the adapter's start took out of the base weights where it was trained is taken out here, so that the file
+    means the same model: for factors on the meta device, whose start was not made yet. What variants kept is forgotten.
     """
+    for layer in lora_layers(model):
+        layer.notes.clear()
     owing = [layer for layer in lora_layers(model) if adapter in layer.owed]
     starts = []
     for layer in owing:

@@ -115,7 +115,7 @@ def set_peft_model_state_dict(
     )
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
-    inject.subtract_owed(model, adapter_name, config_of_adapter(model, adapter_name))
+    inject.prepare_to_fill(model, adapter_name, config_of_adapter(model, adapter_name))
     _write(known, {name: piece_of(name, known[name]).read(tensor) for name, tensor in good.items()})
     missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
     return LoadResult(missing, [name for name in shapes if name not in known])
@@ -153,7 +153,7 @@ def _fill(
     # A tied factor's source is in the file too and is the same tensor.
     wanted_pieces = [piece_of(name, entry) for name, entry in known.items() if name in stored and not entry.tied]
     parts = reading.read_pieces(weights, stored, wanted_pieces)
-    inject.subtract_owed(model, adapter, model.peft_config[adapter])  # before the file's own base weights, if it has any
+    inject.prepare_to_fill(model, adapter, model.peft_config[adapter])  # base weights may come from the file too
     _write(known, parts)
     return result
 
