@@ -11,13 +11,15 @@ all have it is averaged there for the same reason: equal in theory, it need not 
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -25,6 +27,7 @@ from lorica.adapt.inject import adapter_modules, switch_of
 from lorica.engines.describe import STAGES
 from lorica.engines.site import Axis
 from lorica.layers import LoraLayer
+from lorica.ranks.agreement import verify
 from lorica.ranks.trained import Trained, trained
 
 
@@ -39,24 +42,53 @@ class _Share(NamedTuple):
 def sum_gradients(model: nn.Module) -> None:
     """Make the gradients of all adapters whole: summed over the axes that divide layers, averaged over data axes.
 
+    Before the first sum since an adapter was added, all ranks compare what they train (:func:`verify`).
+
     To be called once between the last backward pass and anything that reads gradients; :func:`clip_grad_norm_` and the
     optimiser's ``step`` call it by themselves if it was not. A second call changes nothing.
 
     Args:
         model: the adapted model. All ranks must call with the same adapters training.
+
+    Raises:
+        RankError: the ranks do not train the same adapter; on every rank, before anything is summed.
     """
     switch = switch_of(model)
     if switch is None or not switch.pending:
         return
+    if not switch.agreed:
+        verify(model)
     switch.pending = False
     items = trained(model)
-    axes = {axis.name: axis for item in items for axis in item.site.axes.values() if axis.size > 1}
-    data = {name for item in items for name in item.site.layout.averaged()}
-    for name in sorted(axes, key=lambda name: (name not in data, name)):
-        _reduce([share for item in items if (share := _share(item, name)) is not None], axes[name])
+    for axis, shares in _by_axis(items):
+        _reduce(shares, axis)
     for item in items:
         if item.site.layout.batches > 1 and (gradient := item.local_gradient()) is not None:
             gradient.div_(item.site.layout.batches)
+
+
+def buckets(model: nn.Module) -> list[tuple[Axis, list[tuple[nn.Parameter, int]]]]:
+    """Return what :func:`sum_gradients` sends: each axis with its parameters and how many float32 numbers of each."""
+    return [
+        (axis, [(share.item.parameter, 1 + _length(share, axis)) for share in shares])
+        for axis, shares in _by_axis(trained(model))
+    ]
+
+
+def _by_axis(items: Sequence[Trained]) -> Iterator[tuple[Axis, list[_Share]]]:
+    """Yield every axis over which gradients are reduced, data axes first, with its share of them."""
+    axes = {axis.name: axis for item in items for axis in item.site.axes.values() if axis.size > 1}
+    data = {name for item in items for name in item.site.layout.averaged()}
+    for name in sorted(axes, key=lambda name: (name not in data, name)):
+        if shares := [share for item in items if (share := _share(item, name)) is not None]:
+            yield axes[name], shares
+
+
+def _length(share: _Share, axis: Axis) -> int:
+    parameter: Tensor = share.item.parameter
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    rows = _logical_rows(share, local, axis)
+    return local.numel() if rows is None else rows * math.prod(local.shape[1:])
 
 
 def _share(item: Trained, axis: str) -> _Share | None:
@@ -70,8 +102,6 @@ def _share(item: Trained, axis: str) -> _Share | None:
 
 
 def _reduce(shares: Sequence[_Share], axis: Axis) -> None:
-    if not shares:
-        return
     gradients = [share.item.local_gradient() for share in shares]
     device = next((g.device for g in gradients if g is not None), shares[0].item.parameter.device)
     pieces = [_packed(share, gradient, axis) for share, gradient in zip(shares, gradients, strict=True)]
@@ -144,6 +174,9 @@ def watch(model: nn.Module) -> None:
     """
     if any(isinstance(module, LoraLayer) and module.site is not None for _, module in adapter_modules(model)):
         _WATCHED.add(model)
+        switch = switch_of(model)
+        assert switch is not None
+        switch.agreed = False
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_pre_hook(_before_step))
 
