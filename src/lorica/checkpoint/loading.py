@@ -38,9 +38,9 @@ def load_first(
 ) -> PeftModel:
     """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`."""
     with _as_it_was(model, adapter), together(model, f"loading {model_id}"):
+        loaded = wrap()
         weights = reading.find_weights(model_id, **source)
         shapes = reading.read_shapes(weights)
-        loaded = wrap()
         _fill(loaded, adapter, weights, shapes, key_mapping, strict=strict)
     return loaded
 

@@ -306,11 +306,15 @@ class PeftModel(nn.Module):
         """
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload is not implemented in this version")
-        config = loading.read_config(model_id, config, kwargs, is_trainable=is_trainable)
-        if cls is PeftModel and config.task_type is not None:
-            cls = cls.by_task[TaskType(config.task_type)]
+
+        def wrap() -> PeftModel:
+            found = loading.read_config(model_id, config, kwargs, is_trainable=is_trainable)
+            by_task = cls is PeftModel and found.task_type is not None
+            kind = cls.by_task[TaskType(found.task_type)] if by_task else cls
+            return kind(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict)
+
         return loading.load_first(
-            lambda: cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict),
+            wrap,
             model,
             model_id,
             adapter_name,

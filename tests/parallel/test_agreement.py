@@ -1,0 +1,169 @@
+"""Ranks that would train different adapters are stopped before the first step; loads fail on all ranks or on none."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import divisions
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from subjects import SUBJECTS, batch, logits_of, loss_of
+from torch import nn
+
+import lorica
+from lorica.errors import LoricaError, RankError
+from lorica.parallel import sum_gradients, verify
+
+SUBJECT = SUBJECTS["llama"]
+
+
+def config(**fields: Any) -> lorica.LoraConfig:
+    return lorica.LoraConfig(**{"init_lora_weights": False, "r": 4, **SUBJECT.fields, **fields})
+
+
+def cut() -> nn.Module:
+    return divisions.native(tp=2)(SUBJECT, "")
+
+
+def said(call: Any, *args: Any, **options: Any) -> str:
+    """What this rank is told."""
+    try:
+        call(*args, **options)
+    except LoricaError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _differing(fields: dict[str, Any], seeds: tuple[int, int]) -> str:
+    rank = dist.get_rank()
+    model = cut()
+    torch.manual_seed(seeds[rank])
+    return said(verify, lorica.get_peft_model(model, config(**(fields if rank else {}))))
+
+
+@pytest.mark.parametrize(
+    ("fields", "seeds", "field"),
+    [
+        ({"lora_alpha": 9}, (1, 1), "configuration"),
+        ({"r": 2}, (1, 1), "configuration"),
+        ({"target_modules": ["q_proj"]}, (1, 1), "configuration"),
+        ({}, (1, 2), "initial values of default/base_model.model"),
+    ],
+)
+def test_both_ranks_name_the_one_that_differs(fields: dict[str, Any], seeds: tuple[int, int], field: str) -> None:
+    for message in ranks.run(2, _differing, fields, seeds):
+        assert message.startswith("RankError: rank 1 differs from rank 0 in the "), message
+        assert field in message
+
+
+def test_the_same_adapter_passes() -> None:
+    assert ranks.run(2, _differing, {}, (1, 1)) == ["", ""]
+
+
+def _random_states(dropout: float) -> str:
+    model = cut()
+    torch.manual_seed(1)
+    adapted = lorica.get_peft_model(model, config(lora_dropout=dropout))
+    torch.manual_seed(dist.get_rank())
+    return said(verify, adapted)
+
+
+def test_dropout_needs_equal_random_states() -> None:
+    assert all("random state" in message for message in ranks.run(2, _random_states, 0.5))
+    assert ranks.run(2, _random_states, 0.0) == ["", ""]
+
+
+def _absent() -> str:
+    model = cut()
+    torch.manual_seed(1)
+    adapted = lorica.get_peft_model(model, config())
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        return ""
+    started = time.monotonic()
+    message = said(verify, adapted, timeout=1.0)
+    assert time.monotonic() - started < 3.5
+    return message
+
+
+def test_a_rank_that_does_not_come_is_an_error_within_the_time() -> None:
+    message = ranks.run(2, _absent)[0]
+    assert "not all ranks came to compare their adapters within 1 s" in message
+    assert "1" in message.rpartition("Rank")[2]
+
+
+def _unasked() -> str:
+    model = cut()
+    torch.manual_seed(dist.get_rank())
+    adapted = lorica.get_peft_model(model, config())
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 1.0)
+    before = [parameter.detach().clone() for parameter in adapted.parameters()]
+    ids = batch(2)
+    loss_of(logits_of(adapted(input_ids=ids)), ids).backward()
+    message = said(optimizer.step)
+    assert all(torch.equal(a, b) for a, b in zip(before, adapted.parameters(), strict=True))
+    return message
+
+
+def test_the_first_step_compares_unasked() -> None:
+    assert all("initial values" in message for message in ranks.run(2, _unasked))
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path) -> Path:
+    torch.manual_seed(1)
+    lorica.get_peft_model(SUBJECT.build(), config()).save_pretrained(folder)
+    return folder
+
+
+def _load(folders: tuple[str, str], further: bool) -> tuple[str, bool]:
+    """Load from a folder of this rank's own; whether the model is afterwards what it was."""
+    model = cut()
+    ids = batch(2)
+    torch.manual_seed(1)
+    loaded = lorica.get_peft_model(model, config(r=2)) if further else model
+    with torch.no_grad():
+        before = logits_of(loaded(input_ids=ids))
+    folder = folders[dist.get_rank()]
+    if further:
+        message = said(loaded.load_adapter, folder, "other")  # type: ignore[operator]
+    else:
+        message = said(lorica.PeftModel.from_pretrained, model, folder)
+    with torch.no_grad():
+        same = torch.equal(before, logits_of(loaded(input_ids=ids)))
+    return message, same and sum_gradients(loaded) is None if further else same
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_a_file_that_one_rank_lacks(tmp_path: Path, *, further: bool) -> None:
+    good = saved(tmp_path / "good")
+    (first, same), (second, as_well) = ranks.run(2, _load, (str(good), str(tmp_path / "none")), further)
+    assert same
+    assert as_well
+    assert first.startswith(RankError.__name__)
+    assert "failed on 1 of 2 ranks" in first
+    assert "rank 1" in first
+    assert second
+    assert not second.startswith(RankError.__name__)
+
+
+def test_a_nan_in_one_rank_s_share(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "q_proj.lora_B" in name)
+    tensors[name][-1, 0] = torch.nan  # the last row is rank 1's
+    save_file(tensors, path)
+    (first, same), (second, as_well) = ranks.run(2, _load, (str(folder), str(folder)), False)
+    assert same
+    assert as_well
+    assert "rank 1" in first
+    assert name in second
+    assert "NaN" in second
