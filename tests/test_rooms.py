@@ -28,6 +28,7 @@ ROOMS = [
     "ranks",
     "model",
     "parallel",
+    "merge",
     "helpers",
     "__init__",
     "train",
