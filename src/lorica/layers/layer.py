@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lorica.config.spec import AdapterSpec
 from lorica.engines.site import Site
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, LayoutError
 from lorica.init import Factors
 from lorica.layers.merging import Merging
 from lorica.layers.switch import Switch
@@ -299,6 +300,11 @@ class LoraLayer(Merging):
         running = [(factors, spec) for factors, spec in self.running() if self.site_of(spec) is layer.site]
         if not running:
             return base(*args, **kwargs)
+        if self.site is None and isinstance(self.base_layer._parameters.get(self.op.weight_name), DTensor):
+            raise LayoutError(
+                f"{self.target_name}: the model was cut after the adapter was added; cut it inside "
+                "`with lorica.parallel.cutting(model) as base:`, so that the adapter is cut with it"
+            )
         output = self.op.forward(layer, base, running, *args, **kwargs)
         if self.site is not None and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
