@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorica._version import __version__
-from lorica.cli import inspect, launch, use
+from lorica.cli import inspect, launch, merge, use
 from lorica.cli.errors import note, quiet, readable
 
 app = typer.Typer(
@@ -123,5 +123,5 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 app.command()(use.generate)
 app.command("eval")(use.evaluate)
-app.command()(use.merge)
+app.command()(merge.merge)
 app.command("inspect")(inspect.inspect)

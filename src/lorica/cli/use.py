@@ -1,4 +1,4 @@
-"""Using what was trained: ``lorica generate``, ``lorica eval`` and ``lorica merge``."""
+"""Using what was trained: ``lorica generate`` and ``lorica eval``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def generate(
     asked = [*(prompts or []), *(_read_prompts(file) if file is not None else [])]
     if not asked:
         raise RecipeError("nothing to continue: give prompts, or a file with --file")
-    loaded, tokenizer = _load(model, adapter, dtype, device)
+    loaded, tokenizer = load(model, adapter, dtype, device)
     import torch
 
     from lorica.train import data, evaluate
@@ -104,9 +104,9 @@ def evaluate(
     table = sources.rows(source, split=split)
     table = table.select(range(min(limit, len(table)))) if limit else table
     format_ = sources.form_of(table, recipe.data)
-    base, adapter, revision = _resolve(model, adapter)
+    base, adapter, revision = resolve(model, adapter)
     length = models.max_length(base, revision, max_length)
-    loaded, tokenizer = _load(model, adapter, dtype, device)
+    loaded, tokenizer = load(model, adapter, dtype, device)
     examples, left_out = data.examples(table, format_, tokenizer, length)
     if not examples:
         raise RecipeError(f"{source}: no example has anything to predict within {length} tokens")
@@ -125,31 +125,7 @@ def evaluate(
     _table(result)
 
 
-@readable
-def merge(
-    adapter: Annotated[str, typer.Argument(help="The adapter's directory.")],
-    output: Annotated[Path, typer.Argument(help="Where the merged model goes; must not exist yet.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The base model, if not the one it names.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-) -> None:
-    """Write adapter and base model as one plain transformers model, with its tokenizer."""
-    from lorica.files import atomic
-
-    if output.exists():
-        raise RecipeError(f"{output} already exists; choose another directory")
-    if not output.absolute().parent.is_dir():
-        raise RecipeError(f"There is no directory {output.absolute().parent}.{suggest_path(output.absolute().parent)}")
-    base, adapter_directory, _ = _resolve(model or adapter, adapter)
-    loaded, tokenizer = _load(base, adapter_directory, dtype, device)
-    merged = loaded.merge_and_unload(safe_merge=True)
-    with atomic.complete_directory(output, marker=False) as temporary:
-        merged.save_pretrained(str(temporary))
-        tokenizer.save_pretrained(str(temporary))
-    print(f"merged model   {output}")
-
-
-def _resolve(model: str, adapter: str | None) -> tuple[str, str | None, str | None]:
+def resolve(model: str, adapter: str | None) -> tuple[str, str | None, str | None]:
     """Base model, adapter and the base's revision; a model that is an adapter names its own base."""
     from lorica.train import models
 
@@ -164,16 +140,22 @@ def _resolve(model: str, adapter: str | None) -> tuple[str, str | None, str | No
     return model, adapter, None
 
 
-def _load(model: str, adapter: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+def load(model: str, adapter: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """The model with the adapter, if any, and its tokenizer."""
     from lorica.train import models
 
     quiet()
-    base, adapter, revision = _resolve(model, adapter)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise RecipeError(f"--dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    base, adapter, revision = resolve(model, adapter)
+    check_dtype(dtype)
     tokenizer = models.load_tokenizer(base, revision)
     loaded = models.load_base(base, dtype=dtype, revision=revision, where=models.device(device))
     return (models.load_adapted(loaded, adapter) if adapter is not None else loaded.eval()), tokenizer
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no ``--dtype``."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RecipeError(f"--dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
 
 
 def _read_prompts(file: Path) -> list[str]:

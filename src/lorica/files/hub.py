@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,25 @@ def find_file(source: str | os.PathLike[str], name: str, *, subfolder: str | Non
         return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder, **hub))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise CheckpointError(f"Can't find '{name}' at '{source}': {error}") from error
+
+
+def find_folder(source: str, patterns: Sequence[str], **hub: Any) -> Path:
+    """Return a local directory with the files of the hub's repository ``source`` that match.
+
+    Args:
+        source: a repository id.
+        patterns: such as ``"*.json"``.
+        hub: arguments of ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ``cache_dir`` …).
+
+    Raises:
+        CheckpointError: the hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns), **hub))
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise CheckpointError(f"Can't get the files of {source!r}: {error}") from error
 
 
 def _is_repository_id(source: str) -> bool:

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from lorica.errors import RecipeError, suggest_path
+from lorica.files.hub import find_folder
 from lorica.files.json import read_json_object
 from lorica.train.paths import meant_as_path
 
 _CONFIG = "adapter_config.json"
+#: What a model consists of.
+MODEL_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 def device(name: str = "auto") -> torch.device:
@@ -107,6 +110,20 @@ def base_of(adapter: str) -> tuple[str, str | None]:
     if not name:
         raise RecipeError(f"{file} does not name its base model; give it with --model")
     return str(name), revision
+
+
+def files_of(path: str, revision: str | None = None) -> Path:
+    """The directory with a model's own files; from the hub they are fetched, weights only as safetensors.
+
+    Raises:
+        RecipeError: there is no model.
+        CheckpointError: the hub does not give its files.
+    """
+    from transformers import AutoConfig
+
+    _load(AutoConfig, "model", path, revision=revision)
+    directory = Path(path).expanduser()
+    return directory if directory.is_dir() else find_folder(path, MODEL_FILES, revision=revision)
 
 
 def max_length(path: str, revision: str | None, wanted: int | None) -> int:
