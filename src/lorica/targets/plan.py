@@ -172,7 +172,18 @@ def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
             op.check_site(site, target.name)
             site = replace(site, opening=op.opening(target.base, site.opening))
         placed.append(replace(target, site=site))
+    _warn_of_no_way(placed)
     return tuple(placed)
+
+
+def _warn_of_no_way(targets: Iterable[Target]) -> None:
+    asking = [target for target in targets if target.spec.a2a and target.site is not None and target.site.layout.cuts]
+    if asking and not any(target.site is not None and target.site.across is not None for target in asking):
+        warnings.warn(
+            f"a2a_experimental=True changes nothing: none of {len(asking)} adapted layers gathers its rank's tokens, or "
+            "leaves each rank its tokens of a sum, by itself; adapters ride on the collectives that are there",
+            stacklevel=5,
+        )
 
 
 def _parameter_targets(
