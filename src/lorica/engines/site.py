@@ -162,7 +162,12 @@ def localise(site: Site, x: Any, y: Any) -> tuple[Any, Any, Callable[[Tensor], T
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     gradient = [Replicate() if placement.is_partial() else placement for placement in placements]
-    return x, y.to_local(grad_placements=gradient), back
+    local = y.to_local(grad_placements=gradient)
+    for placement in placements:
+        mask = getattr(getattr(placement, "mask_buffer", None), "data", None)
+        if mask is not None:  # a lookup's rows for words of other ranks, which the sum would leave out later
+            local = local.masked_fill(mask.unsqueeze(-1), 0)
+    return x, local, back
 
 
 def _of_input(site: Site, x: DTensor, dim: int) -> Placement:
