@@ -329,3 +329,16 @@ def test_the_field_is_saved_only_where_it_is_set(tmp_path: Any) -> None:
         assert lorica.LoraConfig.from_pretrained(tmp_path).a2a_experimental is value
     with pytest.raises(lorica.errors.ConfigError, match="a2a_experimental"):
         lorica.LoraConfig(a2a_experimental=1)
+
+
+def no_way() -> None:
+    axis = tp()
+    model = Small()
+    model.up = ColumnParallelLinear.from_linear(model.up, axis, gather_output=False)
+    with pytest.warns(UserWarning, match="changes nothing: none of 1 adapted layers"):
+        adapt(model, target_modules=["up"])
+
+
+def test_a_layout_that_offers_no_way_is_named() -> None:
+    ranks.run(2, no_way)
+    adapt(whole())  # on one process there is nothing to be said
