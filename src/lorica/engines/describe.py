@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lorica.engines import fsdp
 from lorica.engines.dtensor import cuts_of
 from lorica.engines.site import Axis, Site, opening_of
+from lorica.engines.stages import STAGES, axis_of_stages
 from lorica.layout import Cut, Layout, Roles
 
 #: Names of mesh axes over which batches are divided, on models that :func:`lorica.parallel.parallelize` cut.
@@ -20,8 +21,6 @@ DATA_AXES = ("dp", "dp_replicate", "fsdp", "dp_shard")
 #: transformers lays the same ranks out twice, once for its dense layers and once for its experts. A layer knows the
 #: axes of its own view; those of the other one would divide it by the same ranks again.
 DENSE_VIEW, EXPERT_VIEW = frozenset({"fsdp", "tp"}), frozenset({"efsdp", "ep"})
-#: Name of the mesh axis of pipeline stages, which hold different layers.
-STAGES = "pp"
 
 
 class Engines:
@@ -39,7 +38,8 @@ class Engines:
         fsdp.reshard(model)
         self._storage = fsdp.data_axes(model)
         native: Mapping[str, Axis] = getattr(_innermost(model), "lorica_mesh", {})
-        found = {**native, **self._storage, **_axes_of_weights(model)}
+        stages = axis_of_stages(_innermost(model))
+        found = {**native, **self._storage, **_axes_of_weights(model), **({} if stages is None else {STAGES: stages})}
         self.axes = {name: axis for name, axis in found.items() if axis.size > 1}
         data = {*self._storage, *(name for name in native if name in DATA_AXES)}
         self._data = tuple(name for name in self.axes if name in data)
@@ -89,8 +89,9 @@ class Engines:
         cuts = tuple(cut for cut in layout.cuts if cut.dim in roles)  # what it lacks is added after the reduction
         after = tuple(cut.axis for cut in layout.cuts if cut.dim not in roles and _splits_sequence(module))
         sizes = {role: layout.sizes[role] for role in roles if role in layout.sizes}
-        parts = layout.parts if "out" in roles else ()
-        layout = Layout(sizes, cuts, parts, (*layout.sequence, *_sequence(module), *after), self._data)
+        parts, groups = (layout.parts, layout.groups) if "out" in roles else ((), ())
+        sequence = (*layout.sequence, *_sequence(module), *after)
+        layout = Layout(sizes, cuts, parts, sequence, self._data, groups=groups)
         return Site(layout, {**self.axes, **module.axes})  # type: ignore[dict-item]
 
     def _layout(self, weight: Tensor, roles: Roles, module: nn.Module, name: str) -> Layout:

@@ -7,6 +7,7 @@ it holds them. Even shards, fused projections, head slots, strided shards and co
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -56,6 +57,34 @@ class Cut:
             LayoutError: a position below the last one is held by nobody.
         """
         return self._covered[0]
+
+    @functools.cached_property
+    def uneven(self) -> bool:
+        """Whether some positions are held by more ranks than others: keys and values fused with queries."""
+        return len(self._covered[1]) > 1
+
+    def counted(self, coordinate: int) -> list[tuple[int, int, int]]:
+        """Return the intervals of the local dimension of the rank at ``coordinate``, with how many ranks hold each."""
+        edges = sorted({edge for held in self.held for interval in held for edge in interval})
+        found, place = [], 0
+        for start, stop in self.held[coordinate]:
+            for low, high in itertools.pairwise([start, *(edge for edge in edges if start < edge < stop), stop]):
+                count = sum(first <= low < last for held in self.held for first, last in held)
+                found.append((place, place + high - low, count))
+                place += high - low
+        return found
+
+    def within(self, first: int, last: int) -> Cut:
+        """Return the cut of the positions from ``first`` to ``last`` (exclusive) alone."""
+        held = tuple(
+            tuple(
+                (max(start, first) - first, min(stop, last) - first)
+                for start, stop in intervals
+                if max(start, first) < min(stop, last)
+            )
+            for intervals in self.held
+        )
+        return Cut(self.axis, self.dim, held)
 
     def check(self, *, evenly: bool = True) -> None:
         """Refuse a cut that loses positions or, with ``evenly``, holds some more often than others.

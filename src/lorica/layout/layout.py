@@ -45,6 +45,8 @@ class Layout:
         data: axes whose ranks see different batches; gradients are averaged.
         batches: how many different batches the ranks of the cut axes bring together, each sending its tokens to the
             rank that has their expert. Gradients are then sums over these batches, and are divided by their number.
+        groups: lengths of the runs of rows, one after the other, of which some lie on more ranks than others, where
+            the weight is one part: queries, keys and values that are fused in the logical weight as well.
     """
 
     sizes: Mapping[str, int]
@@ -53,6 +55,7 @@ class Layout:
     sequence: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     batches: int = 1
+    groups: tuple[int, ...] = ()
     _by_dim: dict[str, Cut] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,9 +68,10 @@ class Layout:
         if len({cut.axis for cut in self.cuts}) < len(self.cuts):
             raise LayoutError(f"an axis cuts two dimensions: {[(cut.axis, cut.dim) for cut in self.cuts]}")
         self._check_parts()
+        self._check_groups()
 
     def _add(self, cut: Cut) -> None:
-        cut.check(evenly=not (self.parts and cut.dim == "out"))  # parts are checked one by one
+        cut.check(evenly=cut.dim != "out" or not (self.parts or self.groups))  # those are checked one by one
         if cut.dim in self._by_dim:
             raise LayoutError(f"{cut.dim!r} is cut twice, over {self._by_dim[cut.dim].axis!r} and {cut.axis!r}")
         if cut.dim not in DIMS or cut.dim not in self.sizes or cut.total != self.sizes[cut.dim]:
@@ -91,9 +95,21 @@ class Layout:
         for index in range(len(self.parts)):
             self.part(index)
 
+    def _check_groups(self) -> None:
+        if not self.groups:
+            return
+        if self.parts or min(self.groups) <= 0 or sum(self.groups) != self.sizes["out"]:
+            raise LayoutError(f"the groups {self.groups} do not add up to {self.sizes['out']} rows of one part")
+        start = 0
+        for length in self.groups:
+            for cut in self.cuts:
+                if cut.dim == "out":
+                    cut.within(start, start + length).check()
+            start += length
+
     def __hash__(self) -> int:
         sizes = tuple(sorted(self.sizes.items()))
-        return hash((sizes, self.cuts, self.parts, self.sequence, self.data, self.batches))
+        return hash((sizes, self.cuts, self.parts, self.sequence, self.data, self.batches, self.groups))
 
     # ---- where things lie ------------------------------------------------------------------------------------------
 
@@ -170,7 +186,7 @@ class Layout:
         return self.data
 
     def copies(self, roles: Roles) -> int:
-        """Return how many ranks hold each element of a tensor with these roles, on the axes that cut it."""
+        """Return how many ranks hold each element of a tensor with these roles (at most), on the axes that cut it."""
         count = 1
         for cut in self.cuts:
             count *= cut.copies if cut.dim in roles else 1
@@ -209,19 +225,7 @@ class Layout:
     def part(self, index: int) -> Layout:
         """Return the layout of one part alone, as the weight it was before it was fused."""
         _, first, last = self.part_bounds()[index]
-        cuts = []
-        for cut in self.cuts:
-            if cut.dim == "out":
-                held = tuple(
-                    tuple(
-                        (max(start, first) - first, min(stop, last) - first)
-                        for start, stop in intervals
-                        if max(start, first) < min(stop, last)
-                    )
-                    for intervals in cut.held
-                )
-                cut = Cut(cut.axis, "out", held)
-            cuts.append(cut)
+        cuts = [cut.within(first, last) if cut.dim == "out" else cut for cut in self.cuts]
         return Layout({**self.sizes, "out": last - first}, tuple(cuts), (), self.sequence, self.data, self.batches)
 
     # ---- as data -----------------------------------------------------------------------------------------------------
@@ -235,6 +239,7 @@ class Layout:
             "sequence": self.sequence,
             "data": self.data,
             "batches": self.batches,
+            "groups": self.groups,
         }
 
     @classmethod
@@ -255,8 +260,8 @@ class Layout:
             )
             parts = tuple((str(name), int(length)) for name, length in values["parts"])
             sizes = {key: int(size) for key, size in values["sizes"].items()}
-            batches = int(values.get("batches", 1))
-            return cls(sizes, cuts, parts, _names(values["sequence"]), _names(values["data"]), batches)
+            batches, groups = int(values.get("batches", 1)), tuple(int(size) for size in values.get("groups", ()))
+            return cls(sizes, cuts, parts, _names(values["sequence"]), _names(values["data"]), batches, groups)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LayoutError(f"not a layout: {error!r}") from error
 

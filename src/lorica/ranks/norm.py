@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from lorica.adapt.inject import base_of
 from lorica.engines import Engines
-from lorica.engines.describe import STAGES
+from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
+from lorica.engines.stages import STAGES
 from lorica.ranks.gradients import sum_gradients
 from lorica.ranks.trained import Trained, trained
 
@@ -57,9 +58,10 @@ def get_total_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     axes: dict[str, Axis] = dict(Engines(base_of(model)).axes)
     largest = math.isinf(norm_type)
     for parameter in _with_gradients(model):
-        over, copies = _held_over(parameter, known.get(id(parameter)))
+        item = known.get(id(parameter))
+        over = _held_over(parameter, item)
         axes |= over
-        value = _power(_local(parameter), norm_type) / (1 if largest else copies)
+        value = _power(_local(parameter), norm_type) if item is None or largest else _counted(item, norm_type)
         key = tuple(sorted(over))
         before = totals.get(key)
         totals[key] = value if before is None else torch.maximum(before, value) if largest else before + value
@@ -84,15 +86,33 @@ def _reduce(totals: dict[tuple[str, ...], Tensor], axis: Axis, *, largest: bool)
     totals.update(zip(keys, values, strict=True))
 
 
-def _held_over(parameter: nn.Parameter, item: Trained | None) -> tuple[dict[str, Axis], int]:
-    """Return the axes whose ranks hold different elements of a parameter, and how often each element is held."""
+def _held_over(parameter: nn.Parameter, item: Trained | None) -> dict[str, Axis]:
+    """Return the axes whose ranks hold different elements of a parameter."""
     if item is not None:
-        return item.sharded_over, item.site.layout.copies(item.roles)
+        return item.sharded_over
     if not isinstance(parameter, DTensor):
-        return {}, 1
+        return {}
     placed = enumerate(parameter.placements)
     found = [Axis.of(parameter.device_mesh, dim) for dim, placement in placed if hasattr(placement, "dim")]
-    return {axis.name: axis for axis in found}, 1
+    return {axis.name: axis for axis in found}
+
+
+def _counted(item: Trained, norm_type: float) -> Tensor:
+    """Return this rank's share of the sum of powers: each element counts by one over the ranks that hold it."""
+    gradient, layout = item.local_gradient(), item.site.layout
+    cut = layout.cut_of("out")
+    if gradient is None or cut is None or "out" not in item.roles or not cut.uneven:
+        return _power(gradient, norm_type) / layout.copies(item.roles)
+    dim = item.roles.index("out")
+    kept = at_rest(item.parameter, item.site).slices[dim]
+    first, last, _ = kept.indices(cut.length(item.site.at[cut.axis]))
+    values = [
+        _power(gradient.narrow(dim, max(start, first) - first, min(stop, last) - max(start, first)), norm_type) / count
+        for start, stop, count in cut.counted(item.site.at[cut.axis])
+        if max(start, first) < min(stop, last)
+    ]
+    others = layout.copies(tuple(role for role in item.roles if role != "out"))
+    return sum(values, torch.zeros((), device=gradient.device)) / others
 
 
 def _power(gradient: Tensor | None, norm_type: float) -> Tensor:

@@ -17,6 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lorica.engines.gather import gather
 from lorica.engines.native import Native, gather_model_state, parallelize
+from lorica.engines.native.collectives import shares
+from lorica.engines.native.sequence import Region, enter_block
+from lorica.engines.site import Axis
 from lorica.errors import LayoutError
 
 SIZES: dict[str, Any] = {
@@ -165,6 +168,24 @@ def checkpointed() -> None:
 
 def test_lengths_are_not_mixed_up_by_checkpointing() -> None:
     ranks.run(2, checkpointed)
+
+
+def region_alone() -> None:
+    region = Region(Axis.of(tp(), 0))
+    first, block, last = nn.Identity(), nn.Identity(), nn.Identity()
+    region.begin(first)
+    enter_block(block, region.axis, region)
+    region.end(last)
+    for length in (5, 1):
+        x = torch.randn(2, length, 3)
+        mine = first(x)
+        assert mine.shape[1] == shares(length, 2)[dist.get_rank()]
+        assert torch.equal(block(mine), x)
+        assert torch.equal(last(mine), x)
+
+
+def test_the_length_is_known_without_positions() -> None:
+    ranks.run(2, region_alone)
 
 
 def embedded(sequence_parallel: bool) -> None:

@@ -98,7 +98,10 @@ class Cutter:
         self.sequence_parallel = sequence_parallel
 
     def column(self, parent: nn.Module, name: str, **options: Any) -> Change:
-        """Plan a column-parallel layer behind a collective that its block has."""
+        """Plan a column-parallel layer behind a collective that its block has.
+
+        A weight that is fused in the whole model too has no parts: it is one target with one pair of factors.
+        """
         return self._change(
             ColumnParallelLinear, parent, name, gather_output=False, disable_grad_reduce=True, **options
         )
@@ -152,8 +155,8 @@ class Cutter:
                 raise LayoutError(f"{name}.{norm} works across heads, which lie on different ranks")
         axis = self.axis.name
         if joined:
-            parts = tuple(zip(NAMES, (query, kv, kv), strict=True))
-            changes = [self.column(module, f"{name}.qkv_proj", cut=heads.qkv_cut(axis, head_dim), parts=parts)]
+            cut = heads.qkv_cut(axis, head_dim)
+            changes = [self.column(module, f"{name}.qkv_proj", cut=cut, groups=(query, kv, kv))]
         else:
             cuts = (heads.query_cut(axis, head_dim), *2 * (heads.kv_cut(axis, head_dim),))
             changes = [self.column(module, f"{name}.{part}", cut=cut) for part, cut in zip(NAMES, cuts, strict=True)]
@@ -172,8 +175,7 @@ class Cutter:
             need_plain(children["gate_up_proj"], nn.Linear, f"{name}.gate_up_proj")
             half = children["gate_up_proj"].weight.shape[0] // 2  # type: ignore[index]
             cut = fused(self.axis.name, "out", (half, half), self.axis.size)
-            parts = (("gate_proj", half), ("up_proj", half))
-            changes = [self.column(module, f"{name}.gate_up_proj", cut=cut, parts=parts)]
+            changes = [self.column(module, f"{name}.gate_up_proj", cut=cut)]
         else:
             self._expect(name, module, {"up_proj", "down_proj"}, {"gate_proj"})
             changes = [self.column(module, f"{name}.{part}") for part in ("gate_proj", "up_proj") if part in children]

@@ -115,7 +115,8 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dimension: the dimension of the tokens.
         disable_grad_reduce: whether the input's gradient is left partial because something before this layer sums it.
         cut: which rows each rank holds, if not the even cut: head orders, fused projections.
-        parts: names and lengths of the projections fused in this layer.
+        parts: names and lengths of the projections fused in this layer, each adapted by itself.
+        groups: lengths of the runs of rows that lie on different numbers of ranks, where it is adapted as one.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -140,6 +141,7 @@ class ColumnParallelLinear(_ParallelLinear):
         disable_grad_reduce: bool = False,
         cut: Cut | None = None,
         parts: tuple[tuple[str, int], ...] = (),
+        groups: tuple[int, ...] = (),
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -147,7 +149,8 @@ class ColumnParallelLinear(_ParallelLinear):
         cut = cut or even(axis.name, "out", output_size, axis.size)
         if gather_output and cut.copies > 1:
             raise LayoutError("gather_output: some rows lie on several ranks, and their gradients would count twice")
-        self._build(axis, Layout({"out": output_size, "in": input_size}, (cut,), parts), bias, device, dtype)
+        layout = Layout({"out": output_size, "in": input_size}, (cut,), parts, groups=groups)
+        self._build(axis, layout, bias, device, dtype)
         self.gather_output = gather_output
         self.sequence_parallel_enabled = sequence_parallel_enabled
         self.sequence_dimension = sequence_dimension
