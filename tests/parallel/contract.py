@@ -1,0 +1,428 @@
+"""What every initialisation, variant and base layer has to keep on every layout; runs on the ranks.
+
+The oracle is the same adapter on the same model in one piece, computed by every rank for itself from the same seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from divisions import DIVISIONS, Division, Plain
+from safetensors.torch import load_file
+from subjects import SUBJECTS, Subject, batch, logits_of, loss_of
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorica
+from lorica.checkpoint.names import Entry, adapter_entries
+from lorica.checkpoint.pieces import piece_of
+from lorica.errors import AdapterError, ConfigError, TargetError
+from lorica.init import INITS
+from lorica.layers import LoraLayer
+from lorica.parallel import clip_grad_norm_, sum_gradients, verify
+from lorica.variants import VARIANTS
+
+TOLERANCE = 1e-5
+#: Rows of the whole batch; the data groups have equal shares.
+ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One adapter.
+
+    Attributes:
+        fields: of its config, beside what the subject adapts.
+        start: only what it starts from is compared: factors, output, file.
+        oracle: whether one process computes the same; not with dropout, whose masks differ from layout to layout.
+        collectives: whether it may have collectives of its own in forward and backward.
+        off: whether an adapter that has not learned yet leaves the output as it is, bit for bit.
+    """
+
+    fields: Mapping[str, Any]
+    start: bool = False
+    oracle: bool = True
+    collectives: bool = False
+    off: bool = True
+
+
+#: Initialisations that change the output from the start.
+CHANGING = {False, "orthogonal"}
+#: Variants that may talk of their own, with the reason.
+TALKING = {"use_dora": "norms of layers that are cut by their inputs are summed when the factors have changed"}
+
+
+def cases() -> dict[str, Case]:
+    """Every initialisation and variant that is registered, and the fields that change the arithmetic."""
+    found = {
+        "rslora": Case({"use_rslora": True}),
+        "lora_bias": Case({"lora_bias": True}),
+        "dropout": Case({"lora_dropout": 0.25}, oracle=False),
+        "dropout post": Case({"lora_dropout": 0.25, "dropout_position": "post"}, oracle=False),
+        "a2a": Case({"a2a_experimental": True}, collectives=True),
+        "shared experts": Case({"share_expert_adapters": True}),
+    }
+    found |= {
+        f"variant {name or 'lora'}": Case({name: True} if name else {}, collectives=name in TALKING)
+        for name in VARIANTS
+    }
+    return found | {f"init {name}": Case({"init_lora_weights": _example(name)}, start=True) for name in INITS}
+
+
+def _example(name: bool | str) -> bool | str:
+    """An initialisation as a user writes it: where it is named after a number, with one."""
+    return name.replace("_N", "_4") if isinstance(name, str) else name
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a case is tried: the division, the subject, a folder for files, and this rank's data group."""
+
+    division: Division
+    subject: Subject
+    folder: Path
+
+    @property
+    def group(self) -> int:
+        """Which of the data groups this rank is in."""
+        return dist.get_rank() * self.division.data // dist.get_world_size()
+
+    def run(self, model: nn.Module) -> Plain:
+        """What runs an adapted model, or what a late engine makes of it."""
+        return self.division.runner(model if self.division.late is None else self.division.late(model))
+
+    def save(self, model: nn.Module) -> dict[str, Tensor]:
+        """Save an adapter; rank 0 gets what is in the file."""
+        folder = self.folder / "saved"
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        dist.barrier()
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return load_file(folder / "adapter_model.safetensors") if dist.get_rank() == 0 else {}
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """This rank's share of a batch."""
+        return ids.chunk(self.division.data)[self.group]
+
+    def config(self, case: Case) -> Any:
+        """The config of a case."""
+        return config_of(self.subject, case)
+
+
+def config_of(subject: Subject, case: Case) -> Any:
+    """The config of a case on a subject."""
+    return lorica.LoraConfig(**{"r": 4, "lora_alpha": 6, **subject.fields, **case.fields})
+
+
+def adapt(base: nn.Module, config: Any) -> nn.Module:
+    """An adapted model, as a user makes one."""
+    torch.manual_seed(11)
+    return lorica.get_peft_model(base, config)
+
+
+def entries(model: nn.Module) -> dict[str, Entry]:
+    """The adapter's tensors by their names in a file."""
+    return adapter_entries(model, "default", model.peft_config["default"])
+
+
+def near(got: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    """Refuse a relative difference above the tolerance, by norm."""
+    assert got.shape == wanted.shape, f"{what}: {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    got, wanted = got.detach(), wanted.detach()
+    difference = float((got - wanted).norm())
+    assert difference <= tolerance * max(float(wanted.norm()), 1e-3), f"{what}: off by {difference}"
+
+
+def equal(got: Tensor, wanted: Tensor, what: str) -> None:
+    """Refuse any difference."""
+    assert got.dtype == wanted.dtype, what
+    assert torch.equal(got, wanted), f"{what}: not bitwise equal, off by {float((got - wanted).detach().abs().max())}"
+
+
+def compare(mine: Mapping[str, Entry], whole: Mapping[str, Tensor], what: str, tolerance: float = TOLERANCE) -> None:
+    """Compare what this rank has of logical tensors with the whole ones."""
+    for name, entry in mine.items():
+        piece = piece_of(name, entry)
+        assert piece.shape == whole[name].shape, f"{what} of {name}: {piece.shape}, wanted {whole[name].shape}"
+        held, wanted = piece.tensor.detach(), whole[name]
+        off = sum(float((held[box.local] - wanted[box.logical]).square().sum()) for box in piece.boxes) ** 0.5
+        limit = tolerance * max(float(wanted.norm()), 1e-3)
+        assert off <= limit, f"{what} of {name}: off by {off}, {limit} allowed"
+
+
+def gradients(model: nn.Module) -> dict[str, Entry]:
+    """The gradients of an adapter, as entries."""
+    found = {}
+    for name, entry in entries(model).items():
+        if not entry.tied:
+            assert entry.tensor.grad is not None, f"{name} has no gradient"
+            found[name] = dataclasses.replace(entry, tensor=entry.tensor.grad)
+    return found
+
+
+def base_weights(model: nn.Module) -> dict[str, Entry]:
+    """The weights of the adapted base layers, as entries."""
+    return {
+        f"{layer.target_name}.{layer.op.weight_name}": Entry(
+            "", getattr(layer.get_base_layer(), layer.op.weight_name), roles=layer.op.roles_weight, site=layer.site
+        )
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def wholes(found: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Of a model in one piece: copies of the tensors, as they would be in a file."""
+    result = {}
+    for name, entry in found.items():
+        piece = piece_of(name, entry)
+        result[name] = torch.empty(piece.shape, dtype=piece.tensor.dtype)
+        for box in piece.boxes:
+            result[name][box.logical] = piece.tensor[box.local].detach()
+    return result
+
+
+# ---- collectives ----------------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is sent between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let distributed tensors show what they do inside."""
+        if any(issubclass(cls, DTensor) for cls in types):
+            return NotImplemented
+        space, name = func.name().split("::")
+        if "c10d" in space and not name.startswith("wait"):
+            self.counts[name.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(run: Plain, ids: Tensor) -> Counter[str]:
+    """The collectives of a forward and a backward."""
+    with Collectives() as seen:
+        run.train(ids)
+    return seen.counts
+
+
+@contextmanager
+def _flowing(model: nn.Module, subject: Subject) -> Iterator[None]:
+    """Let gradients flow through the whole frozen model, from its embedding's output on."""
+    embedding = next((m for name, m in model.named_modules() if name.endswith(subject.embedding)), None)
+    if embedding is None:  # on another stage
+        yield
+        return
+    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ---- the contract ---------------------------------------------------------------------------------------------------
+
+
+def check_start(place: Place, case: Case, cut: nn.Module) -> None:
+    """I2, I6: the adapter starts as on one process, bit for bit, and one file holds it."""
+    oracle, model = adapt(place.subject.build(), place.config(case)), adapt(cut, place.config(case))
+    run = place.run(model)
+    verify(model)
+    wanted = wholes(entries(oracle))
+    compare(entries(model), wanted, "the start", 0.0)
+    written = place.save(model)
+    if written:
+        assert written.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            equal(written[name], tensor, f"{name} in the file")
+    ids = place.rows(batch(ROWS))
+    near(run.logits(ids), Plain(oracle).logits(ids), "the output")
+
+
+def check_all(place: Place, case: Case, cut: nn.Module) -> None:
+    """Everything else, in the order of a training run."""
+    oracle = adapt(place.subject.build(), place.config(case))
+    ids = batch(ROWS)
+    mine = place.rows(ids)
+    bare = place.division.runner(cut)
+    before = bare.logits(mine)
+    with _flowing(cut, place.subject):
+        without = counted(bare, mine) if place.division.counted else Counter()
+    cut.zero_grad()
+    model = adapt(cut, place.config(case))
+    run = place.run(model)
+    if case.off:
+        equal(run.logits(mine), before, "I8: the output of an adapter that has learned nothing")
+    fill(oracle, model)
+    with model.disable_adapter():
+        equal(run.logits(mine), before, "I8: the output with the adapter off")
+    with _flowing(model.get_base_model(), place.subject):
+        check_gradients(place, case, oracle, run, model, without)
+    check_steps(place, case, oracle, run, model)
+    if case.oracle:
+        check_merging(place, oracle, run, model)
+    check_files(place, case, oracle, model)
+
+
+def fill(oracle: nn.Module, model: nn.Module) -> None:
+    """Load the same random values into both, each rank taking its slices."""
+    generator = torch.Generator().manual_seed(3)
+    values = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in sorted(wholes(entries(oracle)).items())
+    }
+    for adapted in (oracle, model):
+        lorica.set_peft_model_state_dict(adapted, values)
+    compare(entries(model), values, "I6: what was loaded", 0.0)
+
+
+def check_gradients(
+    place: Place, case: Case, oracle: nn.Module, run: Plain, model: nn.Module, without: Counter[str]
+) -> None:
+    """I1, I4: output, loss, gradients and their norm are one process's; nothing more was sent than without LoRA."""
+    ids = batch(ROWS)
+    losses = [loss_of(logits_of(oracle(input_ids=rows)), rows) for rows in ids.chunk(place.division.data)]
+    torch.stack(losses).mean().backward()
+    mine = place.rows(ids)
+    model.train()
+    with Collectives() as seen:
+        logits, loss = run.train(mine)
+    if place.division.counted and not case.collectives:
+        assert seen.counts == without, f"I4: {dict(seen.counts)} with LoRA, {dict(without)} without"
+    sum_gradients(model)
+    norm = clip_grad_norm_(model, float("inf"))
+    if case.oracle:
+        near(logits, Plain(oracle).logits(mine), "I1: the output")
+        near(loss, losses[place.group], "I1: the loss")
+        compare(gradients(model), wholes(gradients(oracle)), "I1: the gradient")
+        wanted = torch.nn.utils.get_total_norm([p.grad for p in oracle.parameters() if p.grad is not None])
+        near(norm, wanted, "the norm of all gradients")
+
+
+def check_steps(place: Place, case: Case, oracle: nn.Module, run: Plain, model: nn.Module) -> None:
+    """I5: after steps on different batches replicas are equal bit for bit, and the factors are one process's."""
+    groups = place.division.data
+    for adapted, running in ((oracle, Plain(oracle)), (model, run)):
+        adapted.zero_grad()
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.05)
+        for step in range(2):
+            ids = batch(ROWS, seed=step + 1)
+            if adapted is model:
+                running.train(place.rows(ids))
+            else:
+                for rows in ids.chunk(groups):
+                    running.train(rows)
+                for parameter in adapted.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad /= groups
+            optimizer.step()
+            optimizer.zero_grad()
+    check_replicas(model)
+    if case.oracle:
+        compare(entries(model), wholes(entries(oracle)), "I1: after steps")
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Whatever two ranks hold of the same tensor is equal bit for bit."""
+    mine = {
+        (name, str(box.logical)): piece.tensor[box.local].contiguous().numpy().tobytes()
+        for name, entry in entries(model).items()
+        for piece in [piece_of(name, entry)]
+        for box in piece.boxes
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, other in enumerate(everyone):
+        for place, values in other.items():
+            assert mine.get(place, values) == values, f"I5: rank {rank} has another {place}"
+
+
+def check_merging(place: Place, oracle: nn.Module, run: Plain, model: nn.Module) -> None:
+    """I1, I8: merged weights are one process's, compute the same, and come back."""
+    mine = place.rows(batch(ROWS))
+    for adapted in (oracle, model):
+        adapted.eval()
+    before = wholes(base_weights(oracle))
+    wanted = Plain(oracle).logits(mine)
+    try:
+        oracle.merge_adapter()
+    except AdapterError as refusal:
+        with pytest.raises(AdapterError, match=re.escape(str(refusal)[:40])):
+            model.merge_adapter()
+        return
+    model.merge_adapter()
+    compare(base_weights(model), wholes(base_weights(oracle)), "I1: the merged weight")
+    near(run.logits(mine), wanted, "I1: the merged model's output")
+    for adapted in (oracle, model):
+        adapted.unmerge_adapter()
+    compare(base_weights(model), before, "I8: the weight after unmerging")
+    near(run.logits(mine), wanted, "I8: the output after unmerging")
+
+
+def check_files(place: Place, case: Case, oracle: nn.Module, model: nn.Module) -> None:
+    """I6: one file under PEFT's names, which loads on this layout as it was."""
+    written = place.save(model)
+    if written:
+        wanted = wholes(entries(oracle))
+        assert written.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert written[name].shape == tensor.shape
+            if case.oracle:
+                near(written[name], tensor, f"I6: {name}")
+    dist.barrier()
+    model.load_adapter(place.folder / "saved", "again")
+    again = adapter_entries(model, "again", model.peft_config["again"])
+    compare(again, load_file(place.folder / "saved" / "adapter_model.safetensors"), "I6: what was loaded again", 0.0)
+
+
+def check(division: str, subject: str, names: list[str], folder: str) -> None:
+    """Try cases one after the other; rank 0 leaves word of the one that is being tried."""
+    place = Place(DIVISIONS[division], SUBJECTS[subject], Path(folder))
+    known = cases()
+    for name in names:
+        case = known[name]
+        if dist.get_rank() == 0:
+            (place.folder / "trying").write_text(name)
+        cut = place.division.cut(place.subject, str(place.folder / "base"))
+        if not check_refusal(place, case, cut):
+            (check_start if case.start else check_all)(place, case, cut)
+        dist.barrier()
+
+
+def base_layers(division: str, subject: str) -> list[type]:
+    """The classes of the base layers that are adapted there."""
+    cut = DIVISIONS[division].cut(SUBJECTS[subject], "")
+    model = adapt(cut, config_of(SUBJECTS[subject], Case({})))
+    return [type(module.get_base_layer()) for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def refusal(subject: Subject, case: Case) -> Exception | None:
+    """What one process says to a case that the subject's layers cannot have by their nature."""
+    try:
+        adapt(subject.build(), config_of(subject, case))
+    except (ConfigError, TargetError) as error:
+        return error
+    return None
+
+
+def check_refusal(place: Place, case: Case, cut: nn.Module) -> bool:
+    """Whether one process refuses the case; then so must every layout, in the same words."""
+    refused = refusal(place.subject, case)
+    if refused is not None:
+        with pytest.raises(type(refused), match=re.escape(str(refused)[:40])):
+            adapt(cut, place.config(case))
+    return refused is not None
