@@ -22,6 +22,7 @@ ROOMS = {
     "init": (-1, 1, "how do the\nfactors start?"),
     "ops": (0, 1, "what is the\nmathematics?"),
     "storage": (1, 1, "how is the base\nweight stored?"),
+    "variants": (-0.5, 2, "what else may\nfactors do?"),
     "layers": (0.5, 2, "what stands in a\nbase layer's place?"),
     "targets": (-0.7, 3, "which modules\nare meant?"),
     "adapt": (0, 4, "how does an adapter\nget in and out?"),

@@ -16,6 +16,8 @@ from models import embedding_net, mlp, tiny_llama
 pytestmark = pytest.mark.filterwarnings("ignore:.*groups.*")
 
 INITS = [True, False, "gaussian", "orthogonal", "xavier", "kaiming", "normal"]
+#: From the base weight: the seed says nothing, since a file must find the same start again.
+FROM_WEIGHTS = ["pissa", "pissa_niter_4", "olora"]
 
 
 def factors(seed: int = 5, model: nn.Module | None = None, **fields: object) -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ def assert_agree(some: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         assert torch.equal(some[name], more[name]), name
 
 
-@pytest.mark.parametrize("init", INITS, ids=str)
+@pytest.mark.parametrize("init", [*INITS, *FROM_WEIGHTS], ids=str)
 def test_other_targets_do_not_matter(init: object) -> None:
     alone = factors(target_modules=["q_proj"], init_lora_weights=init)
     for targets in (["q_proj", "v_proj"], ["v_proj", "down_proj", "q_proj"], "all-linear", r".*\.1\..*q_proj"):
@@ -66,7 +68,12 @@ def after(*adapters: dict) -> Tensor:
     return torch.rand(4)
 
 
-@pytest.mark.parametrize("init", INITS, ids=str)
+@pytest.mark.parametrize("init", FROM_WEIGHTS)
+def test_the_seed_does_not_matter(init: str) -> None:
+    assert_agree(*(factors(seed, target_modules=["q_proj"], init_lora_weights=init) for seed in (5, 6)))
+
+
+@pytest.mark.parametrize("init", [*INITS, *FROM_WEIGHTS], ids=str)
 def test_an_adapter_takes_one_draw(init: object) -> None:
     """However many targets there are, and however large, the generator moves as far."""
     small = {"target_modules": ["model.layers.0.self_attn.q_proj"], "r": 2, "init_lora_weights": init}
