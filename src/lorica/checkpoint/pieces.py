@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorica.checkpoint.forms import FORMS
 from lorica.checkpoint.names import Entry
-from lorica.engines.describe import STAGES
 from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
+from lorica.engines.stages import STAGES, axis_of_stages
 from lorica.errors import CheckpointError
 from lorica.layout import Box
 
@@ -204,14 +204,18 @@ def _bytes(box: tuple[slice, ...], dtype: torch.dtype) -> int:
     return math.prod(_shape(box)) * dtype.itemsize
 
 
-def lie_over_ranks(entries: Mapping[str, Entry]) -> bool:
-    """Whether ranks hold different parts of these tensors, so that they have to be saved together."""
+def lie_over_ranks(model: nn.Module, entries: Mapping[str, Entry]) -> bool:
+    """Whether ranks hold different tensors of an adapter, or parts of them, so that they have to be saved together.
+
+    Args:
+        model: the base model.
+        entries: what this rank has of the adapter.
+    """
+    if axis_of_stages(model) is not None:
+        return True
     for entry in entries.values():
         if isinstance(entry.tensor, DTensor):
             return True
-        if entry.site is not None:
-            axes = [entry.site.axes[name] for name in entry.site.layout.sharded(entry.roles)]
-            stages = entry.site.axes.get(STAGES)
-            if any(axis.size > 1 for axis in axes) or (stages is not None and stages.size > 1):
-                return True
+        if entry.site is not None and any(entry.site.axes[n].size > 1 for n in entry.site.layout.sharded(entry.roles)):
+            return True
     return False

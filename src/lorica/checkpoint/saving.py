@@ -54,7 +54,7 @@ def get_peft_model_state_dict(
     if state_dict is not None:
         values = {n: entry.tensor.detach() if entry.tied else state_dict[entry.live] for n, entry in entries.items()}
         return {name: entries[name].saved(value) for name, value in values.items()}
-    if not lie_over_ranks(entries):
+    if not lie_over_ranks(base_of(model), entries):
         return {name: entry.saved(entry.tensor.detach()) for name, entry in entries.items()}
     return collect(pieces(entries))
 

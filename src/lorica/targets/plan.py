@@ -11,6 +11,7 @@ from torch import nn
 
 from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
+from lorica.engines.stages import axis_of_stages, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
@@ -87,7 +88,8 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     chosen = [key for key, module in modules.items() if key and _is_chosen(config, names, key, module)]
     whole = tuple(f"{name}." for name in saved)
     chosen = [key for key in chosen if key not in tied and not f"{key}.".startswith(whole)]
-    if not chosen and not config.target_parameters:
+    staged = axis_of_stages(model) is not None  # then what is named may lie on another stage
+    if not chosen and not config.target_parameters and not staged:
         _explain_no_match(config, names, modules)
     _warn_of_idle_entries(config, names, [name for key, module in modules.items() for name in _keys(key, module)])
     chosen = _without_attention_inside(chosen, modules)
@@ -142,6 +144,8 @@ def _keys(key: str, module: nn.Module) -> list[str]:
 
 
 def _is_chosen(config: LoraConfig, names: Names, key: str, module: nn.Module) -> bool:
+    if is_elsewhere(module):
+        return False
     return any(selected(config, names, name) and not excluded(config, name) for name in _keys(key, module))
 
 
@@ -393,11 +397,12 @@ def _tied_target(key: str, module: nn.Module, source: Target) -> Target:
 def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
     wanted = config.modules_to_save or []
     # Without a dot, as PEFT has it: "norm" means "input_layernorm" too. Files name what was saved, so both must agree.
-    found = [key for key in modules if key.endswith(tuple(wanted))]
+    named = [key for key in modules if key.endswith(tuple(wanted))]
     heads = {head for heads in TASK_HEADS.values() for head in heads}
     for name in wanted:
-        if name not in heads and not any(key.endswith(name) for key in found):
+        if name not in heads and not any(key.endswith(name) for key in named):
             raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, _endings(modules))}")
+    found = [key for key in named if not is_elsewhere(modules[key])]
     for key in found:
         if isinstance(modules[key], (*_CONTAINERS, LoraLayer)):
             raise TargetError(
