@@ -17,19 +17,24 @@ SOURCE = HERE.parent / "src" / "lorica"
 
 #: Room → where it stands (column, row) and the question its files answer. Data flows downwards.
 ROOMS = {
-    "config": (0, 0, "what does the\nuser ask for?"),
-    "files": (2, 0, "how are files written\nand read safely?"),
-    "init": (-1, 1, "how do the\nfactors start?"),
-    "ops": (0, 1, "what is the\nmathematics?"),
-    "storage": (1, 1, "how is the base\nweight stored?"),
-    "variants": (-0.5, 2, "what else may\nfactors do?"),
-    "layers": (0.5, 2, "what stands in a\nbase layer's place?"),
-    "targets": (-0.7, 3, "which modules\nare meant?"),
-    "adapt": (0, 4, "how does an adapter\nget in and out?"),
-    "checkpoint": (1.4, 5, "which tensor has\nwhich name in a file?"),
-    "model": (0, 6, "what does the\nuser hold?"),
-    "train": (0, 7, "how is it\ntrained?"),
-    "cli": (0, 8, "what does the\nterminal say?"),
+    "config": (-1, 0, "what does the\nuser ask for?"),
+    "layout": (0.4, 0, "how does a weight\nlie over ranks?"),
+    "files": (2.4, 0, "how are files written\nand read safely?"),
+    "init": (-1.2, 1, "how do the\nfactors start?"),
+    "engines": (0.3, 1, "who cut the model?\nwhere is this layer?"),
+    "storage": (1.6, 1, "how is the base\nweight stored?"),
+    "ops": (-0.2, 2, "what is the\nmathematics?"),
+    "variants": (-1, 3, "what else may\nfactors do?"),
+    "layers": (0.5, 3, "what stands in a\nbase layer's place?"),
+    "targets": (-0.7, 4, "which modules\nare meant?"),
+    "adapt": (0.6, 5, "how does an adapter\nget in and out?"),
+    "checkpoint": (1.6, 6, "which tensor has\nwhich name in a file?"),
+    "ranks": (-0.2, 7, "how do ranks\nstay equal?"),
+    "model": (1, 8, "what does the\nuser hold?"),
+    "parallel": (-0.6, 9, "what does the user\nof many ranks call?"),
+    "merge": (1.8, 9, "how are files merged\nwithout a model?"),
+    "train": (0.4, 10, "how is it\ntrained?"),
+    "cli": (0.9, 11, "what does the\nterminal say?"),
 }
 WIDTH, HEIGHT, COLUMN, ROW = 2.5, 1.0, 3.1, 2.0
 
@@ -59,7 +64,7 @@ def centre(room: str) -> tuple[float, float]:
 
 def main() -> None:
     """Draw rooms as boxes and imports as arrows, thicker where there are more."""
-    figure, axes = plt.subplots(figsize=(11, 15))
+    figure, axes = plt.subplots(figsize=(12, 20))
     for room in ROOMS:
         for used, count in imports_of(room).items():
             axes.add_patch(
@@ -80,8 +85,9 @@ def main() -> None:
         axes.text(x, y - 0.08, question, ha="center", va="center", fontsize=8.5, style="italic", zorder=3)
         axes.text(x, y - 0.41, f"{lines_of(room)} lines", ha="center", va="center", fontsize=7, color="#666", zorder=3)
     axes.set_title("The rooms of lorica; an arrow says “imports”", fontsize=13)
-    axes.set_xlim(-5, 8.2)
-    axes.set_ylim(-8.7 * ROW, 0.7 * ROW)
+    columns, rows = ([place[side] for place in ROOMS.values()] for side in (0, 1))
+    axes.set_xlim((min(columns) - 0.6) * COLUMN, (max(columns) + 0.6) * COLUMN)
+    axes.set_ylim(-(max(rows) + 0.7) * ROW, 0.7 * ROW)
     axes.set_aspect("equal")
     axes.axis("off")
     figure.savefig(HERE / "rooms.png", bbox_inches="tight", dpi=90)
