@@ -291,7 +291,9 @@ def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, 
     parts = op.parts(target.base)
     drawn = each_part(config, request, parts, target.spec, seed) if parts else None
     made = _slices(drawn or initialise(config.init_lora_weights, request), op, site)
-    return Factors(*(None if tensor is None else tensor.to(device, dtype) for tensor in made))  # type: ignore[arg-type]
+    # Fully-sharded parallelism wants parameters without gaps.
+    ready = (None if tensor is None else tensor.to(device, dtype).contiguous() for tensor in made)
+    return Factors(*ready)  # type: ignore[arg-type]
 
 
 def logical_shapes(op: Op, base: nn.Module, r: int, site: Site | None) -> FactorShapes:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from lorica.engines.kinds import is_distributed
 from lorica.config.spec import AdapterSpec
 from lorica.engines.rest import storage_axes
 from lorica.engines.site import Axis
@@ -181,11 +181,10 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
 
 def _axes_of_terms(layer: Hosting) -> list[Axis]:
     """Return the axes over which this rank's outputs and their squared norms are divided."""
-    if layer.site is None:
-        return []
-    cut = layer.site.layout.cut_of("in")
-    stored = storage_axes(getattr(layer.base_layer, layer.op.weight_name), layer.site)
-    return [*([] if cut is None else [layer.site.axes[cut.axis]]), *(axis for _, axis in stored)]
+    site = layer.site
+    cut = None if site is None else site.layout.cut_of("in")
+    stored = storage_axes(getattr(layer.base_layer, layer.op.weight_name), site)
+    return [*([site.axes[cut.axis]] if site and cut else []), *(axis for _, axis in stored)]
 
 
 def _out_dim(op: Op) -> int:
@@ -198,7 +197,7 @@ def _bias(layer: Hosting) -> Tensor | None:
     share = 1.0 if layer.site is None else layer.site.bias
     if bias is None or share == 0:
         return None
-    local = bias.to_local() if isinstance(bias, DTensor) else bias
+    local = bias.to_local() if is_distributed(bias) else bias
     return local if share == 1 else local * share
 
 

@@ -1,0 +1,123 @@
+"""DoRA, PiSSA and OLoRA on ranks, beyond the contract: what norms cost, residuals, and files from layout to layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import contract
+import pytest
+import ranks
+import torch
+from divisions import DIVISIONS
+from subjects import SUBJECTS, batch, logits_of, loss_of
+from torch import nn
+
+import lorica
+
+TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
+#: Row-parallel ones among them, in the two layers.
+ROWS = 4
+DIVIDED = ["native tp2", "native tp4", "transformers tp2", "torch tp2", "torch fsdp2"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+
+
+def adapted(base: nn.Module, **fields: Any) -> nn.Module:
+    torch.manual_seed(11)
+    config = lorica.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **fields})
+    return lorica.get_peft_model(base, config)
+
+
+def disturb(model: nn.Module, reference: nn.Module) -> None:
+    """Give both the same factors, away from where they started."""
+    generator = torch.Generator().manual_seed(3)
+    values = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in sorted(contract.wholes(contract.entries(reference)).items())
+    }
+    for one in (model, reference):
+        lorica.set_peft_model_state_dict(one, values)
+
+
+def counts_of_norms(division: str) -> list[int]:
+    """Collectives beyond the base model's: first forward, second, after a write, after an optimiser's step."""
+    subject = SUBJECTS["llama"]
+    base, ids = DIVISIONS[division].cut(subject, ""), batch(2)
+
+    def sent(model: nn.Module) -> int:
+        with contract.Collectives() as seen, torch.no_grad():
+            model(input_ids=ids)
+        return sum(seen.counts.values())
+
+    bare = sent(base)
+    model = adapted(base, use_dora=True)
+    found = [sent(model) - bare, sent(model) - bare]
+    with torch.no_grad():
+        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+            parameter.add_(0.1)
+    found.append(sent(model) - bare)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(parameters, 0.1)
+    loss_of(logits_of(model(input_ids=ids)), ids).backward()
+    optimiser.step()
+    return [*found, sent(model) - bare, sent(model) - bare]
+
+
+@pytest.mark.parametrize("division", ["native tp2", "torch tp2"])
+def test_norms_are_summed_once_for_each_state_of_the_factors(division: str) -> None:
+    for found in ranks.run(2, counts_of_norms, division):
+        assert found == [ROWS, 0, ROWS, ROWS, 0]
+
+
+def residuals(division: str, folder: str) -> None:
+    """The base weights that are left are one process's, however the model lies when it is adapted."""
+    subject = SUBJECTS["llama"]
+    for init in ("pissa", "pissa_niter_4", "olora"):
+        for variant in (False, True):
+            base = DIVISIONS[division].cut(subject, folder)
+            oracle = adapted(subject.build(), init_lora_weights=init, use_dora=variant)
+            model = adapted(base, init_lora_weights=init, use_dora=variant)
+            contract.compare(contract.entries(model), contract.wholes(contract.entries(oracle)), init)
+            weights = contract.wholes(contract.base_weights(oracle))
+            contract.compare(contract.base_weights(model), weights, f"the residual of {init}")
+
+
+@pytest.mark.parametrize("division", DIVIDED)
+def test_the_residual_is_one_process_s(division: str, tmp_path: Path) -> None:
+    SUBJECTS["llama"].save(tmp_path / "base")
+    ranks.run(DIVISIONS[division].ranks, residuals, division, str(tmp_path / "base"), timeout=120)
+
+
+def from_layout_to_layout(division: str, folder: str, fields: dict[str, Any]) -> None:
+    """Saved by one process and read here, saved here and read by one process: the same model."""
+    subject, ids, path = SUBJECTS["llama"], batch(2), Path(folder)
+    oracle = adapted(subject.build(), **fields)
+    model = adapted(DIVISIONS[division].cut(subject, str(path / "base")), **fields)
+    disturb(model, oracle)
+    wanted = oracle(input_ids=ids).logits
+    contract.near(model(input_ids=ids).logits, wanted, "as it was trained")
+    model.save_pretrained(path / "here", save_embedding_layers=False)
+    if torch.distributed.get_rank() == 0:
+        oracle.save_pretrained(path / "there", save_embedding_layers=False)
+    torch.distributed.barrier()
+    torch.manual_seed(99)
+    for saved in ("here", "there"):
+        one = lorica.PeftModel.from_pretrained(subject.build(), path / saved)
+        contract.near(one(input_ids=ids).logits, wanted, f"saved {saved}, read by one process")
+        cut = DIVISIONS[division].cut(subject, str(path / "base"))
+        several = lorica.PeftModel.from_pretrained(cut, path / saved)
+        contract.near(several(input_ids=ids).logits, wanted, f"saved {saved}, read by several")
+    several.merge_adapter()
+    contract.near(several(input_ids=ids).logits, wanted, "merged")
+
+
+@pytest.mark.parametrize("division", ["native tp2", "transformers tp2", "torch fsdp2"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4", "use_dora": True}],
+    ids=["pissa", "pissa-dora"],
+)
+def test_files_from_layout_to_layout(division: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    SUBJECTS["llama"].save(tmp_path / "base")
+    ranks.run(DIVISIONS[division].ranks, from_layout_to_layout, division, str(tmp_path), fields, timeout=120)
