@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorica.config import LoraConfig
@@ -37,7 +37,8 @@ class Plan:
         written: rank → pieces and bytes that it writes.
         tokens: of one optimiser step, of all ranks.
         idle: share of its time that a pipeline waits, if all stages take equally long.
-        others: how other systems' LoRA would add to what is sent in forward and backward: name → bytes.
+        cuts: the adapted linear layers that tensor parallelism cuts.
+        others: what LoRA adds to what a rank sends in forward and backward: whose → bytes (:meth:`Planner.compared`).
     """
 
     division: Division
@@ -50,7 +51,8 @@ class Plan:
     written: Mapping[int, tuple[int, int]]
     tokens: int
     idle: float
-    others: Mapping[str, int]
+    cuts: tuple[Cut, ...] = ()
+    others: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -79,7 +81,7 @@ class Plan:
             "memory": {**self.memory, "total": self.total},
             "stage": self.stage,
             "sent": [{"what": w, "axis": a, "collective": c, "bytes": size} for (w, a, c), size in self.sent.items()],
-            "sent_by_other_ways": dict(self.others),
+            "sent_by_lora_in_forward_and_backward": dict(self.others),
             "sent_per_token": self.per_token,
             "trainable": {"logical": self.trainable[0], "rank": self.trainable[1]},
             "file": {"tensors": self.tensors, "bytes": self.file},
@@ -151,8 +153,15 @@ class Planner:
             written=self._written(division, held),
             tokens=work.tokens * work.passes * division.data,
             idle=waits / (work.passes + waits),
-            others=other_ways(held[busiest].cuts, division, work),
+            cuts=held[busiest].cuts,
         )
+
+    def compared(self, plan: Plan) -> Plan:
+        """Return a plan with what the adapter itself sends in forward and backward, and what other systems' would."""
+        if plan.division.tp == 1:
+            return plan
+        own = self._work.passes * sum(self.own_traffic(plan.division, plan.stage).values())
+        return replace(plan, others={"lorica": own} | other_ways(plan.cuts, plan.division, self._work))
 
     def own_traffic(self, division: Division, stage: int = 0) -> Counter[tuple[str, str]]:
         """Return what the adapter adds to what is sent in a forward and backward: (axis, collective) → bytes."""
@@ -239,7 +248,7 @@ def other_ways(cuts: Iterable[Cut], division: Division, work: Work, *, element: 
             dx = ring("reduce_scatter" if division.sp else "all_reduce", n, tokens * width)
             megatron = ring("all_gather", n, h) + ring("all_reduce", n, h) + dx
         sums["Megatron Bridge"] += cut.times * megatron
-    return {name: round(size) for name, size in sums.items()} if division.tp > 1 else {}
+    return {name: round(size) for name, size in sums.items()}
 
 
 def search(
@@ -247,23 +256,25 @@ def search(
     divisions: Iterable[Division],
     *,
     limit: int | None,
+    either: bool = False,
     tried: Callable[[Division], None] = lambda division: None,
 ) -> tuple[list[Plan], list[Refused]]:
     """Return the plans that fit, best first, and why the others do not.
 
-    Best is what sends the fewest bytes for each token trained on; what has no pipeline comes before what has one, whose
-    ranks wait; among equals the one with more memory to spare.
+    Best is what has the shortest pipeline, whose ranks wait the least; then what sends the fewest bytes for each token
+    trained on; then what leaves more memory to spare.
 
     Args:
         planner: makes the plans.
         divisions: to be tried.
         limit: bytes of memory of a rank; None: all fit.
+        either: where lorica's own layers cannot cut the model, try transformers' engine.
         tried: called with each when it is done.
     """
     fitting, refused = [], []
     for division in divisions:
         try:
-            plan = planner.plan(division, limit=limit)
+            plan = _planned(planner, division, limit, either)
         except (LayoutError, TargetError) as error:
             refused.append(Refused(division, str(error)))
         else:
@@ -274,6 +285,18 @@ def search(
                 refused.append(Refused(division, f"{plan.total / 2**30:.1f} GiB {what}", plan))
         tried(division)
     return sorted(fitting, key=lambda plan: (plan.idle, plan.per_token, plan.total)), refused
+
+
+def _planned(planner: Planner, division: Division, limit: int | None, either: bool) -> Plan:
+    try:
+        return planner.plan(division, limit=limit)
+    except LayoutError as error:
+        if not either or division.engine != "native" or division.sp or division.pp > 1 or division.tp == 1:
+            raise
+        try:
+            return planner.plan(replace(division, engine="transformers"), limit=limit)
+        except LayoutError as second:
+            raise LayoutError(f"{error}; with transformers' engine: {second}") from error
 
 
 __all__ = ["PARTS", "Plan", "Planner", "Refused", "other_ways", "search"]
