@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorica.adapt.inject import adapter_modules, base_of, switch_of
+from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES, axis_of_stages
 from lorica.layers import LoraLayer
@@ -86,7 +86,7 @@ def _by_axis(items: Sequence[Trained]) -> Iterator[tuple[Axis, list[_Share]]]:
 
 def _length(share: _Share, axis: Axis) -> int:
     parameter: Tensor = share.item.parameter
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = parameter.to_local() if is_distributed(parameter) else parameter
     rows = _logical_rows(share, local, axis)
     return local.numel() if rows is None else rows * math.prod(local.shape[1:])
 
@@ -122,17 +122,18 @@ def _reduce(shares: Sequence[_Share], axis: Axis) -> None:
 
 
 def _packed(share: _Share, gradient: Tensor | None, axis: Axis) -> Tensor:
-    """Return the gradient as this rank's summand: flat, float32; of copied rows, in the place of the logical rows."""
+    """Return the gradient as this rank's summand: flat, at least float32; copied rows in the place of logical ones."""
     parameter = share.item.parameter
     if gradient is None:
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         gradient = torch.zeros_like(local)
     rows = _logical_rows(share, gradient, axis)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
     if rows is None:
-        return gradient.reshape(-1).float()
-    whole = torch.zeros((rows, *gradient.shape[1:]), dtype=torch.float32, device=gradient.device)
+        return gradient.reshape(-1).to(wide)
+    whole = torch.zeros((rows, *gradient.shape[1:]), dtype=wide, device=gradient.device)
     for logical, local in _places(share, axis):
-        whole[logical] = gradient[local].float()
+        whole[logical] = gradient[local].to(wide)
     return whole.flatten()
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.adapt.inject import base_of
 from lorica.engines import Engines
+from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES
@@ -90,7 +90,7 @@ def _held_over(parameter: nn.Parameter, item: Trained | None) -> dict[str, Axis]
     """Return the axes whose ranks hold different elements of a parameter."""
     if item is not None:
         return item.sharded_over
-    if not isinstance(parameter, DTensor):
+    if not is_distributed(parameter):
         return {}
     placed = enumerate(parameter.placements)
     found = [Axis.of(parameter.device_mesh, dim) for dim, placement in placed if hasattr(placement, "dim")]
@@ -119,7 +119,8 @@ def _power(gradient: Tensor | None, norm_type: float) -> Tensor:
     assert gradient is not None
     if not gradient.numel():
         return torch.zeros((), device=gradient.device)
-    norm: Tensor = torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float32)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient, norm_type, dtype=wide).float()
     return norm if math.isinf(norm_type) else norm.pow(norm_type)
 
 
@@ -129,5 +130,5 @@ def _with_gradients(model: nn.Module) -> Iterable[nn.Parameter]:
 
 def _local(parameter: nn.Parameter) -> Tensor | None:
     gradient = parameter.grad
-    local: Tensor | None = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    local: Tensor | None = gradient.to_local() if is_distributed(gradient) else gradient
     return local
