@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import lorica
+import lorica.parallel
 
 NAMES = [
     "LoraConfig",
@@ -32,14 +33,46 @@ NAMES = [
     "set_peft_model_state_dict",
 ]
 
+PARALLEL = [
+    "Axis",
+    "ColumnParallelLinear",
+    "Cut",
+    "GQAQKVColumnParallelLinear",
+    "GradScaler",
+    "HeadOrder",
+    "Layout",
+    "ParallelEmbedding",
+    "Pipeline",
+    "RowParallelLinear",
+    "Site",
+    "clip_grad_norm_",
+    "cutting",
+    "gather_model_state",
+    "get_total_norm",
+    "grouped_heads",
+    "next_token_loss",
+    "parallelize",
+    "parameter_groups",
+    "split_stages",
+    "stage",
+    "sum_gradients",
+    "verify",
+]
+
 
 def test_the_public_names_are_these():
     assert sorted(lorica.__all__) == sorted(NAMES)
     assert all(hasattr(lorica, name) for name in NAMES)
 
 
+def test_the_public_names_for_many_ranks_are_these():
+    assert sorted(lorica.parallel.__all__) == sorted(PARALLEL)
+    assert all(hasattr(lorica.parallel, name) for name in PARALLEL)
+
+
 def test_importing_takes_neither_peft_nor_transformers_nor_the_training_extras():
     heavy = ["peft", "transformers", "datasets", "pydantic", "matplotlib", "accelerate", "typer"]
+    heavy += ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.pipelining", "torch._dynamo"]
     code = f"import sys, lorica; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

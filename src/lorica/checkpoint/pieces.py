@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.checkpoint.forms import FORMS
 from lorica.checkpoint.names import Entry
+from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES, axis_of_stages
@@ -108,7 +108,7 @@ def _owns(entry: Entry, box: Box) -> bool:
     """Whether this rank is the first of those that hold a box."""
     site, tensor = entry.site, entry.tensor
     stored = {}
-    if isinstance(tensor, DTensor):
+    if is_distributed(tensor):
         axes = [Axis.of(tensor.device_mesh, dim) for dim in range(tensor.device_mesh.ndim)]
         stored = {axis.name: (axis, place) for axis, place in zip(axes, tensor.placements, strict=True)}
     if any(axis.rank for axis, placement in stored.values() if placement.is_replicate()):
@@ -214,7 +214,7 @@ def lie_over_ranks(model: nn.Module, entries: Mapping[str, Entry]) -> bool:
     if axis_of_stages(model) is not None:
         return True
     for entry in entries.values():
-        if isinstance(entry.tensor, DTensor):
+        if is_distributed(entry.tensor):
             return True
         if entry.site is not None and any(entry.site.axes[n].size > 1 for n in entry.site.layout.sharded(entry.roles)):
             return True

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lorica.adapt.inject import base_of
 from lorica.checkpoint import card
@@ -118,7 +117,7 @@ def _write_config(model: PeftModel, name: str, folder: Path) -> None:
     mapping = None
     if config.task_type is None:
         # Fully-sharded parallelism gives a model a class of its own, made of its real one.
-        kind = next(cls for cls in type(base).__mro__ if not issubclass(cls, FSDPModule))
+        kind = next(cls for cls in type(base).__mro__ if not hasattr(cls, "_get_fsdp_state"))
         mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     mode, config.inference_mode = config.inference_mode, True
     try:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.engines import fsdp
 from lorica.engines.dtensor import cuts_of
+from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Axis, Site, opening_of
 from lorica.engines.stages import STAGES, axis_of_stages
 from lorica.layout import Cut, Layout, Roles
@@ -95,14 +95,14 @@ class Engines:
         return Site(layout, {**self.axes, **module.axes})  # type: ignore[dict-item]
 
     def _layout(self, weight: Tensor, roles: Roles, module: nn.Module, name: str) -> Layout:
-        cuts = cuts_of(weight, roles, self._storage, name) if isinstance(weight, DTensor) else ()
+        cuts = cuts_of(weight, roles, self._storage, name) if is_distributed(weight) else ()
         data = tuple(axis for axis in self._data if axis in self._axes_of(weight))
         batches = self._batches(cuts)
         return Layout(_sizes(weight, roles), cuts, sequence=_sequence(module), data=data, batches=batches)
 
     def _axes_of(self, weight: Tensor) -> dict[str, Axis]:
         """Return the axes of the view that a weight belongs to."""
-        own = set(weight.device_mesh.mesh_dim_names or ()) if isinstance(weight, DTensor) else set()
+        own = set(weight.device_mesh.mesh_dim_names or ()) if is_distributed(weight) else set()
         other = (DENSE_VIEW if own & EXPERT_VIEW else EXPERT_VIEW) - own
         return {name: axis for name, axis in self.axes.items() if name not in other}
 
@@ -129,7 +129,7 @@ def _splits_sequence(module: nn.Module) -> bool:
 
 
 def _axes_of_weights(model: nn.Module) -> dict[str, Axis]:
-    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    meshes = {p.device_mesh for p in model.parameters() if is_distributed(p)}
     found = [Axis.of(mesh, dim) for mesh in meshes for dim in range(mesh.ndim)]
     return {axis.name: axis for axis in sorted(found, key=lambda axis: axis.name)}
 

@@ -8,15 +8,15 @@ the tensor is whole in every forward.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import cast
-
-from torch.distributed.tensor import DTensor, Placement
-from torch.distributed.tensor.placement_types import _StridedShard
+from typing import TYPE_CHECKING, cast
 
 from lorica.engines.site import Axis
 from lorica.errors import LayoutError
 from lorica.layout import Cut, Roles, even, fused
 from lorica.layout.cuts import Dim
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def cuts_of(weight: DTensor, roles: Roles, storage: Collection[str], where: str) -> tuple[Cut, ...]:
@@ -47,6 +47,8 @@ def _cut(placement: Placement, axis: Axis, roles: Roles, weight: DTensor, where:
     if roles[dim] not in ("out", "in", "expert"):
         raise LayoutError(f"{where}: dimension {dim} of the weight is cut over {axis.name!r}, which is not supported")
     role, length = cast(Dim, roles[dim]), weight.shape[dim]
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     if not isinstance(placement, _StridedShard):
         return even(axis.name, role, length, axis.size)
     step = -(-length // placement.split_factor)

@@ -7,7 +7,8 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from lorica.engines.kinds import is_distributed
 
 
 def duplicate(module: nn.Module) -> nn.Module:
@@ -20,7 +21,7 @@ def duplicate(module: nn.Module) -> nn.Module:
     tensors = {
         id(parameter): nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         for parameter in module.parameters()
-        if isinstance(parameter, DTensor)
+        if is_distributed(parameter)
     }
     copied = copy.deepcopy(module, tensors)
     for old, new in zip(module.modules(), copied.modules(), strict=True):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from lorica.engines.kinds import is_fully_sharded
 from lorica.engines.site import Axis
 
 
@@ -17,7 +17,7 @@ def meshes(model: nn.Module) -> Iterator[DeviceMesh]:
     """Yield the data-parallel mesh of every group of parameters that ``fully_shard`` manages."""
     seen: list[DeviceMesh] = []
     for module in model.modules():
-        if not isinstance(module, FSDPModule):
+        if not is_fully_sharded(module):
             continue
         for group in _groups(module._get_fsdp_state()):
             if not any(group.mesh_info.mesh is mesh for mesh in seen):
@@ -28,7 +28,7 @@ def meshes(model: nn.Module) -> Iterator[DeviceMesh]:
 def managed(model: nn.Module) -> set[int]:
     """Return the identities of the parameters, as they are at rest, that ``fully_shard`` manages."""
     reshard(model)
-    states = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
+    states = (module._get_fsdp_state() for module in model.modules() if is_fully_sharded(module))
     groups = (group for state in states for group in _groups(state))
     return {id(managed.sharded_param) for group in groups for managed in group.fsdp_params}
 
@@ -41,7 +41,7 @@ def _groups(state: Any) -> list[Any]:
 def reshard(model: nn.Module) -> None:
     """Let every parameter be what it is at rest; what is written into a gathered one would be lost."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fully_sharded(module):
             module.reshard()
 
 

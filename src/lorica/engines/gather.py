@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import storage_axes
 from lorica.engines.site import Axis, Site
 from lorica.layout import Layout, Roles
@@ -21,7 +21,7 @@ def gather_parameter(parameter: Tensor, site: Site, roles: Roles) -> Tensor:
 
     Collective over the axes that shard it; the logical tensor is held once by each rank.
     """
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = parameter.to_local() if is_distributed(parameter) else parameter
     whole = _logical_shape(parameter, site, roles)
     computed = site.layout.local_shape(roles, whole, site.at)
     for dim, axis in reversed(storage_axes(parameter, site)):

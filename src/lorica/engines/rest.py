@@ -6,13 +6,16 @@ parts, and those that only storage knows, over which the tensor is gathered befo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Axis, Site
 from lorica.layout.cuts import chunk
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Held(NamedTuple):
@@ -24,7 +27,7 @@ class Held(NamedTuple):
 
 def storage_axes(tensor: Tensor, site: Site | None = None) -> list[tuple[int, Axis]]:
     """Return the dimension and the axis of every shard that only storage knows, outermost first."""
-    if not isinstance(tensor, DTensor):
+    if not is_distributed(tensor):
         return []
     computed = {cut.axis for cut in site.layout.cuts} if site is not None else set()
     found = []
@@ -37,7 +40,7 @@ def storage_axes(tensor: Tensor, site: Site | None = None) -> list[tuple[int, Ax
 
 def at_rest(tensor: Tensor, site: Site | None = None) -> Held:
     """Return what this rank keeps of a parameter."""
-    if not isinstance(tensor, DTensor):
+    if not is_distributed(tensor):
         return Held(tensor, (slice(None),) * tensor.ndim)
     slices = [slice(None)] * tensor.ndim
     shards = storage_axes(tensor, site)
@@ -61,4 +64,4 @@ def _in_forward(tensor: DTensor, site: Site | None, dim: int) -> int:
 
 def unshard(tensor: Tensor) -> Tensor:
     """Return a factor as it is in a forward; one collective where fully-sharded parallelism shards it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_distributed(tensor) else tensor

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from lorica.engines.kinds import is_distributed
 from lorica.layout import Layout
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
+
 
 Forward = Callable[..., Any]
 
@@ -152,10 +156,12 @@ def localise(site: Site, x: Any, y: Any) -> tuple[Any, Any, Callable[[Tensor], T
     The gradient of ``x`` is partial over an axis that cuts the layer's rows and does not cut ``x``; left so, it joins
     the base layer's own in one sum.
     """
-    if isinstance(x, DTensor):
+    if is_distributed(x):
         x = x.to_local(grad_placements=[_of_input(site, x, dim) for dim in range(x.device_mesh.ndim)])
-    if not isinstance(y, DTensor):
+    if not is_distributed(y):
         return x, y, _same
+    from torch.distributed.tensor import DTensor, Replicate
+
     mesh, placements, shape, stride = y.device_mesh, y.placements, y.shape, y.stride()
 
     def back(local: Tensor) -> Tensor:
@@ -174,6 +180,8 @@ def _of_input(site: Site, x: DTensor, dim: int) -> Placement:
     placement: Placement = x.placements[dim]
     cut = site.layout.cut_of("out")
     if placement.is_replicate() and cut is not None and cut.axis == Axis.of(x.device_mesh, dim).name:
+        from torch.distributed.tensor import Partial
+
         return Partial()
     return placement
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.config.spec import AdapterSpec
+from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Site
 from lorica.errors import AdapterError, LayoutError
 from lorica.init import Factors
@@ -300,7 +300,7 @@ class LoraLayer(Merging):
         running = [(factors, spec) for factors, spec in self.running() if self.site_of(spec) is layer.site]
         if not running:
             return base(*args, **kwargs)
-        if self.site is None and isinstance(self.base_layer._parameters.get(self.op.weight_name), DTensor):
+        if self.site is None and is_distributed(self.base_layer._parameters.get(self.op.weight_name)):
             raise LayoutError(
                 f"{self.target_name}: the model was cut after the adapter was added; cut it inside "
                 "`with lorica.parallel.cutting(model) as base:`, so that the adapter is cut with it"

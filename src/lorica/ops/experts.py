@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.config.spec import AdapterSpec
+from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Opening, Site
 from lorica.errors import TargetError
 from lorica.init import Factors
@@ -65,7 +65,7 @@ class Parameter(Op):
         weight: Any = module._parameters[self.weight_name]
         if isinstance(weight, AdaptedWeight):  # by another layer around this one
             weight, deltas = weight.weight, weight.deltas + deltas
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        local = weight.to_local() if is_distributed(weight) else weight
         with _in_place_of(module, self.weight_name, AdaptedWeight(local, deltas), layer.target_name):
             return base(*args, **kwargs)
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.adapt.inject import base_of
 from lorica.engines import Engines
+from lorica.engines.kinds import is_distributed
 from lorica.ranks.gradients import sum_gradients
 
 
@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            kind = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            kind = parameter.device_mesh if is_distributed(parameter) else None
             groups.setdefault(kind, []).append(parameter)
     return [{"params": parameters, **options} for parameters in groups.values()]
 
@@ -65,10 +65,10 @@ class GradScaler(torch.amp.GradScaler):
 
 def _local(parameter: nn.Parameter) -> nn.Parameter:
     """Return a plain parameter whose gradient shares the memory of this rank's part of a distributed one's."""
-    if not isinstance(parameter, DTensor):
+    if not is_distributed(parameter):
         return parameter
     values: Any = parameter.detach()
     plain = nn.Parameter(values.to_local())
     gradient = parameter.grad
-    plain.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    plain.grad = gradient.to_local() if is_distributed(gradient) else gradient
     return plain

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.adapt.inject import base_of
 from lorica.checkpoint.names import Entry, adapter_entries
+from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Axis, Site
 from lorica.errors import AdapterError
 from lorica.layout import Roles
@@ -33,7 +33,7 @@ class Trained:
     @property
     def stored_over(self) -> dict[str, Axis]:
         """The axes over which fully-sharded parallelism shards, gathers and reduces it by itself."""
-        if not isinstance(self.parameter, DTensor):
+        if not is_distributed(self.parameter):
             return {}
         mesh = self.parameter.device_mesh
         found = [Axis.of(mesh, dim) for dim in range(mesh.ndim)]
@@ -44,7 +44,7 @@ class Trained:
     def sharded_over(self) -> dict[str, Axis]:
         """The axes whose ranks hold different elements of it."""
         cut = {name: self.site.axes[name] for name in self.site.layout.sharded(self.roles)}
-        if isinstance(self.parameter, DTensor):
+        if is_distributed(self.parameter):
             mesh, placements = self.parameter.device_mesh, self.parameter.placements
             placed = [Axis.of(mesh, dim) for dim, placement in enumerate(placements) if hasattr(placement, "dim")]
             cut |= {axis.name: axis for axis in placed}
@@ -53,7 +53,7 @@ class Trained:
     def local_gradient(self) -> Tensor | None:
         """What this rank holds of the gradient, sharing its memory."""
         gradient = self.parameter.grad
-        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        return gradient.to_local() if is_distributed(gradient) else gradient
 
 
 def trained(model: nn.Module) -> list[Trained]:

@@ -184,8 +184,8 @@ def _warn_of_no_way(targets: Iterable[Target]) -> None:
     asking = [target for target in targets if target.spec.a2a and target.site is not None and target.site.layout.cuts]
     if asking and not any(target.site is not None and target.site.across is not None for target in asking):
         warnings.warn(
-            f"a2a_experimental=True changes nothing: none of {len(asking)} adapted layers gathers its rank's tokens, or "
-            "leaves each rank its tokens of a sum, by itself; adapters ride on the collectives that are there",
+            f"a2a_experimental=True changes nothing: none of {len(asking)} adapted layers gathers its rank's tokens, "
+            "or leaves each rank its tokens of a sum, by itself; adapters ride on the collectives that are there",
             stacklevel=5,
         )
 
@@ -211,8 +211,8 @@ def _parameter_target(found: Found, config: LoraConfig) -> Target:
     if op is None:
         shape = tuple(found.module._parameters[found.name].shape)  # type: ignore[union-attr]
         raise TargetError(
-            f"{found.key}: a parameter of shape {shape} of {type(found.module).__name__} cannot be adapted so. Supported "
-            "are matrices, and stacks of one for each expert; layers of other kinds are named in target_modules"
+            f"{found.key}: a parameter of shape {shape} of {type(found.module).__name__} cannot be adapted so. "
+            "Supported are matrices, and stacks of one for each expert; layers of other kinds are named in target_modules"
         )
     spec = spec_for(config, found.key)
     if config.normalize_moe_lora and "expert" in op.roles_weight:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from lorica.engines.native.base import Native
 from lorica.engines.native.blocks import Block, Change, Cutter, children_with_parameters, decoder_of, set_heads
@@ -95,6 +94,8 @@ def parallelize(
         raise LayoutError(f"sequence_parallel needs a mesh dimension 'tp', not only {mesh.mesh_dim_names}")
     model.lorica_mesh = axes  # type: ignore[assignment]
     for name in shard:
+        from torch.distributed.fsdp import fully_shard
+
         for layer in decoder.layers:  # type: ignore[union-attr]
             fully_shard(layer, mesh=mesh[name])
         fully_shard(model, mesh=mesh[name])

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from lorica.engines.native.blocks import decoder_of
 from lorica.engines.native.collectives import shares
 from lorica.engines.site import Axis
 from lorica.errors import LayoutError
 
-SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+#: Name → torch's class.
+SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -158,8 +161,11 @@ def stage(
     if microbatches < (axis.size if schedule == "1f1b" else 1):
         raise LayoutError(f"{microbatches} microbatches are too few for {axis.size} stages with {schedule!r}")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    made = PipelineStage(_Stage(model, axis), axis.rank, axis.size, device, group=axis.group)
-    return Pipeline(made, SCHEDULES[schedule](made, microbatches, loss_fn=loss or next_token_loss))
+    from torch.distributed import pipelining  # imported late: it takes as long as torch itself
+
+    made = pipelining.PipelineStage(_Stage(model, axis), axis.rank, axis.size, device, group=axis.group)
+    drive: type[PipelineScheduleSingle] = getattr(pipelining, SCHEDULES[schedule])
+    return Pipeline(made, drive(made, microbatches, loss_fn=loss or next_token_loss))
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
