@@ -212,7 +212,7 @@ def _parameter_target(found: Found, config: LoraConfig) -> Target:
         shape = tuple(found.module._parameters[found.name].shape)  # type: ignore[union-attr]
         raise TargetError(
             f"{found.key}: a parameter of shape {shape} of {type(found.module).__name__} cannot be adapted so. "
-            "Supported are matrices, and stacks of one for each expert; layers of other kinds are named in target_modules"
+            "Supported are matrices, and stacks of one for each expert; other layers are named in target_modules"
         )
     spec = spec_for(config, found.key)
     if config.normalize_moe_lora and "expert" in op.roles_weight:
