@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorica import storage
 from lorica.errors import AdapterError, CheckpointError, RankError
 from lorica.files.atomic import complete_directory
 from lorica.files.json import read_json_object
@@ -182,7 +183,7 @@ class Merge:
         for name, piece in out.work:
             view = piece.view(tensor)
             self._changes.apply(name, view, piece.box)
-            if tensor.is_floating_point() and not view.sum(dtype=torch.float64).isfinite():
+            if not _finite(view):
                 raise CheckpointError(f"{name}: the merged weight holds NaN or infinity")
         return tensor.cpu()
 
@@ -219,6 +220,15 @@ class Merge:
                 if self._dtype is not None and word in section:
                     section[word] = str(self._dtype).removeprefix("torch.")
         return values
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, looked at in chunks of rows."""
+    if values.dim() > 2:
+        return all(map(_finite, values))
+    rows = values.reshape(-1, 1) if values.dim() < 2 else values
+    step = max(1, storage.CHUNK_ELEMENTS // max(1, rows.shape[1]))
+    return all(bool(part.isfinite().all()) for part in torch.split(rows, step))
 
 
 def merge_files(
