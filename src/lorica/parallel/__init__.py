@@ -13,6 +13,7 @@ from lorica.engines.native import (
     stage,
 )
 from lorica.engines.site import Axis, Site
+from lorica.layers.shards import merge_shard_
 from lorica.layout import Cut, HeadOrder, Layout, grouped_heads
 from lorica.parallel.cutting import cutting
 from lorica.ranks import GradScaler, clip_grad_norm_, get_total_norm, parameter_groups, sum_gradients, verify
@@ -34,6 +35,7 @@ __all__ = [
     "gather_model_state",
     "get_total_norm",
     "grouped_heads",
+    "merge_shard_",
     "next_token_loss",
     "parallelize",
     "parameter_groups",
