@@ -189,6 +189,13 @@ def test_names_in_a_file_do_not_depend_on_other_adapters(tmp_path: Path):
     lorica.set_peft_model_state_dict(both, lorica.get_peft_model_state_dict(alone), "other", strict=True)
     both.set_adapter("other")
     assert torch.equal(both(BATCH).logits, alone(BATCH).logits)
+    everywhere = adapt(base)
+    both.add_adapter("third", lorica.LoraConfig(**FIELDS))
+    lorica.set_peft_model_state_dict(both, lorica.get_peft_model_state_dict(everywhere), "third", strict=True)
+    both.set_adapter("third")
+    assert torch.equal(both(BATCH).logits, everywhere(BATCH).logits)
+    both.set_adapter("other")
+    both.delete_adapter("third")
     both.delete_adapter("default")
     assert torch.equal(both(BATCH).logits, alone(BATCH).logits)
     assert sum(isinstance(module, LoraLayer) for module in both.modules()) == 2
