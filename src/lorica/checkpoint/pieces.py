@@ -140,6 +140,15 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def here(name: str, entry: Entry) -> Tensor:
+    """Return the tensor that a file has of an entry, all of which is on this rank."""
+    piece = piece_of(name, entry)
+    logical = torch.empty(piece.shape, dtype=piece.tensor.dtype)
+    for box in piece.boxes:
+        logical[box.logical] = piece.tensor[box.local]
+    return logical
+
+
 # ---- one rank gets everything ---------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorica.adapt.inject import base_of
 from lorica.checkpoint import card
 from lorica.checkpoint.names import WEIGHTS_NAME, saved_entries
-from lorica.checkpoint.pieces import collect, lie_over_ranks, pieces
+from lorica.checkpoint.pieces import collect, here, lie_over_ranks, pieces
 from lorica.engines import Engines
 from lorica.errors import AdapterError, CheckpointError, suggest
 from lorica.files.atomic import write_tensors
@@ -53,9 +53,12 @@ def get_peft_model_state_dict(
     if state_dict is not None:
         values = {n: entry.tensor.detach() if entry.tied else state_dict[entry.live] for n, entry in entries.items()}
         return {name: entries[name].saved(value) for name, value in values.items()}
-    if not lie_over_ranks(base_of(model), entries):
-        return {name: entry.saved(entry.tensor.detach()) for name, entry in entries.items()}
-    return collect(pieces(entries))
+    if lie_over_ranks(base_of(model), entries):
+        return collect(pieces(entries))
+    return {
+        name: entry.saved(entry.tensor.detach()) if entry.window is None else here(name, entry)
+        for name, entry in entries.items()
+    }
 
 
 def save_adapters(

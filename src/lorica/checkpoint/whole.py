@@ -34,7 +34,7 @@ _DTYPES = {
 }
 
 
-def consolidate(state: Path, output: Path, *, each: Callable[[str], None] = lambda name: None) -> Path:
+def consolidate(state: Path, output: Path, *, each: Callable[[str], object] = lambda name: None) -> Path:
     """Write the adapter that a directory of shards holds as one file, the same that its ranks would have saved.
 
     Args:

@@ -39,7 +39,7 @@ class Engines:
         self._storage = fsdp.data_axes(model)
         native: Mapping[str, Axis] = getattr(_innermost(model), "lorica_mesh", {})
         stages = axis_of_stages(_innermost(model))
-        found = {**native, **self._storage, **_axes_of_weights(model), **({} if stages is None else {STAGES: stages})}
+        found = {**native, **_axes_of_layers(model), **self._storage, **_axes_of_weights(model), **({} if stages is None else {STAGES: stages})}
         self.axes = {name: axis for name, axis in found.items() if axis.size > 1}
         data = {*self._storage, *(name for name in native if name in DATA_AXES)}
         self._data = tuple(name for name in self.axes if name in data)
@@ -126,6 +126,11 @@ def _sequence(module: nn.Module) -> tuple[str, ...]:
 
 def _splits_sequence(module: nn.Module) -> bool:
     return bool(getattr(module, "sequence_parallel_enabled", False))
+
+
+def _axes_of_layers(model: nn.Module) -> dict[str, Axis]:
+    cut: list[Any] = [module for module in model.modules() if isinstance(module.__dict__.get("layout"), Layout)]
+    return {name: axis for module in cut for name, axis in module.axes.items()}
 
 
 def _axes_of_weights(model: nn.Module) -> dict[str, Axis]:
