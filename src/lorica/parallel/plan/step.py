@@ -7,6 +7,7 @@ once or twice, and what the second one added is taken for each of the others.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,8 @@ from lorica.parallel.plan.held import adapted, stage_layers
 from lorica.parallel.plan.outline import Outline
 from lorica.parallel.plan.traffic import Traffic
 from lorica.targets.parameters import experts_per_token
+
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class _Run:
         try:
             with adapted(outline, self.division, self.stage, layers, config, stored_whole=True) as (model, axes):
                 names = {axis.group.group_name: axis.name for axis in axes if axis.size > 1}
-                with FakeTensorMode(allow_non_fake_inputs=True):
+                with FakeTensorMode(allow_non_fake_inputs=True), _taken_for_real():
                     model.train().to_empty(device="cpu")
                     traffic = Traffic(names, _even(work, model, self.division))
                     with nullcontext() if self.adapter else model.disable_adapter(), _flowing(model, self.flowing):
@@ -252,11 +255,25 @@ def _even(work: Work, model: Any, division: Division) -> Callable[[Tensor], Any]
     def answer(scalar: Tensor) -> Any:
         nonlocal asked
         if scalar.dtype.is_floating_point or scalar.dtype == torch.bool:
-            return scalar.dtype.is_floating_point or True
+            return True  # of a mask: that it is all ones, as in rows of full length
         asked += 1
         return routed // division.ep + ((asked - 1) % division.ep < routed % division.ep)
 
     return answer
+
+
+@contextmanager
+def _taken_for_real() -> Iterator[None]:
+    """Let transformers not take tensors without values for a graph that is traced, for which it makes other masks."""
+    from transformers.utils import import_utils
+
+    asked = getattr(import_utils, "is_fake_tensor", None)
+    import_utils.is_fake_tensor = lambda x: False
+    said, _LOGGER.disabled = _LOGGER.disabled, True  # what cannot run is an error, and needs no log besides
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor, _LOGGER.disabled = asked, said
 
 
 @contextmanager
