@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.suite import Figure
+from benchmarks.suite import AGAINST_PEFT, MEASURES, Figure
 
 #: Bars end here; the number beside the axis says how far they would go.
 SHORTEST = 0.02
@@ -20,6 +20,7 @@ def draw(path: Path, figures: Sequence[Figure], subtitle: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    figures = [figure for figure in figures if MEASURES[figure.measure].against == AGAINST_PEFT]
     times = [figure for figure in figures if figure.quantity == "time" and figure.ratio is not None]
     moved = {(f.measure, f.case): f for f in figures if f.quantity == "bytes moved" and f.ratio}
     rows = range(len(times))

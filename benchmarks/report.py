@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.suite import FROZEN, LORICA, MEASURES, PEFT, Figure
+from benchmarks.suite import FROZEN, MEASURES, Figure
 
 #: A ratio beyond this is said at the top of the page. A time must lie beyond it in three rounds out of four.
 NOTABLE = 1.02
@@ -28,51 +29,95 @@ the same factors, and without dropout they must give the same output.
 """
 
 
-def write_json(path: Path, facts: Mapping[str, str], figures: Sequence[Figure]) -> None:
+@dataclass
+class Results:
+    """Everything that was measured.
+
+    Attributes:
+        facts: what the run was made on.
+        figures: the rows.
+        apart: the same facts for measures that were taken in a run of their own since.
+    """
+
+    facts: dict[str, str]
+    figures: list[Figure]
+    apart: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def joined(self, new: Results) -> Results:
+        """Return these results with the measures of ``new`` in the place of their own."""
+        names = {figure.measure for figure in new.figures}
+        figures = [figure for figure in self.figures if figure.measure not in names] + new.figures
+        order = {name: index for index, name in enumerate(MEASURES)}
+        figures.sort(key=lambda figure: order.get(figure.measure, len(order)))
+        apart = {**self.apart, **dict.fromkeys(sorted(names), new.facts)}
+        return Results(self.facts, figures, apart)
+
+
+def read_json(path: Path) -> Results | None:
+    """Return what :func:`write_json` wrote, without measures that are gone; None where there is no file."""
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    figures = [Figure.from_json(values) for values in data["figures"] if values["measure"] in MEASURES]
+    return Results(data["environment"], figures, data.get("apart", {}))
+
+
+def write_json(path: Path, results: Results) -> None:
     """Write everything that was measured."""
-    data = {"environment": dict(facts), "figures": [figure.to_json() for figure in figures]}
+    figures = [figure.to_json() for figure in results.figures]
+    data = {"environment": results.facts, "apart": results.apart, "figures": figures}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def write_markdown(path: Path, facts: Mapping[str, str], figures: Sequence[Figure], picture: str) -> None:
+def write_markdown(path: Path, results: Results, picture: str) -> None:
     """Write the page."""
     parts = [
         _INTRODUCTION,
         "| made with | |\n|---|---|\n"
-        + "\n".join(f"| {name} | {_code(name, value)} |" for name, value in facts.items()),
+        + "\n".join(f"| {name} | {_code(name, value)} |" for name, value in results.facts.items()),
         f"![ratio of lorica to peft for every measure]({picture})",
-        "## Where lorica needs more than peft\n\n" + _slower(figures),
-        *tables(figures),
+        "## Where lorica needs more\n\n" + _slower(results.figures),
+        *tables(results.figures, results.apart),
     ]
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 
-def tables(figures: Iterable[Figure]) -> list[str]:
-    """Return one Markdown section per measure."""
+def tables(figures: Iterable[Figure], apart: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
+    """Return one Markdown section per measure; ``apart``: facts of those that were taken in a run of their own."""
     grouped: dict[str, list[Figure]] = {}
     for figure in figures:
         grouped.setdefault(figure.measure, []).append(figure)
-    return [_table(name, rows) for name, rows in grouped.items()]
+    return [_table(name, rows) + _facts((apart or {}).get(name)) for name, rows in grouped.items()]
+
+
+def _facts(facts: Mapping[str, str] | None) -> str:
+    if facts is None:
+        return ""
+    said = "; ".join(f"{name}: {_code(name, value)}" for name, value in facts.items())
+    return f"\n\nTaken in a run of its own: {said}."
 
 
 def _table(name: str, rows: Sequence[Figure]) -> str:
     measure = MEASURES[name]
-    frozen = any(FROZEN in row.values for row in rows)
-    head = ["case", "quantity", *(["frozen base"] if frozen else []), "peft", "lorica", "lorica / peft"]
+    remarks = "".join(f"\n\n{row.case}: {row.remark}" for row in rows if row.remark)
+    rows = [row for row in rows if row.values]
+    sides = [side for side in measure.sides if any(side in row.values for row in rows)]
+    frozen = FROZEN in sides
+    head = ["case", "quantity", *("frozen base" if side == FROZEN else side for side in sides), measure.against]
     head += ["excess"] if frozen else []
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
     previous = ""
     for row in rows:
         cells = ["" if row.case == previous else row.case, row.quantity]
-        cells += [show(row.values[side], row.unit) for side in ((FROZEN,) if frozen else ()) + (PEFT, LORICA)]
+        cells += [show(row.values[side], row.unit) if side in row.values else "" for side in sides]
         cells += [_ratio_cell(row), *([_number(row.excess)] if frozen else [])]
         lines.append(f"| {' | '.join(cells)} |")
         previous = row.case
-    return f"## {measure.title}\n\n`{name}`: {measure.note}\n\n" + "\n".join(lines)
+    return f"## {measure.title}\n\n`{name}`: {measure.note}\n\n" + "\n".join(lines) + remarks
 
 
 def needs_more(figure: Figure) -> bool:
-    """Whether lorica notably needs more than peft; for a time, in three rounds out of four."""
+    """Whether lorica notably needs more than what it is compared with; for a time, in three rounds out of four."""
     low = figure.ratio if figure.spread is None else min(figure.spread[0], figure.ratio or 0.0)
     return (low or 0.0) > NOTABLE
 

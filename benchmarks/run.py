@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure lorica beside peft.")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run?")
     parser.add_argument("--only", action="append", choices=sorted(MEASURES), help="take this measure (repeatable)")
-    parser.add_argument("--out", type=Path, help="write here; default: benchmarks/, and nowhere for a partial run")
+    parser.add_argument("--out", type=Path, help="write here; default: benchmarks/, and nowhere for a quick run")
     return parser.parse_args(arguments)
 
 
@@ -66,13 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = machine.describe(command_of(options))
     figures = take_all(chosen, quick=options.quick)
     print("\n\n".join(report.tables(figures)))
-    # A page that lacks measures, or holds toy sizes, must not take the place of the whole one.
-    out = options.out or (None if options.quick or options.only else HERE)
+    # A page that holds toy sizes must not take the place of the whole one; a measure takes that of its own section.
+    out = options.out or (None if options.quick else HERE)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        report.write_json(out / "results.json", facts, figures)
-        report.write_markdown(out / "RESULTS.md", facts, figures, "results.png")
-        chart.draw(out / "results.png", figures, f"peft {facts['peft']}, torch {facts['torch']}, {facts['processor']}")
+        results, before = report.Results(facts, figures), report.read_json(out / "results.json")
+        if options.only and before is not None:
+            results = before.joined(results)
+        report.write_json(out / "results.json", results)
+        report.write_markdown(out / "RESULTS.md", results, "results.png")
+        subtitle = "peft {peft}, torch {torch}, {processor}".format_map(results.facts)
+        chart.draw(out / "results.png", results.figures, subtitle)
         print(f"\nwritten: RESULTS.md, results.json, results.png in {out}", file=sys.stderr)
     return 0
 

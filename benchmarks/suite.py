@@ -16,6 +16,7 @@ from benchmarks import counting, timing
 from benchmarks.timing import Task
 
 FROZEN, PEFT, LORICA = "frozen", "peft", "lorica"
+AGAINST_PEFT = "lorica / peft"
 
 #: Seconds that the timing of one case may take before it makes do with fewer rounds.
 BUDGET, QUICK_BUDGET = 12.0, 1.0
@@ -49,15 +50,30 @@ class Case:
     name: str
     build: Callable[[bool], Contest]
 
+    def take(self, of: Measure, *, quick: bool, tick: Callable[[], object] = lambda: None) -> list[Figure]:
+        """Check that both libraries give the same, count, time."""
+        return _take(of, self, quick=quick, tick=tick)
+
 
 @dataclass(frozen=True)
 class Measure:
-    """One table. ``note`` says what was done and what to know when reading it."""
+    """One table.
+
+    Attributes:
+        name: what ``--only`` takes.
+        title: the heading.
+        note: what was done and what to know when reading it.
+        cases: the row groups.
+        sides: the columns, where a case has them.
+        against: what the ratio is of.
+    """
 
     name: str
     title: str
     note: str
     cases: tuple[Case, ...]
+    sides: tuple[str, ...] = (FROZEN, PEFT, LORICA)
+    against: str = AGAINST_PEFT
 
 
 @dataclass(frozen=True)
@@ -67,10 +83,11 @@ class Figure:
     Attributes:
         unit: ``s``, ``B`` or empty for a plain number.
         values: side → median or count.
-        ratio: lorica / peft; below 1 lorica needs less.
+        ratio: lorica / peft (or what the measure compares with); below 1 lorica needs less.
         spread: quartiles of the ratio within a round, for times.
         excess: the ratio of what each adds to the frozen base.
         rounds: samples of each side, for times.
+        remark: what happened, where there is no number.
     """
 
     measure: str
@@ -82,21 +99,28 @@ class Figure:
     spread: tuple[float, float] | None = None
     excess: float | None = None
     rounds: int | None = None
+    remark: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Figure:
+        """Return the figure that :meth:`to_json` described."""
+        spread = values.get("spread")
+        return cls(**{**values, "spread": None if spread is None else tuple(spread)})
+
 
 MEASURES: dict[str, Measure] = {}
 
 
-def measure(name: str, title: str) -> Callable[[Callable[[], list[Case]]], Callable[[], list[Case]]]:
+def measure(name: str, title: str, **fields: Any) -> Callable[[Callable[[], list[Case]]], Callable[[], list[Case]]]:
     """Enter a function that lists cases as a measure; its docstring is the note under the title."""
 
     def add(cases: Callable[[], list[Case]]) -> Callable[[], list[Case]]:
         note = " ".join((cases.__doc__ or "").split())
-        MEASURES[name] = Measure(name, title, note, tuple(cases()))
+        MEASURES[name] = Measure(name, title, note, tuple(cases()), **fields)
         return cases
 
     return add
@@ -111,11 +135,15 @@ def quiet() -> Iterator[None]:
 
 
 def take(of: Measure, case: Case, *, quick: bool, tick: Callable[[], object] = lambda: None) -> list[Figure]:
-    """Take one case: check that both libraries give the same, count, time.
+    """Take one case.
 
     Raises:
-        AssertionError: peft and lorica do not compute the same.
+        AssertionError: the sides do not compute the same.
     """
+    return case.take(of, quick=quick, tick=tick)
+
+
+def _take(of: Measure, case: Case, *, quick: bool, tick: Callable[[], object]) -> list[Figure]:
     with quiet():
         contest = case.build(quick)
         try:
@@ -160,23 +188,23 @@ def count_sides(contest: Contest) -> dict[str, dict[str, int]]:
 def _count_figure(of: Measure, case: Case, quantity: str, counts: dict[str, dict[str, int]]) -> Figure:
     values = {side: float(found[quantity]) for side, found in counts.items()}
     frozen = values.get(FROZEN)
-    over = None if frozen is None else _ratio(values[LORICA] - frozen, values[PEFT] - frozen)
+    over = None if frozen is None else ratio_of(values[LORICA] - frozen, values[PEFT] - frozen)
     unit = "B" if "bytes" in quantity else ""
-    return Figure(of.name, case.name, quantity, unit, values, _ratio(values[LORICA], values[PEFT]), excess=over)
+    return Figure(of.name, case.name, quantity, unit, values, ratio_of(values[LORICA], values[PEFT]), excess=over)
 
 
 def _timed(of: Measure, case: Case, seconds: dict[str, list[float]]) -> Figure:
     medians = {side: statistics.median(samples) for side, samples in seconds.items()}
     over = None
     if FROZEN in seconds:
-        over = _ratio(*(timing.excess(seconds[side], seconds[FROZEN]) for side in (LORICA, PEFT)))
+        over = ratio_of(*(timing.excess(seconds[side], seconds[FROZEN]) for side in (LORICA, PEFT)))
     spread = timing.paired_quartiles(seconds[LORICA], seconds[PEFT])
-    ratio = _ratio(medians[LORICA], medians[PEFT])
+    ratio = ratio_of(medians[LORICA], medians[PEFT])
     return Figure(of.name, case.name, "time", "s", medians, ratio, spread, over, len(seconds[PEFT]))
 
 
-def _ratio(top: float, bottom: float) -> float | None:
-    # Where peft takes nothing (or, by noise, less than nothing) there is no ratio to give.
+def ratio_of(top: float, bottom: float) -> float | None:
+    """Return the ratio, or None where the other side takes nothing (or, by noise, less than nothing)."""
     return top / bottom if bottom > 0 else None
 
 

@@ -3,5 +3,6 @@
 from benchmarks.measures import training  # isort: skip  (the order of the tables)
 from benchmarks.measures import layers, lifecycle  # isort: skip
 from benchmarks.measures import files, merging  # isort: skip
+from benchmarks.measures import parallel  # isort: skip
 
-__all__ = ["files", "layers", "lifecycle", "merging", "training"]
+__all__ = ["files", "layers", "lifecycle", "merging", "parallel", "training"]

@@ -214,7 +214,7 @@ def test_the_page_says_where_lorica_needs_more(tmp_path):
     )
     assert [report.needs_more(figure) for figure in (worse, noisy, better)] == [True, False, False]
     page = tmp_path / "RESULTS.md"
-    report.write_markdown(page, {"command": "make bench"}, [worse, noisy, better], "results.png")
+    report.write_markdown(page, report.Results({"command": "make bench"}, [worse, noisy, better]), "results.png")
     text = page.read_text(encoding="utf-8")
     assert f"- {name}, one: saved bytes 1.50" in text
     for quantity in ("saved bytes", "time", "kernels"):
