@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorica._version import __version__
-from lorica.cli import inspect, launch, merge, plan, use
+from lorica.cli import inspect, launch, merge, plan, state, use
 from lorica.cli.errors import note, quiet, readable
 
 app = typer.Typer(
@@ -126,3 +126,4 @@ app.command("eval")(use.evaluate)
 app.command()(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.command()(plan.plan)
+app.command()(state.consolidate)

@@ -59,6 +59,11 @@ def _said(error: BaseException) -> tuple[str, int, rank.Kind]:
         return f"{where}{error.strerror or error}", 1, "final"
     if isinstance(error, KeyboardInterrupt):
         return "stopped", INTERRUPTED, "final"
+    if rank.is_rank():
+        from lorica.train.ranks import is_lost, said_of_lost
+
+        if is_lost(error):
+            return said_of_lost(error), 1, "lost"
     return "".join(traceback.format_exception(error)), 1, "bug"
 
 

@@ -50,6 +50,8 @@ def _run(section: ParallelSection, directory: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // section.ranks)))
     # Ranks that are asked to stop finish their step and save.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(max(30, int(section.timeout))))
+    # A store of its own for every attempt, in which no rank finds the address of one that was lost.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     others = dict.fromkeys(range(1, section.ranks), Std.ALL)
     config = LaunchConfig(
         min_nodes=1,
@@ -82,14 +84,14 @@ def _cause(failures: Mapping[int, Any], directory: Path) -> tuple[int, str]:
     for number, failure in failures.items():
         data = failure.error_file_data
         if data.get("kind") == "bug":
-            return int(data["code"]), f"rank {number} failed:\n{data['message']}"
+            return int(data["code"]), f"rank {number} failed:\n{data['said']}"
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp <= first + _TOGETHER:
             killed.append(f"rank {number} was killed by {failure.signal_name()}")
     if killed:
         return 1, f"{'; '.join(killed)}. Go on from the newest checkpoint with --resume"
     for failure in failures.values():
         if failure.error_file_data.get("kind") == "lost":
-            return 1, str(failure.error_file_data["message"])
+            return 1, str(failure.error_file_data["said"])
     number, failure = next(iter(failures.items()))
     return 1, f"rank {number} left with exit code {failure.exitcode}{_last_words(directory, number)}"
 

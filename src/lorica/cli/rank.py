@@ -50,7 +50,8 @@ def begin() -> None:
 
 def report(message: str, code: int, kind: Kind) -> None:
     """Tell the launcher why this rank is about to leave with ``code``."""
-    content = {"message": message, "timestamp": int(time.time()), "code": code, "kind": kind}
+    torchruns = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+    content = {"message": torchruns, "said": message, "code": code, "kind": kind}
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content), encoding="utf-8")
@@ -66,7 +67,7 @@ def read_verdict(directory: Path) -> tuple[int, str] | None:
     """The exit code and the message that a rank left for good, if one did."""
     try:
         found = json.loads((directory / VERDICT).read_text(encoding="utf-8"))
-        return int(found["code"]), str(found["message"])
+        return int(found["code"]), str(found["said"])
     except (OSError, ValueError, KeyError):
         return None
 

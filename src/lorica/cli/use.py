@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorica.cli import launch
 from lorica.cli.errors import note, quiet, readable
 from lorica.errors import RecipeError, suggest_path
+
+if TYPE_CHECKING:
+    from lorica.train.ranks import Ranks
+    from lorica.train.recipe import ParallelSection
 
 Model = Annotated[str, typer.Argument(help="A model (directory or hub name), or an adapter that names its base model.")]
 Adapter = Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter to put on the model.")]
 Dtype = Annotated[str, typer.Option(help="Precision of the base weights: auto, float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+Parallel = Annotated[
+    str, typer.Option(help="How it lies over ranks, as in a recipe: tp=2,dp=2. Starts them, unless torchrun did.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -35,13 +43,15 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    parallel: Parallel = "",
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with a model, with or without an adapter."""
     asked = [*(prompts or []), *(_read_prompts(file) if file is not None else [])]
     if not asked:
         raise RecipeError("nothing to continue: give prompts, or a file with --file")
-    loaded, tokenizer = load(model, adapter, dtype, device)
+    section = _spread(parallel, device, whole="generate")
+    loaded, tokenizer, joined = _load(model, adapter, dtype, device, section)
     import torch
 
     from lorica.train import data, evaluate
@@ -60,6 +70,7 @@ def generate(
         [encode(text) for text in asked],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        ranks=joined,
         **sampling,
     )
     for prompt, answer in zip(asked, answers, strict=True):
@@ -90,33 +101,44 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    parallel: Parallel = "",
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and perplexity on completions and, where there are answers, exact match."""
-    from lorica.train import data, models, sources
+    from lorica.train import data, models, pipeline, sources
     from lorica.train import evaluate as measure
     from lorica.train.recipe import parse
 
     columns = dict(_pair(item) for item in column or [])
     section = {"train": source, "split": split, "format": form, "columns": columns, "max_length": max_length}
     recipe = parse({"model": {"path": model, "dtype": dtype}, "data": section}, source="lorica eval")
+    answers = exact_match and form != "text"
+    spread = _spread(parallel, device, whole="answer (--no-exact-match only measures the loss)" if answers else None)
     quiet()
     table = sources.rows(source, split=split)
     table = table.select(range(min(limit, len(table)))) if limit else table
     format_ = sources.form_of(table, recipe.data)
     base, adapter, revision = resolve(model, adapter)
     length = models.max_length(base, revision, max_length)
-    loaded, tokenizer = load(model, adapter, dtype, device)
+    loaded, tokenizer, joined = _load(model, adapter, dtype, device, spread)
     examples, left_out = data.examples(table, format_, tokenizer, length)
     if not examples:
         raise RecipeError(f"{source}: no example has anything to predict within {length} tokens")
     if left_out:
         note(f"{left_out} of {len(table)} rows have nothing to predict within {length} tokens and are left out.")
-    loss = measure.loss(loaded, examples, batch_size=batch_size, pad_id=measure.pad_id(tokenizer))
+    pad = measure.pad_id(tokenizer)
+    piped = pipeline.measure_of(loaded, pad)
+    loss = measure.loss(loaded, examples, batch_size=batch_size, pad_id=pad, ranks=joined, measure=piped)
     result: dict[str, Any] = {"rows": len(table), "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if exact_match and format_.name != "text":
         found = measure.exact_match(
-            loaded, tokenizer, list(table), form=format_, max_new_tokens=max_new_tokens, batch_size=batch_size
+            loaded,
+            tokenizer,
+            list(table),
+            form=format_,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            ranks=joined,
         )
         result["exact_match"] = found.score
     if as_json:
@@ -142,14 +164,36 @@ def resolve(model: str, adapter: str | None) -> tuple[str, str | None, str | Non
 
 def load(model: str, adapter: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     """The model with the adapter, if any, and its tokenizer."""
-    from lorica.train import models
+    from lorica.train.recipe import ParallelSection
+
+    loaded, tokenizer, _ = _load(model, adapter, dtype, device, ParallelSection())
+    return loaded, tokenizer
+
+
+def _load(model: str, adapter: str | None, dtype: str, device: str, section: ParallelSection) -> tuple[Any, Any, Ranks]:
+    """The model, cut as ``section`` says, its tokenizer, and this rank."""
+    from lorica.train import layouts, models, ranks
 
     quiet()
     base, adapter, revision = resolve(model, adapter)
     check_dtype(dtype)
+    where = ranks.device(device)
+    joined = ranks.join(section, where)
     tokenizer = models.load_tokenizer(base, revision)
-    loaded = models.load_base(base, dtype=dtype, revision=revision, where=models.device(device))
-    return (models.load_adapted(loaded, adapter) if adapter is not None else loaded.eval()), tokenizer
+    loaded = models.load_base(base, dtype=dtype, revision=revision, where=where)
+    layouts.lay_out(loaded, section, joined)
+    return (models.load_adapted(loaded, adapter) if adapter is not None else loaded.eval()), tokenizer, joined
+
+
+def _spread(text: str, device: str, *, whole: str | None = None) -> ParallelSection:
+    """Start the ranks that ``text`` asks for, if it does; ``whole`` is what a pipeline's stages cannot do."""
+    from lorica.train.recipe import parse_parallel
+
+    section = parse_parallel(text)
+    if whole is not None and section.pp > 1:
+        raise RecipeError(f"--parallel: stages of a pipeline cannot {whole}; use tp, fsdp or dp")
+    launch.spread(section, device)
+    return section
 
 
 def check_dtype(dtype: str) -> None:

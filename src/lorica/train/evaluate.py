@@ -99,6 +99,7 @@ def exact_match(
     form: Format | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
+    ranks: Ranks | None = None,
 ) -> Matches:
     """Let the model answer each row's prompt greedily and compare with the row's completion, white space aside.
 
@@ -113,9 +114,8 @@ def exact_match(
     if max_new_tokens is None:
         longest = max((len(tokenizer(question.answer)["input_ids"]) for question in asked), default=0)
         max_new_tokens = longest + 4
-    given = generate(
-        model, tokenizer, [question.ids for question in asked], max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    prompts = [question.ids for question in asked]
+    given = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, ranks=ranks)
     return Matches([Answer(q.prompt, q.answer, text) for q, text in zip(asked, given, strict=True)])
 
 
@@ -127,11 +127,13 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
+    ranks: Ranks | None = None,
     **sampling: Any,
 ) -> list[str]:
     """Continue each tokenised prompt and return only the new text, in the order of ``prompts``.
 
-    Greedy unless ``sampling`` (``do_sample``, ``temperature``, ``top_p``, ``top_k``) says otherwise.
+    Replicas of the model (``ranks``) share the prompts; all ranks get all texts. Greedy unless ``sampling``
+    (``do_sample``, ``temperature``, ``top_p``, ``top_k``) says otherwise.
     """
     options = {"do_sample": False, "num_beams": 1, **sampling}
     if not options["do_sample"]:
@@ -139,8 +141,9 @@ def generate(
         options |= {"temperature": None, "top_p": None, "top_k": None}
     device = next(model.parameters()).device
     pad = pad_id(tokenizer)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
+    ranks = ranks or Ranks()
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))[ranks.replica[0] :: ranks.replica[1]]
+    texts: dict[int, str] = {}
     was_training = model.training
     model.eval()
     try:
@@ -159,7 +162,8 @@ def generate(
                 texts[index] = tokenizer.decode(row, skip_special_tokens=True)
     finally:
         model.train(was_training)
-    return texts
+    texts = ranks.merged(texts)
+    return [texts[index] for index in range(len(prompts))]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from lorica import parallel
 from lorica.train.collate import Batch, takes_positions
 from lorica.train.data import IGNORE
 from lorica.train.evaluate import summed_cross_entropy
+from lorica.train.layouts import stages
 
 # A pipeline is made anew for every shape, so widths are rounded up.
 _ROUND = 16
@@ -77,6 +78,12 @@ class Pipelines:
             torch.cat([_filled(batch[key], rows, width, value) for batch in batches]) for key, value in filled.items()
         )
         return ids, labels, positions
+
+
+def measure_of(model: nn.Module, pad_id: int) -> Callable[[Batch], Tensor] | None:
+    """What gives a batch's summed cross-entropy where a model is split into stages; None where it is not."""
+    axis = stages(model)
+    return Pipelines(model, axis, pad_id).evaluate if axis is not None else None
 
 
 def _filled(tensor: Tensor, rows: int, width: int, value: int) -> Tensor:

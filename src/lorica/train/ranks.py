@@ -68,6 +68,19 @@ class Ranks:
             index, count = index * size + self.at.get(axis, 0), count * size
         return index, count
 
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Which of the model's replicas this rank belongs to, of how many; they do nothing together in a forward."""
+        return self.at.get("dp", 0), self.axes.get("dp", 1)
+
+    def merged(self, found: dict[int, Any]) -> dict[int, Any]:
+        """What all ranks found."""
+        if self.size == 1:
+            return found
+        everyone: list[dict[int, Any]] = [{}] * self.size
+        dist.all_gather_object(everyone, found, group=self.control)
+        return {key: value for other in everyone for key, value in other.items()}
+
     def most(self, number: int) -> int:
         """The largest of all ranks' numbers."""
         return self._agreed(torch.tensor(number), dist.ReduceOp.MAX)
@@ -202,14 +215,18 @@ def answered() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RankError) or not is_lost(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        raise LostRankError(f"rank {rank} got no answer from another rank: {str(error).splitlines()[0]}") from error
+        raise LostRankError(said_of_lost(error)) from error
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error means that another rank died or did not answer in time."""
     said = str(error)
     return isinstance(error, dist.DistError) or any(sign in said for sign in _SIGNS)
+
+
+def said_of_lost(error: BaseException) -> str:
+    """That another rank did not answer, and to whom."""
+    return f"rank {os.environ.get('RANK', '0')} got no answer from another rank: {str(error).splitlines()[0]}"
 
 
 _SIGNS = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo/transport", "NCCL", "Broken pipe")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -41,6 +41,9 @@ _ALIASES = {
     "dp_size": "dp",
     "async": "asynchronous",
 }
+
+
+_Validated = TypeVar("_Validated", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -277,10 +280,23 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     """Validate a nested mapping; ``source`` names it in errors."""
+    return _validated(Recipe, values, source)
+
+
+def parse_parallel(text: str, *, source: str = "--parallel") -> ParallelSection:
+    """Validate the ``parallel`` section alone, given as ``key=value`` pairs with commas or blanks between them."""
+    values: dict[str, Any] = {}
+    for pair in text.replace(",", " ").split():
+        _apply(values, pair.removeprefix("parallel."))
+    return _validated(ParallelSection, values, source, "parallel")
+
+
+def _validated(model: type[_Validated], values: Mapping[str, Any], source: str, *section: str) -> _Validated:
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(dict(item)) for item in error.errors()))
+        items = [dict(item) | {"loc": (*section, *item["loc"])} for item in error.errors()]
+        lines = list(dict.fromkeys(map(_explain, items)))
         separator = f"\n  {source}: " if len(lines) > 1 else f"{source}: "
         head = f"{len(lines)} settings are wrong:" if len(lines) > 1 else ""
         raise RecipeError(head + "".join(separator + line for line in lines)) from None
