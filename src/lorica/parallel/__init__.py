@@ -12,9 +12,12 @@ from lorica.engines.native import (
     split_stages,
     stage,
 )
+from lorica.engines.native.specs import specs_of
 from lorica.engines.site import Axis, Site
 from lorica.layers.shards import merge_shard_
 from lorica.layout import Cut, HeadOrder, Layout, grouped_heads
+from lorica.layout.neuron import specs_from_neuron
+from lorica.layout.specs import Spec, WeightSpecs
 from lorica.parallel.cutting import cutting
 from lorica.ranks import GradScaler, clip_grad_norm_, get_total_norm, parameter_groups, sum_gradients, verify
 
@@ -30,6 +33,8 @@ __all__ = [
     "Pipeline",
     "RowParallelLinear",
     "Site",
+    "Spec",
+    "WeightSpecs",
     "clip_grad_norm_",
     "cutting",
     "gather_model_state",
@@ -39,6 +44,8 @@ __all__ = [
     "next_token_loss",
     "parallelize",
     "parameter_groups",
+    "specs_from_neuron",
+    "specs_of",
     "split_stages",
     "stage",
     "sum_gradients",
