@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorica.config.spec import AdapterSpec
-from lorica.engines.site import Opening, Site, localise
+from lorica.engines.describe import Engines
+from lorica.engines.site import Site, localise
 from lorica.errors import TargetError
 from lorica.init import Factors
 from lorica.layout import Roles
@@ -133,16 +134,14 @@ class Op(ABC):
             TargetError: names the module and the reason.
         """
 
-    def check_site(self, site: Site, where: str) -> None:  # noqa: B027 (a hook, not a duty)
-        """Refuse a place among the ranks that this op cannot work in.
+    def place(self, engines: Engines, name: str, base: nn.Module) -> Site | None:
+        """Return where a base layer lies among the ranks; None on one process.
 
         Raises:
-            TargetError: names the module and the reason.
+            LayoutError: it is cut in a way that cannot be described.
+            TargetError: it is cut in a way that this op cannot work with.
         """
-
-    def opening(self, base: nn.Module, found: Opening | None) -> Opening | None:
-        """Return the way into the forward of a layer that lies among ranks; ``found`` is its innermost one."""
-        return found
+        return engines.site(name, base, self.weight_name, self.roles_weight)
 
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run ``base``, the base layer's own forward, then add each running adapter's part into its output."""

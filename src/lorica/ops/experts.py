@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorica.config.spec import AdapterSpec
+from lorica.engines.describe import Engines
 from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Opening, Site
 from lorica.errors import TargetError
@@ -41,10 +43,17 @@ class Parameter(Op):
         if spec.bias:
             raise TargetError(f"{where}: lora_bias=True is not supported for target_parameters")
 
-    def check_site(self, site: Site, where: str) -> None:
-        """A matrix must be whole: how a module of its own multiplies a slice of it is not known."""
-        if site.layout.cuts:
-            raise TargetError(f"{where}: a parameter [out, in] that is cut over {site.layout.cuts} cannot be adapted")
+    def place(self, engines: Engines, name: str, base: nn.Module) -> Site | None:
+        """The way in is the outermost forward: what engines do around the product does not concern its weights.
+
+        A matrix must be whole: how a module of its own multiplies a slice of it is not known.
+        """
+        site = super().place(engines, name, base)
+        if site is None:
+            return None
+        if site.layout.cuts and "expert" not in self.roles_weight:
+            raise TargetError(f"{name}: a parameter [out, in] that is cut over {site.layout.cuts} cannot be adapted")
+        return replace(site, opening=Opening(base, "forward"))
 
     def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Not used: the base module multiplies, see :meth:`forward`."""
@@ -53,10 +62,6 @@ class Parameter(Op):
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A``."""
         return factors.b, factors.a
-
-    def opening(self, base: nn.Module, found: Opening | None) -> Opening | None:
-        """The outermost forward: what engines do around the product does not concern its weights."""
-        return Opening(base, "forward")
 
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run ``base`` with the adapted weight in the parameter's place."""
@@ -87,9 +92,6 @@ class Experts(Parameter):
         a, b = super().factor_shapes(base, r)
         count = self.logical_weight(base).shape[:1]
         return FactorShapes(count + a, count + b)
-
-    def check_site(self, site: Site, where: str) -> None:
-        """Every cut of a stack can be."""
 
     def orient(self, weight: Tensor) -> Tensor:
         """``[E, out, in]``, a view."""

@@ -74,11 +74,11 @@ def _cover(base: nn.Module, layers: list[tuple[str, LoraLayer | ModulesToSaveWra
                 module.modules_to_save[adapter] = new = copy.deepcopy(cut)
                 new.requires_grad_(any(parameter.requires_grad for parameter in old.parameters()))
         else:
-            op = op_of(cut)
+            op = module.op if module.op.weight_name in cut._parameters and op_of(cut) is None else op_of(cut)
             if op is None or op.lookup != module.op.lookup:
                 raise LayoutError(f"{name}: after the cut it is a {type(cut).__name__}, which its adapters do not fit")
             module.base_layer, module.op = cut, op
-            module.settle(engines.site(name, cut, op.weight_name, op.roles_weight))
+            module.settle(op.place(engines, module.target_name, cut))
         Places(base).put(cut, module)
 
 
@@ -104,4 +104,4 @@ def _take_slice(name: str, entry: Entry, values: Tensor) -> None:
     if tuple(entry.tensor.shape) != tuple(shape):
         entry.tensor.data = values.new_empty(shape)
     piece = piece_of(name, entry)
-    piece.write(piece.read(values))
+    piece.write(piece.read(entry.saved(values)))

@@ -168,14 +168,7 @@ def _spec_of_parts(config: LoraConfig, names: Names, key: str, base: nn.Module) 
 
 def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
     engines = Engines(model)
-    placed = []
-    for target in targets:
-        op = target.op
-        site = engines.site(target.name, target.base, op.weight_name, op.roles_weight)
-        if site is not None:
-            op.check_site(site, target.name)
-            site = replace(site, opening=op.opening(target.base, site.opening))
-        placed.append(replace(target, site=site))
+    placed = [replace(target, site=target.op.place(engines, target.name, target.base)) for target in targets]
     _warn_of_no_way(placed)
     return tuple(placed)
 

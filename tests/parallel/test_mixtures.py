@@ -92,7 +92,7 @@ def on_ranks(
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
-    return float((actual - expected).norm()) <= 1e-5 * float(expected.norm())
+    return float((actual - expected).detach().norm()) <= 1e-5 * float(expected.detach().norm())
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # transformers' own experts do
@@ -147,3 +147,31 @@ def test_a_matrix_that_is_cut_is_refused(tmp_path):
     assert all(
         "mlp.gate.weight: a parameter [out, in] that is cut" in said for said in ranks.run(2, refused, str(tmp_path))
     )
+
+
+def cut_later(fields: dict[str, Any]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from lorica.parallel import cutting, parallelize
+
+    whole, model = (adapt(mixtures.moe(), fields | {"init_lora_weights": False}) for _ in range(2))
+    with cutting(model) as base:
+        parallelize(base, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), sequence_parallel=True)
+    batch = models.ids(2, 8)
+    outputs = [each(batch) for each in (whole, model)]
+    for output in outputs:
+        mixtures.loss_of(output).backward()
+    sum_gradients(model)
+    assert close(outputs[1].logits, outputs[0].logits)
+    wanted = {name: p.grad for name, p in whole.named_parameters() if ".experts." in name and p.requires_grad}
+    found = {name: p.grad for name, p in model.named_parameters() if name in wanted}
+    assert len(found) == len(wanted) == 8
+    for name, gradient in wanted.items():
+        assert close(found[name], gradient), name
+
+
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["q_proj"]}, {"target_modules": [], "share_expert_adapters": True}]
+)
+def test_a_model_that_is_cut_around_its_experts(fields):
+    ranks.run(2, cut_later, fields)
