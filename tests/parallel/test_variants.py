@@ -8,6 +8,7 @@ from typing import Any
 import contract
 import pytest
 import ranks
+import test_fused
 import torch
 from divisions import DIVISIONS
 from subjects import SUBJECTS, batch, logits_of, loss_of
@@ -121,3 +122,42 @@ def from_layout_to_layout(division: str, folder: str, fields: dict[str, Any]) ->
 def test_files_from_layout_to_layout(division: str, fields: dict[str, Any], tmp_path: Path) -> None:
     SUBJECTS["llama"].save(tmp_path / "base")
     ranks.run(DIVISIONS[division].ranks, from_layout_to_layout, division, str(tmp_path), fields, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("size", "names", "fields"),
+    [
+        (4, ["q_proj", "k_proj", "v_proj", "o_proj"], {"use_dora": True}),
+        (2, ["k_proj"], {"use_dora": True}),
+        (2, ["q_proj", "v_proj"], {"use_dora": True, "init_lora_weights": "pissa"}),
+        (4, ["q_proj", "k_proj"], {"init_lora_weights": "olora"}),
+    ],
+    ids=str,
+)
+def test_fused_projections_and_copies_of_heads(
+    size: int, names: list[str], fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each projection has its own start; those that are not adapted have no magnitudes, though their neighbours do."""
+    ranks.run(size, test_fused._same, names, True, "strided", fields, str(tmp_path))
+    test_fused.compare(tmp_path)
+
+
+def idle_magnitudes() -> None:
+    """Only the key rows of this rank, one head's, may be scaled."""
+    model = contract.adapt(
+        test_fused.Cut(test_fused.whole(), fused=True, order="strided"),
+        test_fused.config(["k_proj"], use_dora=True),
+    )
+    x = torch.randn(2, 5, test_fused.WIDTH)
+    before = model(x)
+    before.square().sum().backward()
+    (magnitude,) = (p for n, p in model.named_parameters() if "magnitude" in n)
+    idle = magnitude.grad == 0
+    assert int((~idle).sum()) == test_fused.HEAD
+    with torch.no_grad():
+        magnitude[idle] *= 3
+    assert torch.equal(model(x), before)
+
+
+def test_projections_that_are_not_adapted_have_no_magnitudes() -> None:
+    ranks.run(2, idle_magnitudes)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from lorica.engines.kinds import is_distributed
 from lorica.config.spec import AdapterSpec
+from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import storage_axes
-from lorica.engines.site import Axis
+from lorica.engines.site import Axis, Site
 from lorica.errors import TargetError
 from lorica.init import Factors
 from lorica.ops import Op
@@ -68,7 +68,7 @@ class Dora(Variant):
         near 1 is not rounded to it. The base product is not computed again, unless dropout comes before A: then the
         part that is multiplied sees the dropped input, as in PEFT.
         """
-        gain = _gain(factors.magnitude, _kept_norms(layer, factors, spec))
+        gain = _gain(layer, factors, spec, _kept_norms(layer, factors, spec))
         op = layer.op
         if spec.dropout and layer.training and spec.dropout_position == "pre" and not op.lookup:
             x, spec = drop(x.to(y.dtype), spec, "pre", layer.site, True), replace(spec, dropout=0.0)
@@ -82,14 +82,24 @@ class Dora(Variant):
 
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """``m / ‖W + s·B·A‖``."""
-        assert factors.magnitude is not None
-        return _gain(factors.magnitude, norms(layer, factors, spec))[layer.share_at_rest()[_out_dim(layer.op)]]
+        return _gain(layer, factors, spec, norms(layer, factors, spec))[layer.share_at_rest()[_out_dim(layer.op)]]
 
 
-def _gain(magnitude: Tensor | None, norm: Tensor) -> Tensor:
-    assert magnitude is not None
-    positive = norm > 0  # a row of zeros stays one, whatever multiplies it
-    return torch.where(positive, magnitude.flatten().to(norm.dtype) / torch.where(positive, norm, 1), 1)
+def _gain(layer: Hosting, factors: Factors, spec: AdapterSpec, norm: Tensor) -> Tensor:
+    assert factors.magnitude is not None
+    free = norm > 0  # a row of zeros stays one, whatever multiplies it
+    if spec.parts and layer.site is not None:
+        free = free & _adapted(layer.site, spec, norm)
+    return torch.where(free, factors.magnitude.flatten().to(norm.dtype) / torch.where(free, norm, 1), 1)
+
+
+def _adapted(site: Site, spec: AdapterSpec, norm: Tensor) -> Tensor:
+    """Tell which outputs belong to those of several fused projections that are adapted."""
+    mine = torch.zeros(len(norm), dtype=torch.bool, device=norm.device)
+    for (name, _), rows in zip(site.layout.parts, site.layout.part_rows(site.at), strict=True):
+        for start, stop in rows:
+            mine[start:stop] = name in spec.parts
+    return mine
 
 
 def norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
