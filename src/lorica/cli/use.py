@@ -180,8 +180,7 @@ def _load(model: str, adapter: str | None, dtype: str, device: str, section: Par
     where = ranks.device(device)
     joined = ranks.join(section, where)
     tokenizer = models.load_tokenizer(base, revision)
-    loaded = models.load_base(base, dtype=dtype, revision=revision, where=where)
-    layouts.lay_out(loaded, section, joined)
+    loaded = layouts.load_base(section, joined, where, base, dtype=dtype, revision=revision)
     return (models.load_adapted(loaded, adapter) if adapter is not None else loaded.eval()), tokenizer, joined
 
 

@@ -134,14 +134,15 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     length = models.max_length(model.path, model.revision, recipe.data.max_length)
     with joined.first_goes_first():  # it may fill a cache on the disk that the others then find
         loaded = sources.load(recipe.data, tokenizer, length, training.seed)
-    base = models.load_base(
+    base = layouts.load_base(
+        recipe.parallel,
+        joined,
+        where,
         model.path,
         dtype=model.dtype,
         revision=model.revision,
         attn_implementation=model.attn_implementation,
-        where=where,
     )
-    layouts.lay_out(base, recipe.parallel, joined)
     _seed(training.seed)
     adapted = adapt(base, recipe.lora)
     _checkpoint_gradients(adapted, training.gradient_checkpointing)

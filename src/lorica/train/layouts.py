@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
+
+import torch
 
 from lorica import parallel
 from lorica.adapt.inject import base_of
 from lorica.errors import LayoutError, RecipeError
-from lorica.train.ranks import Ranks
+from lorica.train import models
+from lorica.train.ranks import Ranks, limit_waiting
 from lorica.train.recipe import ParallelSection
+
+
+def load_base(section: ParallelSection, ranks: Ranks, where: torch.device, path: str, **options: Any) -> Any:
+    """A causal language model that lies over the ranks as the recipe says; options as in ``models.load_base``.
+
+    Raises:
+        RecipeError: it is not there, or cannot be cut so.
+    """
+    if ranks.mesh is None or section.cut_by == "native":
+        base = models.load_base(path, where=where, **options)
+        lay_out(base, section, ranks)
+    else:
+        base = models.load_base(path, distributed=_transformers(section, ranks), **options)
+    limit_waiting(timedelta(seconds=section.timeout))
+    return base
+
+
+def _transformers(section: ParallelSection, ranks: Ranks) -> Any:
+    from transformers.distributed import DistributedConfig
+
+    size = ranks.axes.get
+    return DistributedConfig(
+        tp_size=size("tp", 1), fsdp_size=size("fsdp", 1), dp_replicate_size=size("dp", 1), ep_size=section.ep
+    )
 
 
 def lay_out(base: Any, section: ParallelSection, ranks: Ranks) -> None:

@@ -53,8 +53,9 @@ def load_base(
     revision: str | None = None,
     attn_implementation: str | None = None,
     where: torch.device | None = None,
+    distributed: Any = None,
 ) -> nn.Module:
-    """A causal language model, on the device ``where``.
+    """A causal language model, on the device ``where``, or laid over ranks by transformers (``distributed``).
 
     Raises:
         RecipeError: it is not there, or not a causal language model.
@@ -64,6 +65,8 @@ def load_base(
     options: dict[str, Any] = {"revision": revision, "dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if distributed is not None:
+        options["distributed_config"] = distributed
     model: nn.Module = _load(AutoModelForCausalLM, "model", path, **options)
     return model.to(where) if where is not None else model
 

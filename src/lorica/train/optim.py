@@ -19,15 +19,16 @@ _FAST = ("lora_B", "lora_embedding_A", "lora_embedding_B")
 def groups(model: nn.Module, settings: TrainingSection) -> list[dict[str, Any]]:
     """Parameter groups: LoRA+ (arXiv:2402.12354, section 4) learning rates; weight decay on matrices only."""
     ratio = settings.loraplus_lr_ratio or 1.0
-    found: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    found: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = settings.learning_rate * (ratio if any(part in _FAST for part in name.split(".")) else 1.0)
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            found.setdefault((rate, decay), []).append((name, parameter))
+            # One kernel steps either plain tensors or distributed ones.
+            found.setdefault((rate, decay, hasattr(parameter, "placements")), []).append((name, parameter))
     return [
         {"params": [p for _, p in named], "names": [n for n, _ in named], "lr": rate, "weight_decay": decay}
-        for (rate, decay), named in found.items()
+        for (rate, decay, _), named in found.items()
     ]
 
 

@@ -120,7 +120,7 @@ class Ranks:
     def _speaks(self) -> bool:
         """Whether this rank is the first of those that have the same share (of a pipeline: of its last stage)."""
         last = self.axes.get("pp", 1) - 1
-        return self.at.get("pp", 0) == last and all(self.at.get(axis, 0) == 0 for axis in ("ep", "tp"))
+        return self.at.get("pp", 0) == last and self.at.get("tp", 0) == 0
 
     def _agreed(self, number: Tensor, how: Any) -> int:
         if self.size > 1:
@@ -170,7 +170,6 @@ def join(section: ParallelSection, device: torch.device) -> Ranks:
     axes = {name: count for name, count in section.axes.items() if count > 1}
     mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     control = dist.new_group(backend="gloo", timeout=limit)
-    limit_waiting(limit)
     at = {name: mesh.get_local_rank(name) for name in axes}
     return Ranks(rank, size, axes, at, mesh, control)
 
@@ -197,6 +196,8 @@ def leave() -> None:
 
 def limit_waiting(limit: timedelta) -> None:
     """Let no collective of any group wait longer; groups of a mesh do not take the default group's limit."""
+    if not dist.is_initialized():
+        return
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     for group in list(_world.pg_map):

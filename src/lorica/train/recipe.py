@@ -99,6 +99,7 @@ class LoraSection(_Section):
     dropout_position: Literal["pre", "post"] = "pre"
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = Field(default_factory=dict)
@@ -112,6 +113,9 @@ class LoraSection(_Section):
     ensure_weight_tying: bool = False
     use_dora: bool = False
     lora_dtype: str | None = None
+    share_expert_adapters: bool = False
+    normalize_moe_lora: bool = False
+    a2a_experimental: bool = False
 
 
 class TrainingSection(_Section):
@@ -167,7 +171,7 @@ class CheckpointSection(_Section):
 
 
 class ParallelSection(_Section):
-    """How model and data lie over ranks. Each axis has so many ranks; their product is the number of processes."""
+    """How model and data lie over ranks. Their number is pp × dp × fsdp × tp."""
 
     tp: _Count = 1
     """Tensor parallelism: every layer's weights are cut over so many ranks."""
@@ -176,13 +180,13 @@ class ParallelSection(_Section):
     fsdp: _Count = 1
     """Fully-sharded data parallelism: the weights are stored in shares, each rank has its own rows."""
     ep: _Count = 1
-    """Expert parallelism: the experts are divided over so many ranks."""
+    """Expert parallelism: the experts are divided over so many of the ranks that fsdp and tp are."""
     pp: _Count = 1
     """Pipeline parallelism: the layers are divided over so many ranks; micro-batches are gradient_accumulation's."""
     dp: _Count | None = None
     """Replicas, each with its own rows; null: under torchrun whatever ranks are left, else 1."""
-    engine: Literal["native", "transformers"] = "native"
-    """Who cuts the model: lorica, or transformers' DistributedConfig."""
+    engine: Literal["auto", "native", "transformers"] = "auto"
+    """Who cuts the model: lorica, or transformers' DistributedConfig; auto: lorica, unless there is ep."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Who carries the tensors; auto: nccl between GPUs, gloo between CPUs."""
     timeout: _Positive = 600.0
@@ -193,7 +197,14 @@ class ParallelSection(_Section):
     @property
     def axes(self) -> dict[str, int]:
         """The axes from the outermost to the innermost, whose ranks are neighbours and talk most."""
-        return {"pp": self.pp, "dp": self.dp or 1, "fsdp": self.fsdp, "ep": self.ep, "tp": self.tp}
+        return {"pp": self.pp, "dp": self.dp or 1, "fsdp": self.fsdp, "tp": self.tp}
+
+    @property
+    def cut_by(self) -> Literal["native", "transformers"]:
+        """Who cuts the model."""
+        if self.engine == "auto":
+            return "transformers" if self.ep > 1 else "native"
+        return self.engine
 
     @property
     def ranks(self) -> int:
@@ -209,11 +220,19 @@ class ParallelSection(_Section):
     def _possible(self) -> ParallelSection:
         if self.sp and self.tp == 1:
             raise ValueError("sp divides the tokens over the tensor-parallel ranks, of which there is one: set tp")
-        if self.sp and self.engine == "transformers":
-            raise ValueError("transformers has no sequence parallelism: set engine=native")
         if self.pp > 1 and self.fsdp > 1:
             raise ValueError(
                 "pp and fsdp exclude each other: every micro-batch would gather a stage's weights again; use dp or tp"
+            )
+        if self.cut_by == "transformers" and (self.sp or self.pp > 1):
+            why = "it cuts the experts" if self.ep > 1 else "engine=transformers"
+            raise ValueError(f"transformers trains with neither sp nor pp ({why}): leave them away")
+        if self.ep > 1 and self.cut_by == "native":
+            raise ValueError("lorica's own layers leave experts whole: set engine=transformers for ep")
+        if self.ep > 1 and (self.ep % self.tp or self.fsdp * self.tp % self.ep):
+            raise ValueError(
+                f"ep={self.ep} has to be a multiple of tp={self.tp} and to divide fsdp × tp = {self.fsdp * self.tp}: "
+                "the experts are divided over those ranks"
             )
         return self
 
