@@ -37,7 +37,7 @@ def draw(path: Path, figures: Sequence[Figure], subtitle: str) -> None:
         axes.annotate(f"{figure.ratio:.2g}", (1.01, row), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     axes.set_yticks(rows, [f"{figure.measure}: {figure.case}" for figure in times], fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_ylim(len(times) - 0.5, -0.5)
+    axes.set_ylim(max(len(times), 1) - 0.5, -0.5)
     axes.set_xlim(left=SHORTEST)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("lorica / peft, logarithmic; left of 1: lorica needs less")

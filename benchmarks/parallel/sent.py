@@ -22,6 +22,7 @@ _KNOWN: dict[str, tuple[str, int | None]] = {
     "allreduce_": ("all-reduce", 0),
     "allgather_": ("all-gather", 0),
     "_allgather_base_": ("all-gather", 0),
+    "reduce_scatter_": ("reduce-scatter", 1),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
     "alltoall_base_": ("all-to-all", 1),
     "all_reduce": ("all-reduce", 0),
