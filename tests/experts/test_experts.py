@@ -321,6 +321,14 @@ def test_a_parameter_of_the_model_itself():
         lorica.get_peft_model(model, lorica.LoraConfig(target_parameters=["weight"], target_modules=[]))
 
 
+def test_a_kernel_that_reads_the_weights_by_itself(monkeypatch):
+    base = mixtures.moe("gpt_oss")
+    monkeypatch.setattr(type(base), "use_kernels", True)
+    monkeypatch.setattr(type(base.model.layers[0].mlp), "kernel_layer_name", "MegaBlocksMoeMLP", raising=False)
+    with pytest.raises(lorica.errors.TargetError, match="GptOssMLP runs a kernel"):
+        lorica.get_peft_model(base, lorica.LoraConfig(**FIELDS))
+
+
 def test_a_weight_that_is_replaced_during_the_forward():
     """A hook that loads weights (offloading) would pass the adapter over."""
     base = mixtures.moe()

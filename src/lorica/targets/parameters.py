@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -36,7 +36,8 @@ def find_parameters(modules: Mapping[str, nn.Module], entries: list[str]) -> lis
         entries: each means a full name, or an end of one after a dot; one with ``*`` is matched against whole names.
 
     Raises:
-        TargetError: an entry matches nothing, or a parameter of the model itself, which no module stands around.
+        TargetError: an entry matches nothing, or a parameter of the model itself, which no module stands around, or
+            one that a kernel reads without asking the module that holds it.
     """
     everything = list(_parameters(modules))
     found: list[Found] = []
@@ -52,8 +53,18 @@ def find_parameters(modules: Mapping[str, nn.Module], entries: list[str]) -> lis
                 f"target_parameters: {parameter.name!r} is a parameter of the model itself; only parameters of the "
                 "modules inside it can be adapted"
             )
+        _check_that_it_is_asked(modules, parameter)
     chosen = {parameter.key for parameter in found}
     return [parameter for parameter in everything if parameter.key in chosen]
+
+
+def _check_that_it_is_asked(modules: Mapping[str, nn.Module], parameter: Found) -> None:
+    around = modules[parameter.owner.rpartition(".")[0]]
+    if getattr(modules[""], "use_kernels", False) and hasattr(type(around), "kernel_layer_name"):
+        raise TargetError(
+            f"{parameter.key}: with use_kernels=True {type(around).__name__} runs a kernel that reads this parameter "
+            "by itself, so an adapter on it would have no effect; load the model without kernels"
+        )
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[Found]:
@@ -64,15 +75,19 @@ def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[Found]:
                 yield Found(owner, plain, name)
 
 
+def experts_per_token(config: Any) -> int | None:
+    """Return to how many experts a token is sent, where a model's configuration says so."""
+    counts = (getattr(config, name, None) for name in _TOP_K)
+    return next((count for count in counts if isinstance(count, int) and count > 0), None)
+
+
 def rank_per_expert(r: int, found: Found) -> int:
     """Return the rank that leaves a token as many directions as a dense layer of rank ``r`` (``normalize_moe_lora``).
 
     Raises:
         TargetError: the model does not say to how many experts a token is sent, or that number does not divide ``r``.
     """
-    config = getattr(found.module, "config", None)
-    counts = (getattr(config, name, None) for name in _TOP_K)
-    top_k = next((count for count in counts if isinstance(count, int) and count > 0), None)
+    top_k = experts_per_token(getattr(found.module, "config", None))
     if top_k is None:
         raise TargetError(
             f"{found.key}: normalize_moe_lora=True divides the rank by the number of experts that a token is sent to, "
