@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorica.adapt import inject
 from lorica.checkpoint import reading
-from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, embedding_entries
+from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, embedding_entries, of_other_stages
 from lorica.checkpoint.pieces import piece_of
 from lorica.checkpoint.reading import LoadResult
 from lorica.config import LoraConfig, PeftConfig
@@ -102,7 +102,8 @@ def set_peft_model_state_dict(
     wanted = adapter_entries(model, adapter_name, config_of_adapter(model, adapter_name))
     extra = embedding_entries(model)
     known = {**extra, **wanted}
-    shapes = {name: tuple(tensor.shape) for name, tensor in peft_model_state_dict.items()}
+    theirs = of_other_stages(model, peft_model_state_dict)
+    shapes = {name: tuple(tensor.shape) for name, tensor in peft_model_state_dict.items() if name not in theirs}
     fitting = {name: shape for name, shape in shapes.items() if strict or name in known}
     needed = wanted if strict else {name: entry for name, entry in wanted.items() if name in shapes}
     reading.check_names(
@@ -147,7 +148,8 @@ def _fill(
     wanted = adapter_entries(model, adapter, model.peft_config[adapter])
     extra = embedding_entries(model)
     stored = reading.map_keys(shapes, key_mapping)
-    found = {name: shapes[key] for name, key in stored.items()}
+    theirs = of_other_stages(model, stored)
+    found = {name: shapes[key] for name, key in stored.items() if name not in theirs}
     result = reading.check_names(found, wanted, extra, where=str(weights), strict=strict)
     known = {**extra, **wanted}
     # A tied factor's source is in the file too and is the same tensor.

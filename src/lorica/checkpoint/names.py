@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from lorica.adapt.inject import adapter_modules, base_of
 from lorica.adapt.trainable import named_biases
 from lorica.checkpoint.forms import FORMS
 from lorica.config import LoraConfig
-from lorica.engines import Engines, Site
+from lorica.engines import Engines, Site, fsdp
+from lorica.engines.stages import is_elsewhere
 from lorica.errors import AdapterError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 from lorica.layout import Roles
@@ -77,7 +78,8 @@ class Entry:
 
 
 def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[str, Entry]:
-    """Return every tensor that belongs to an adapter: name in a file → where it lives."""
+    """Return every tensor that belongs to an adapter: name in a file → where it lives, at rest."""
+    fsdp.reshard(model)  # what a forward gathered is not what is kept: a value written there would be lost
     entries: dict[str, Entry] = {}
     engines: Engines | None = None
     inside: dict[int, str] = {}
@@ -146,10 +148,18 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
         elif adapted_only or ".modules_to_save." in path or path.endswith(".original_module"):
             continue
         layer = module.base_layer if isinstance(module, LoraLayer) else module
+        if getattr(layer, "weight", None) is None:
+            continue  # on another stage of a pipeline
         engines = engines or Engines(base)
         entry = _whole(f"{path}.weight", layer.weight, layer, "weight", engines)
         entries[_WRAPPERS.sub("", f"{path}.weight")] = entry
     return entries
+
+
+def of_other_stages(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return those names in a file that belong to modules which another stage of a pipeline has."""
+    places = tuple(f"{path}." for path, module in model.named_modules() if is_elsewhere(module))
+    return {name for name in names if name.startswith(places)} if places else set()
 
 
 def config_of_adapter(model: nn.Module, adapter: str) -> LoraConfig:
