@@ -156,8 +156,12 @@ def transformers(**sizes: Any) -> Cut:
 
 
 def torch_tensor_parallel(subject: Subject, folder: str) -> nn.Module:
-    """torch's ``parallelize_module``: columns, rows, the embedding and the head."""
-    model: Any = subject.build()
+    """torch's ``parallelize_module``."""
+    return _cut_by_torch(subject.build())
+
+
+def _cut_by_torch(model: Any) -> nn.Module:
+    """Columns, rows, the embedding and the head."""
     columns, rows = ColwiseParallel, RowwiseParallel
     for layer in model.model.layers:
         plan = {f"self_attn.{name}_proj": columns() for name in "qkv"} | {"self_attn.o_proj": rows()}
@@ -209,10 +213,29 @@ def shard(model: Any) -> nn.Module:
     """torch's ``fully_shard`` on every block and the rest."""
     mesh = _mesh(fsdp=dist.get_world_size())
     blocks = [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
-    for block in blocks:
+    for block in blocks or [model.get_base_model()]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def recut(cut: Callable[[nn.Module], object]) -> Callable[[nn.Module], nn.Module]:
+    """A way of cutting a model that is adapted already."""
+
+    def late(model: nn.Module) -> nn.Module:
+        from lorica.parallel import cutting
+
+        with cutting(model) as base:
+            cut(base)
+        return model
+
+    return late
+
+
+def _cut_natively(base: nn.Module) -> None:
+    from lorica.parallel import parallelize
+
+    parallelize(base, _mesh(tp=dist.get_world_size()))
 
 
 def fully_sharded(subject: Subject, folder: str) -> nn.Module:
@@ -244,5 +267,7 @@ DIVISIONS = {
     "torch tp2 sp": Division(2, torch_sequence_parallel),
     "torch fsdp2": Division(2, fully_sharded, data=2),
     "torch fsdp2, adapted before": Division(2, whole, ("llama", "rest"), data=2, late=shard, counted=False),
+    "native tp2, adapted before": Division(2, whole, late=recut(_cut_natively), counted=False),
+    "torch tp2, adapted before": Division(2, whole, late=recut(_cut_by_torch), counted=False),
     "ddp2": Division(2, whole, ("llama", "rest"), data=2, late=DistributedDataParallel, counted=False),
 }

@@ -15,6 +15,7 @@ import ranks
 import torch
 from divisions import DIVISIONS
 from subjects import SUBJECTS
+from torch import nn
 
 from lorica.ops import OPS
 
@@ -41,7 +42,7 @@ def test_the_contract(division: str, subject: str, tmp_path: Path) -> None:
     if not SUBJECTS[subject].there():
         pytest.skip(f"{subject} is not on this machine")
     SUBJECTS[subject].save(tmp_path / "base")
-    left, failures = list(contract.cases()), []
+    left, failures = list(contract.cases(division, subject)), []
     while left:
         try:
             ranks.run(
@@ -60,7 +61,7 @@ def test_every_case_can_be_had_somewhere(name: str) -> None:
     """A case that every subject refuses would pass everywhere."""
     case = contract.cases()[name]
     there = [subject for subject in SUBJECTS.values() if subject.there()]
-    assert any(contract.refusal(subject, case) is None for subject in there)
+    assert any(isinstance(contract.adapted(subject, case), nn.Module) for subject in there)
 
 
 def test_every_base_layer_is_somewhere() -> None:
