@@ -175,3 +175,17 @@ def cut_later(fields: dict[str, Any]) -> None:
 )
 def test_a_model_that_is_cut_around_its_experts(fields):
     ranks.run(2, cut_later, fields)
+
+
+def random_states(folder: str, position: str) -> Tensor:
+    model = adapt(load(folder, "eager", EP2), {"lora_dropout": 0.5, "dropout_position": position, "r": 3}).train()
+    mixtures.loss_of(model(models.ids(1, 3))).backward()
+    return torch.get_rng_state()
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_dropout_leaves_the_generators_in_step(position, tmp_path):
+    """However many experts of a rank get tokens: what follows draws the same masks on all ranks that share a batch."""
+    mixtures.moe().save_pretrained(tmp_path)
+    states = ranks.run(2, random_states, str(tmp_path), position)
+    assert torch.equal(*states)

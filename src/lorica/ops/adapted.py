@@ -38,12 +38,14 @@ class Delta(NamedTuple):
         right: ``[r, cols]`` or ``[E, r, cols]``.
         spec: scale and dropout.
         host: the adapted layer.
+        generator: of the masks of its dropout, on a layer that lies over ranks.
     """
 
     left: Tensor
     right: Tensor
     spec: AdapterSpec
     host: Host
+    generator: torch.Generator | None = None
 
     def turned(self) -> Delta:
         """Return the delta of the transposed weight."""
@@ -117,7 +119,7 @@ class AdaptedWeight:
             stacklevel=3,
         )
         total = self.weight
-        for left, right, spec, _ in self.deltas:
+        for left, right, spec, *_ in self.deltas:
             total = total + spec.scaling * (left.to(total.dtype) @ right.to(total.dtype))
         return total
 
@@ -235,7 +237,7 @@ def _plus(y: Tensor, h: Tensor, right: Tensor, delta: Delta) -> Tensor:
 
 
 def _drop(x: Tensor, delta: Delta, position: str) -> Tensor:
-    return drop(x, delta.spec, position, delta.host.site, delta.host.training)
+    return drop(x, delta.spec, position, delta.host.site, delta.host.training, delta.generator)
 
 
 def _apart(delta: Delta, count: int) -> list[Delta]:

@@ -18,7 +18,14 @@ from lorica.engines.site import Site
 _MIX = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ, whose multiples are far apart
 
 
-def drop(x: Tensor, spec: AdapterSpec, position: str, site: Site | None, training: bool) -> Tensor:
+def drop(
+    x: Tensor,
+    spec: AdapterSpec,
+    position: str,
+    site: Site | None,
+    training: bool,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Apply the adapter's dropout to ``x`` if it belongs at ``position``.
 
     Args:
@@ -27,20 +34,30 @@ def drop(x: Tensor, spec: AdapterSpec, position: str, site: Site | None, trainin
         position: where in the adapter this is.
         site: where the layer lies.
         training: whether dropout is on.
+        generator: from :func:`generator_for`, where a layer drops more than once in a forward.
     """
     if not (spec.dropout and training and spec.dropout_position == position):
         return x
     if site is None:
         return F.dropout(x, spec.dropout)
-    generator = torch.Generator(x.device).manual_seed(_seed(site, "in" if position == "pre" else "out"))
+    generator = generator or generator_for(x.device, spec, site)
     keep = torch.empty_like(x).bernoulli_(1 - spec.dropout, generator=generator)
     return x * keep.div_(1 - spec.dropout) if spec.dropout < 1 else x * keep
 
 
+def generator_for(device: torch.device, spec: AdapterSpec, site: Site) -> torch.Generator:
+    """Return the generator of an adapter's masks in one forward of a layer that is cut, for one draw from the default.
+
+    A layer that drops a number of times that depends on this rank's tokens asks for it once, so that the default
+    generators stay in step.
+    """
+    return torch.Generator(device).manual_seed(_seed(site, "in" if spec.dropout_position == "pre" else "out"))
+
+
 def _seed(site: Site, role: str) -> int:
     seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
-    cut = site.layout.cut_of(role)
-    apart = [*((cut.axis,) if cut is not None else ()), *site.layout.sequence, *site.layout.data]
+    cuts = [cut.axis for dim in (role, "expert") if (cut := site.layout.cut_of(dim)) is not None]
+    apart = [*cuts, *site.layout.sequence, *site.layout.data]
     place = 0
     for name in dict.fromkeys(apart):
         axis = site.axes[name]

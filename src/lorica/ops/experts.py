@@ -23,6 +23,7 @@ from lorica.init import Factors
 from lorica.layout import Roles
 from lorica.ops.adapted import AdaptedWeight, Delta
 from lorica.ops.base import FactorShapes, Host, Op, Running
+from lorica.ops.dropout import generator_for
 
 
 class Parameter(Op):
@@ -66,13 +67,20 @@ class Parameter(Op):
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run ``base`` with the adapted weight in the parameter's place."""
         module = layer.get_base_layer()
-        deltas = tuple(Delta(*self.delta(module, factors), spec, layer) for factors, spec in running)
+        deltas = tuple(self._delta_of(module, factors, spec, layer) for factors, spec in running)
         weight: Any = module._parameters[self.weight_name]
         if isinstance(weight, AdaptedWeight):  # by another layer around this one
             weight, deltas = weight.weight, weight.deltas + deltas
         local = weight.to_local() if is_distributed(weight) else weight
         with _in_place_of(module, self.weight_name, AdaptedWeight(local, deltas), layer.target_name):
             return base(*args, **kwargs)
+
+    def _delta_of(self, module: nn.Module, factors: Factors, spec: AdapterSpec, layer: Host) -> Delta:
+        left, right = self.delta(module, factors)
+        generator = None
+        if spec.dropout and layer.training and layer.site is not None:
+            generator = generator_for(left.device, spec, layer.site)
+        return Delta(left, right, spec, layer, generator)
 
 
 class Experts(Parameter):
