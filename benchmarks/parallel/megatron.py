@@ -14,9 +14,9 @@ row, SP                all-reduce h, all-gather y, slice           all-gather dy
 row, SP, all-to-all    all-reduce h, all-to-all y                  all-to-all dy, all-reduce dh
 =====================  ==========================================  ====================================
 
-Gradients of both factors are whole on their rank, so nothing is sent for them. Parallel linears of megatron-core 0.16.1,
-put together in this way, send the same collectives and bytes (and one all-reduce of dx more in the second row, whose
-linears do not know of the gather before them).
+Gradients of both factors are whole on their rank, so nothing is sent for them. Parallel linears of megatron-core
+0.16.1, put together in this way, send the same collectives and bytes (and one all-reduce of dx more in the second row,
+whose linears do not know of the gather before them).
 """
 
 from __future__ import annotations
