@@ -39,7 +39,8 @@ class Engines:
         self._storage = fsdp.data_axes(model)
         native: Mapping[str, Axis] = getattr(_innermost(model), "lorica_mesh", {})
         stages = axis_of_stages(_innermost(model))
-        found = {**native, **_axes_of_layers(model), **self._storage, **_axes_of_weights(model), **({} if stages is None else {STAGES: stages})}
+        found = {**native, **_axes_of_layers(model), **self._storage, **_axes_of_weights(model)}
+        found |= {} if stages is None else {STAGES: stages}
         self.axes = {name: axis for name, axis in found.items() if axis.size > 1}
         data = {*self._storage, *(name for name in native if name in DATA_AXES)}
         self._data = tuple(name for name in self.axes if name in data)
