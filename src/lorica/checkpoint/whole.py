@@ -102,4 +102,3 @@ def _write(path: Path, tensors: Mapping[str, Stored], values: Iterator[Tensor]) 
 
 def _put(file: BinaryIO, value: Tensor) -> None:
     file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-
