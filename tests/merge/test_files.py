@@ -111,6 +111,7 @@ def test_the_directory_is_a_model_with_the_files_of_its_base(tmp_path: Path):
         index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values()) == sum(told[1:]) == told[0]
     )
     assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in found.values())
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     plain = load_base(tmp_path / "merged")
     assert plain.lm_head.weight is not plain.model.embed_tokens.weight
     assert torch.equal(plain.lm_head.weight, found["lm_head.weight"])
@@ -141,6 +142,23 @@ def test_unchanged_files_are_the_same_bytes_and_a_dtype_can_be_asked_for(tmp_pat
     assert load_base(tmp_path / "narrow").dtype == torch.bfloat16
 
 
+def test_names_that_transformers_changes_stay_what_they_are(tmp_path: Path):
+    base = tmp_path / "base"
+    model = models.tiny_gpt2()
+    model.save_pretrained(base)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["c_attn", "wte"])
+    stored = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(base / "model.safetensors").items()
+    }
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    merge_files(adapter, base, tmp_path / "merged")
+    assert tensors(tmp_path / "merged").keys() == stored.keys() | {"lm_head.weight"}
+    merged = load_base(tmp_path / "merged").state_dict()
+    wanted = load_base(merge_loaded(adapter, base, tmp_path / "loaded")).state_dict()
+    assert merged.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(merged[name], wanted[name])] == []
+
+
 def _edit(file: Path, change: Any) -> None:
     content = load_file(file)
     change(content)
@@ -165,7 +183,12 @@ def _short(content: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [(_nan, "NaN"), (_stranger, "unexpected.*z_proj"), (_short, "wrong shape"), (dict.clear, "miss")],
+    [
+        (_nan, "lora_A.weight holds NaN"),
+        (_stranger, "unexpected.*z_proj"),
+        (_short, "wrong shape"),
+        (dict.clear, "miss"),
+    ],
 )
 def test_an_adapter_that_does_not_fit_leaves_nothing_behind(change: Any, says: str, tmp_path: Path):
     base = save_base(models.tiny_llama(), tmp_path / "base")

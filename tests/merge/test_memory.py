@@ -60,8 +60,8 @@ def write_adapter(directory: Path, config: Any, **fields: Any) -> None:
 def test_memory_is_that_of_the_largest_tensor(dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from transformers import LlamaConfig
 
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1000, "num_attention_heads": 4}
-    config = LlamaConfig(num_hidden_layers=12, num_key_value_heads=4, dtype="bfloat16", **sizes)
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 1000, "num_attention_heads": 4}
+    config = LlamaConfig(num_hidden_layers=6, num_key_value_heads=4, dtype="bfloat16", **sizes)
     total, largest = write_base(tmp_path / "base", config)
     write_adapter(tmp_path / "adapter", config, use_dora=dora)
     chunk = 128 * 1024

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorica.merge.traced import NotFollowedError, Traced
 
-law = settings(deadline=None, derandomize=True, max_examples=80)
+law = settings(deadline=None, derandomize=True, max_examples=200)
 
 
 #: What may be done to a list of tensors of one shape, along a dimension, with a number.
@@ -37,10 +37,11 @@ def moved(tensors: list[Any], steps: list[tuple[str, int, int]]) -> list[Any]:
     return tensors
 
 
-steps = st.lists(st.tuples(st.sampled_from([*MOVES]), st.integers(-3, 3), st.integers(1, 3)), max_size=6)
+steps = st.lists(st.tuples(st.sampled_from([*MOVES]), st.integers(-3, 3), st.integers(1, 3)), min_size=2, max_size=6)
 
 
 @law
+@example([("cat", 0, 1), ("transpose", 1, 1), ("chunk", 1, 2)], [3, 4], 3)
 @given(steps, st.lists(st.integers(3, 5), min_size=2, max_size=3), st.integers(1, 4))
 def test_the_pieces_of_what_was_moved_are_views_of_what_it_came_from(steps, shape, count):
     real = [torch.arange(torch.Size(shape).numel()).view(shape) + 1000 * (i + 1) for i in range(count)]
