@@ -70,3 +70,18 @@ def test_merging_one_of_two_that_share_a_weight_leaves_the_other_alone():
         merged = model.merge_and_unload()
     assert merged.lm_head.weight is not merged.model.embed_tokens.weight
     assert torch.allclose(merged(batch).logits, adapted, atol=1e-5)
+
+
+def test_a_head_that_trained_apart_is_saved_apart(tmp_path):
+    config = lorica.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = lorica.get_peft_model(models.tiny_llama(tied=True), config)
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(1)
+    batch = models.ids(2, 5)
+    adapted = model(batch).logits
+    merged = model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    assert torch.allclose(type(merged).from_pretrained(tmp_path)(batch).logits, adapted, atol=1e-5)

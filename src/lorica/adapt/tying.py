@@ -54,6 +54,17 @@ def retie(model: nn.Module) -> None:
         _set_flag(model, True)
 
 
+def forget_tie(model: nn.Module) -> None:
+    """Say in the model's configuration that its ends share no weight, where one of them was replaced for good."""
+    try:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    weights = [getattr(end, "weight", None) for end in ends]
+    if None not in weights and weights[0] is not weights[1]:
+        _set_flag(model, False)
+
+
 def _set_flag(model: nn.Module, tied: bool) -> None:
     config = getattr(model, "config", None)
     if hasattr(config, "tie_word_embeddings"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorica.adapt import inject, trainable
-from lorica.adapt.tying import retie, untie
+from lorica.adapt.tying import forget_tie, retie, untie
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, suggest
 from lorica.layers import ModulesToSaveWrapper, Switch
@@ -271,7 +271,10 @@ class LoraModel(nn.Module):
         return self._unload(())
 
     def _unload(self, merged: Sequence[str]) -> nn.Module:
+        replaced = any(self.peft_config[name].modules_to_save for name in merged)
         inject.unload(self.model, merged)
+        if replaced:
+            forget_tie(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
