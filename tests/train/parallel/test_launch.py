@@ -17,6 +17,7 @@ import ranks
 import yaml
 
 import runs
+from lorica.cli import rank
 from lorica.errors import RecipeError
 from lorica.train import job, recipe, state
 
@@ -104,12 +105,26 @@ def test_torchrun_runs_the_command_as_it_is(base: Path, data_file: Path, tmp_pat
     assert numbers["axes"] == {"dp": 2}
 
 
-def test_a_mistake_that_only_ranks_find_is_told_once_and_not_tried_again(
-    base: Path, data_file: Path, tmp_path: Path
+def test_a_verdict_stands_and_ranks_that_find_one_leave_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", rank.DIRECTORY: str(tmp_path)}.items():
+        monkeypatch.setenv(key, value)
+    rank.begin()
+    rank.report("error: a lost rank", 1, "lost")
+    rank.begin()  # another try may go better
+    rank.report("error: a mistake", 2, "final")
+    rank.report("error: another", 1, "final")
+    assert rank.read_verdict(tmp_path) == (2, "error: a mistake")
+    with pytest.raises(SystemExit) as left:
+        rank.begin()
+    assert left.value.code == 2
+
+
+def test_a_mistake_that_only_ranks_find_is_told_once(base: Path, data_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(settings(base, data_file, tmp_path / "out") | {"parallel": {"tp": 3}}))
-    process = start("train", str(file), "-q")
+    process = start("train", str(file), "-q", "parallel.max_restarts=1")
     said, trouble = process.communicate(timeout=300)
     assert (process.returncode, said) == (2, ""), trouble
     assert trouble.count("do not divide over 3 ranks") == 1, trouble
@@ -152,7 +167,13 @@ def test_a_rank_that_hangs_becomes_an_error_in_time(base: Path, data_file: Path,
         ({"tp": 0}, "parallel.tp: expected greater than or equal to 1, got 0"),
         ({"sp": True}, "sp divides the tokens over the tensor-parallel ranks, of which there is one: set tp"),
         ({"pp": 2, "fsdp": 2}, "pp and fsdp exclude each other"),
-        ({"tp": 2, "sp": True, "engine": "transformers"}, "transformers has no sequence parallelism"),
+        (
+            {"tp": 2, "sp": True, "engine": "transformers"},
+            "transformers trains with neither sp nor pp (engine=transformers)",
+        ),
+        ({"pp": 2, "tp": 2, "ep": 2}, "transformers trains with neither sp nor pp (it cuts the experts)"),
+        ({"ep": 2}, "ep=2 has to be a multiple of tp=1 and to divide fsdp × tp = 1"),
+        ({"fsdp": 2, "ep": 2, "engine": "native"}, "lorica's own layers leave experts whole"),
         ({"dp": 3}, "2 rows do not divide over 3 data-parallel ranks"),
     ],
 )

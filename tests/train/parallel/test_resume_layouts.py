@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runs
-from lorica.checkpoint.shards import read_index
+from lorica.checkpoint import sharded
+from lorica.checkpoint.pieces import Piece
+from lorica.checkpoint.shards import ShardReader, ShardWriter, read_index
 from lorica.checkpoint.whole import consolidate
 from lorica.errors import CheckpointError
+from lorica.layout import Box
 from lorica.train import state
+from lorica.train.loop import Trainer
 
 CHAIN = [(1, {}), (2, {"tp": 2, "sp": True}), (4, {"fsdp": 2, "tp": 2}), (2, {"pp": 2}), (1, {})]
 
@@ -87,11 +94,36 @@ def test_asynchronous_checkpoints_hold_the_same(base: Path, data_file: Path, tmp
             assert consolidate(first / "state", tmp_path).read_bytes() == (first / state.ADAPTER).read_bytes()
 
 
-def test_the_file_of_shards_of_all_dtypes_is_the_one_safetensors_writes(tmp_path: Path) -> None:
-    from lorica.checkpoint import sharded
-    from lorica.checkpoint.pieces import Piece
-    from lorica.layout import Box
+def test_training_goes_on_while_a_checkpoint_is_written(
+    base: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, waited = [], []
+    step, write = Trainer.step, ShardWriter.write_data
 
+    def counted(self: Trainer) -> Any:
+        result = step(self)
+        steps.append(result)
+        return result
+
+    def late(self: ShardWriter, plan: Any, planner: Any) -> Any:
+        before, deadline = len(steps), time.monotonic() + 5
+        while len(steps) == before < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        waited.append(len(steps) - before)
+        return write(self, plan, planner)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(ShardWriter, "write_data", late)
+    values = settings(base, data_file, tmp_path / "out", checkpoint={"asynchronous": True})
+    values["training"]["steps"] = 2
+    many.run(1, values)
+    assert waited == [1, 0]
+    for checkpoint in state.complete(tmp_path / "out"):
+        saved = (checkpoint / state.ADAPTER).read_bytes()
+        assert consolidate(checkpoint / "state", tmp_path).read_bytes() == saved
+
+
+def test_the_file_of_shards_of_all_dtypes_is_the_one_safetensors_writes(tmp_path: Path) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.float16, torch.uint8, torch.float64, torch.bool]
     tensors = {f"t{n}é": torch.arange(6).view(2, 3).to(dtype) for n, dtype in enumerate(dtypes)}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
@@ -108,6 +140,25 @@ def test_the_file_of_shards_of_all_dtypes_is_the_one_safetensors_writes(tmp_path
     damaged.write_text(damaged.read_text().replace("shards-00000", "../shards-00000"))
     with pytest.raises(CheckpointError, match="none of a tensor"):
         consolidate(tmp_path / "state", tmp_path)
+
+
+def test_what_no_rank_owns_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
+    value = torch.arange(6.0).view(2, 3)
+    both = boxes(value, Box)
+    piece = Piece("factors/a", value.shape, both, value, (True, False))
+    with pytest.raises(CheckpointError, match="factors/a: the ranks hold 2 of its 6 elements"):
+        sharded.save(tmp_path, [piece], finish=lambda: None)
+    sharded.save(tmp_path, [replace(piece, owned=(True, True))], finish=lambda: None)
+    other = replace(piece, tensor=torch.empty(2, 3, dtype=torch.float16))
+    for wanted, message in ((replace(piece, name="factors/b"), "factors/b is missing"), (other, "needs .*float16")):
+        with pytest.raises(CheckpointError, match=message):
+            sharded.load(ShardReader(tmp_path), [wanted])
+    index = tmp_path / "index.json"
+    values = json.loads(index.read_text())
+    values["tensors"]["factors/a"]["shards"].pop()
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="the shards hold 2 of 6 elements"):
+        ShardReader(tmp_path)
 
 
 def boxes(value: torch.Tensor, box: Any) -> tuple[Any, ...]:
