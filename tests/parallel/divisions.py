@@ -94,6 +94,8 @@ class Division:
         subjects: names of the subjects that it can cut.
         data: how many groups of neighbouring ranks see batches of their own.
         late: what is done to the adapted model, where the engine comes after the adapter.
+        exact: whether an engine that comes after the adapter leaves the order of every sum as it was.
+        brief: whether only variants are tried, where another division says the rest of it.
         runner: how this rank's model is run.
         counted: whether the collectives of LoRA are counted against the base model's. Not where the engine itself
             reduces the factors' gradients in backward.
@@ -106,6 +108,8 @@ class Division:
     late: Callable[[nn.Module], nn.Module] | None = None
     runner: type[Plain] = Plain
     counted: bool = True
+    exact: bool = True
+    brief: bool = False
 
 
 def _mesh(**sizes: int) -> DeviceMesh:
@@ -251,7 +255,7 @@ DIVISIONS = {
     "native tp4": Division(4, native(tp=4)),
     "native tp8": Division(8, native(tp=8)),
     "native tp2 sp": Division(2, native(tp=2, sequence=True)),
-    "native tp8 phi3": Division(8, native(tp=8), ("phi3",)),
+    "native tp8 fused": Division(8, native(tp=8), ("phi3",), brief=True),
     "native pp2": Division(2, stages(pp=2), runner=Pipelined),
     "native pp2 tp2": Division(4, stages(pp=2, tp=2), runner=Pipelined),
     "native fsdp2 tp2": Division(4, native(fsdp=2, tp=2), data=2),
@@ -265,9 +269,9 @@ DIVISIONS = {
     "transformers ep2 tp2 fsdp2": Division(4, transformers(ep_size=2, tp_size=2, fsdp_size=2), ("qwen3-moe",), data=2),
     "torch tp2": Division(2, torch_tensor_parallel),
     "torch tp2 sp": Division(2, torch_sequence_parallel),
-    "torch fsdp2": Division(2, fully_sharded, data=2),
+    "torch fsdp2": Division(2, fully_sharded, ("llama", "llama's ends"), data=2),
     "torch fsdp2, adapted before": Division(2, whole, ("llama", "rest"), data=2, late=shard, counted=False),
-    "native tp2, adapted before": Division(2, whole, late=recut(_cut_natively), counted=False),
-    "torch tp2, adapted before": Division(2, whole, late=recut(_cut_by_torch), counted=False),
+    "native tp2, adapted before": Division(2, whole, late=recut(_cut_natively), counted=False, exact=False),
+    "torch tp2, adapted before": Division(2, whole, late=recut(_cut_by_torch), counted=False, exact=False),
     "ddp2": Division(2, whole, ("llama", "rest"), data=2, late=DistributedDataParallel, counted=False),
 }

@@ -124,6 +124,7 @@ def _rank(
     os.dup2(output, 1)
     os.dup2(output, 2)
     with open(f"{folder}/stack-{rank}", "w") as stack:
+        faulthandler.enable(file=stack)
         faulthandler.register(signal.SIGUSR1, file=stack)
         try:
             said = "value", _call(call, rank, size, folder, timeout, environment, filters)
@@ -171,21 +172,25 @@ def _collect(pipes: Sequence[Connection], timeout: float) -> dict[int, tuple[str
             try:
                 said[rank] = pickle.loads(pipe.recv_bytes())
             except (EOFError, OSError):
-                said[rank] = "error", ("died", "the process died")
+                said[rank] = "error", ("died", "the process died")  # of what, its exit code and its stack say
             if said[rank][0] == "error":
                 deadline = min(deadline, time.monotonic() + GRACE)
     return said
 
 
 def _stacks(processes: Sequence[Any], folder: str, said: dict[int, Any]) -> dict[int, str]:
-    """Return where the ranks are that said nothing."""
+    """Return where the ranks are that said nothing, or were when they died."""
     silent = [rank for rank in range(len(processes)) if rank not in said]
     for rank in silent:
         with contextlib.suppress(OSError):
             if Path(folder, f"stack-{rank}").exists():  # before that the signal would kill it
                 os.kill(processes[rank].pid, signal.SIGUSR1)
     time.sleep(0.3 if silent else 0)
-    return {rank: _text(Path(folder, f"stack-{rank}")) or "(did not start)" for rank in silent}
+    found = {rank: _text(Path(folder, f"stack-{rank}")) or "(did not start)" for rank in silent}
+    for rank in (rank for rank, (kind, what) in said.items() if kind == "error" and what[0] == "died"):
+        processes[rank].join(GRACE)
+        found[rank] = f"exit code {processes[rank].exitcode}\n{_text(Path(folder, f'stack-{rank}'))}"
+    return found
 
 
 def _error(
@@ -196,7 +201,7 @@ def _error(
     for rank in range(size):
         kind, what = said.get(rank, ("silent", None))
         head = {"value": "returned", "error": "failed", "silent": "was killed while here, innermost first"}[kind]
-        body = what[1] if kind == "error" else stacks.get(rank, "")
+        body = "\n".join(filter(None, (what[1] if kind == "error" else "", stacks.get(rank))))
         output = _text(Path(folder, f"output-{rank}"))[-4000:]
         lines += [f"\n---- rank {rank} {head}", body.rstrip(), *([f"---- it printed\n{output}"] if output else [])]
     return RankError("\n".join(lines), failed)

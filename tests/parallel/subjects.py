@@ -94,14 +94,14 @@ class Subject:
         fields: what is adapted, as fields of the config.
         embedding: how the name of the token embedding ends.
         there: whether it can be made here.
-        starts: whether initialisations are tried on it; not where it is another one's family, only larger.
+        brief: whether only variants are tried on it, since it is another one's family, only larger.
     """
 
     make: Callable[[], nn.Module]
     fields: dict[str, Any] = field(default_factory=dict)
     embedding: str = "embed_tokens"
     there: Callable[[], bool] = lambda: True
-    starts: bool = True
+    brief: bool = False
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model, frozen, in evaluation mode."""
@@ -125,7 +125,7 @@ SUBJECTS = {
         {"target_modules": _ALL[:4], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ),
     "phi3": Subject(_phi3, {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
-    "stories260K": Subject(_stories, {"target_modules": _ALL}, there=STORIES.exists, starts=False),
+    "stories260K": Subject(_stories, {"target_modules": _ALL}, there=STORIES.exists, brief=True),
     "rest": Subject(
         _rest,
         {"target_modules": ["conv1d", "conv2d", "conv3d", "attention", "turned"], "fan_in_fan_out": True},

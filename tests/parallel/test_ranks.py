@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import warnings
 
@@ -72,9 +73,18 @@ def _dies() -> None:
 
 
 def test_a_rank_dies() -> None:
-    with pytest.raises(RankError, match="the process died"):
+    with pytest.raises(RankError, match="the process died\nexit code 3"):
         run(2, _dies)
     assert run(2, dist.get_world_size) == [2, 2]
+
+
+def _crashes() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_rank_crashes() -> None:
+    with pytest.raises(RankError, match=r"exit code -11(?s:.*)in _crashes"):
+        run(2, _crashes)
 
 
 def _warns() -> None:
