@@ -28,6 +28,9 @@ from lorica.layout import Roles
 from lorica.ops import Op
 from lorica.variants import VARIANTS
 
+#: Adapters that take part in a forward.
+Running = list[tuple[Factors, AdapterSpec]]
+
 
 class Factor(nn.Module):
     """One factor of a product op, and the bias of B if it has one. It holds parameters; the op does the arithmetic."""
@@ -270,7 +273,7 @@ class LoraLayer(Merging):
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
-    def running(self) -> list[tuple[Factors, AdapterSpec]]:
+    def running(self) -> Running:
         """Return the adapters that take part in a forward: active, of this layer, and not merged."""
         if not self.switch.enabled:
             if self.merged_adapters:
@@ -283,30 +286,38 @@ class LoraLayer(Merging):
         """Return the base layer's output plus the parts of the running adapters."""
         if "adapter_names" in kwargs:
             raise NotImplementedError("adapter_names: batches that mix adapters are not implemented in this version")
-        if self.site is not None and self.site.opening is not None:
-            return self.base_layer(*args, **kwargs)  # whose engine calls _inside, between its collectives
-        return self._around(self, self.base_layer, *args, **kwargs)
+        base = self.base_layer
+        if self.site is not None:
+            if self.site.opening is not None:
+                return base(*args, **kwargs)  # whose engine calls _inside, between its collectives
+            return self._around(self, base, self.running(), *args, **kwargs)
+        running = self.running()
+        if not running:
+            return base(*args, **kwargs)
+        if self.training and is_distributed(base._parameters.get(self.op.weight_name)):
+            raise LayoutError(
+                f"{self.target_name}: the model was cut after the adapter was added; cut it inside "
+                "`with lorica.parallel.cutting(model) as base:`, so that the adapter is cut with it"
+            )
+        return self.op.forward(self, base, running, *args, **kwargs)
 
     def _inside(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         assert site.opening is not None
         layer = self if site is self.site else Across(self, site)
-        return self._around(layer, site.opening.original, *args, **kwargs)
+        running = [(factors, spec) for factors, spec in self.running() if self.site_of(spec) is site]
+        return self._around(layer, site.opening.original, running, *args, **kwargs)
 
     def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output ``y`` with the part that an adapter, of whichever variant, adds for the input ``x``."""
         return VARIANTS[spec.variant].add(y, x, self, factors, spec)
 
-    def _around(self, layer: LoraLayer | Across, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        running = [(factors, spec) for factors, spec in self.running() if self.site_of(spec) is layer.site]
+    def _around(
+        self, layer: LoraLayer | Across, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any
+    ) -> Any:
         if not running:
             return base(*args, **kwargs)
-        if self.site is None and is_distributed(self.base_layer._parameters.get(self.op.weight_name)):
-            raise LayoutError(
-                f"{self.target_name}: the model was cut after the adapter was added; cut it inside "
-                "`with lorica.parallel.cutting(model) as base:`, so that the adapter is cut with it"
-            )
         output = self.op.forward(layer, base, running, *args, **kwargs)
-        if self.site is not None and isinstance(output, Tensor) and output.requires_grad:
+        if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
         return output
 
