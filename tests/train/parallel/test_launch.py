@@ -26,7 +26,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
     values = runs.settings(base, data, output, lora__lora_dropout=0.1, **changes)
-    values["training"] |= {"eval_every": None, "steps": 60}
+    values["training"] |= {"eval_every": None, "steps": 40}
     values["log"] = {"every": 1}
     values["parallel"] = {"dp": 2}
     return values
@@ -50,9 +50,9 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.fixture
-def uninterrupted(base: Path, data_file: Path, tmp_path: Path) -> list[dict[str, Any]]:
-    return many.run(2, settings(base, data_file, tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return many.run(2, settings(base, data_file, tmp_path_factory.mktemp("whole") / "out"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -124,7 +124,7 @@ def test_a_verdict_stands_and_ranks_that_find_one_leave_at_once(
 def test_a_mistake_that_only_ranks_find_is_told_once(base: Path, data_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(settings(base, data_file, tmp_path / "out") | {"parallel": {"tp": 3}}))
-    process = start("train", str(file), "-q", "parallel.max_restarts=1")
+    process = start("train", str(file), "-q", "parallel.max_restarts=0")
     said, trouble = process.communicate(timeout=300)
     assert (process.returncode, said) == (2, ""), trouble
     assert trouble.count("do not divide over 3 ranks") == 1, trouble
