@@ -262,6 +262,21 @@ def opened(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
+def find_shard(source: Any, path: Path, name: str, shard: Shard) -> Any:
+    """Return a shard that can be indexed by slices, and is not read yet.
+
+    Raises:
+        CheckpointError: the file lacks it, or has it in another shape than the index says.
+    """
+    try:
+        part = source.get_slice(shard.key(name))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if tuple(part.get_shape()) != shard.sizes:
+        raise CheckpointError(f"{path}: {shard.key(name)} has shape {part.get_shape()}, the index says {shard.sizes}")
+    return part
+
+
 def read_shard(
     source: Any, path: Path, name: str, shard: Shard, stored: Stored, window: tuple[slice, ...] | None = None
 ) -> Tensor:
@@ -270,12 +285,7 @@ def read_shard(
     Raises:
         CheckpointError: the file holds something else than the index says.
     """
-    try:
-        part = source.get_slice(shard.key(name))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if tuple(part.get_shape()) != shard.sizes:
-        raise CheckpointError(f"{path}: {shard.key(name)} has shape {part.get_shape()}, the index says {shard.sizes}")
+    part = find_shard(source, path, name, shard)
     value: Tensor = part[window] if window else part[...]
     if value.dtype != stored.dtype:
         raise CheckpointError(f"{path}: {shard.key(name)} is {value.dtype}, the index says {stored.dtype}")

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorica.checkpoint.names import WEIGHTS_NAME
-from lorica.checkpoint.shards import Stored, opened, read_index, read_shard
+from lorica.checkpoint.shards import Stored, find_shard, opened, read_index, read_shard
 from lorica.errors import CheckpointError
 from lorica.files import atomic
+from lorica.files.tensors import DTYPES, TensorWriter
+from lorica.files.tensors import Stored as Placed
 
 FACTORS = "factors/"
 
-# safetensors' names of dtypes, in the order in which its own writer lays them out.
-_DTYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+# The order in which safetensors' own writer lays tensors out.
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def consolidate(state: Path, output: Path, *, each: Callable[[str], object] = lambda name: None) -> Path:
@@ -55,50 +46,32 @@ def consolidate(state: Path, output: Path, *, each: Callable[[str], object] = la
     }
     if not index:
         raise CheckpointError(f"{state} holds no adapter")
-    wanted = {name: stored for name, (_, stored) in index.items()}
-    with ExitStack() as files:
-        sources: dict[str, Any] = {}
+    wanted = sorted(index, key=lambda name: (_ORDER.index(_WORDS[index[name][1].dtype]), name))
 
-        def tensors() -> Iterator[Tensor]:
-            for name in _ordered(wanted):
-                yield _assembled(state, *index[name], sources, files)
+    def write(path: Path) -> None:
+        placed = {name: _placed(index[name][1]) for name in wanted}
+        with ExitStack() as files, TensorWriter(path, placed, {"format": "pt"}) as writer:
+            sources: dict[str, Any] = {}
+            for name in wanted:
+                writer.write(name, _assembled(state, *index[name], sources, files))
                 each(name)
 
-        atomic.write_file(output / WEIGHTS_NAME, lambda path: _write(path, wanted, tensors()))
+    atomic.write_file(output / WEIGHTS_NAME, write)
     return output / WEIGHTS_NAME
 
 
-def _ordered(tensors: Mapping[str, Stored]) -> list[str]:
-    sizes = list(_DTYPES)
-    return sorted(tensors, key=lambda name: (sizes.index(tensors[name].dtype), name))
+def _placed(stored: Stored) -> Placed:
+    return Placed(_WORDS[stored.dtype], stored.shape, 0, math.prod(stored.shape) * stored.dtype.itemsize)
 
 
 def _assembled(state: Path, name: str, stored: Stored, sources: dict[str, Any], files: ExitStack) -> Tensor:
-    whole = torch.empty(stored.shape, dtype=stored.dtype)
-    for shard in stored.shards:
+    for shard in stored.shards:  # all that is said of sizes is true before anything of that size is made
         path = state / shard.file
         if shard.file not in sources:
             sources[shard.file] = files.enter_context(opened(path))
+        find_shard(sources[shard.file], path, name, shard)
+    whole = torch.empty(stored.shape, dtype=stored.dtype)
+    for shard in stored.shards:
         place = tuple(slice(at, at + size) for at, size in zip(shard.offsets, shard.sizes, strict=True))
-        whole[place] = read_shard(sources[shard.file], path, name, shard, stored)
+        whole[place] = read_shard(sources[shard.file], state / shard.file, name, shard, stored)
     return whole
-
-
-def _write(path: Path, tensors: Mapping[str, Stored], values: Iterator[Tensor]) -> None:
-    """Write a safetensors file whose tensors come one by one, in the order of :func:`_ordered`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in _ordered(tensors):
-        shape, dtype, _ = tensors[name]
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in values:
-            _put(file, value)
-
-
-def _put(file: BinaryIO, value: Tensor) -> None:
-    file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")

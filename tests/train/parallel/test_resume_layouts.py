@@ -137,9 +137,19 @@ def test_the_file_of_shards_of_all_dtypes_is_the_one_safetensors_writes(tmp_path
     assert len(read_index(tmp_path / "state")["factors/t0é"].shards) == 2
     assert consolidate(tmp_path / "state", tmp_path).read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
     damaged = tmp_path / "state" / "index.json"
-    damaged.write_text(damaged.read_text().replace("shards-00000", "../shards-00000"))
-    with pytest.raises(CheckpointError, match="none of a tensor"):
-        consolidate(tmp_path / "state", tmp_path)
+    whole = damaged.read_text()
+    values = json.loads(whole)
+    huge = [10**9, 10**9]
+    values["tensors"]["factors/t0é"] |= {"shape": huge, "shards": [[[0, 0], huge, "shards-00000.safetensors"]]}
+    for text, message in (
+        (whole.replace("shards-00000", "../shards-00000"), "none of a tensor"),
+        (json.dumps(values), "the index says"),
+        (whole.replace("lorica.shards.1", "lorica.shards.9"), "expected 'lorica.shards.1'"),
+        (whole.replace("[2, 3]", "[2, -3]"), "no lengths"),
+    ):
+        damaged.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            consolidate(tmp_path / "state", tmp_path)
 
 
 def test_what_no_rank_owns_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
