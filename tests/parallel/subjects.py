@@ -50,6 +50,17 @@ def _phi3() -> nn.Module:
     return Phi3ForCausalLM(Phi3Config(**_SIZES, intermediate_size=48))
 
 
+def _deepseek() -> nn.Module:
+    """Latent attention: a projection that every rank has whole and of whose output a part bypasses the next one."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    heads = {"num_key_value_heads": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16}
+    experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**_SIZES, **heads, **ranks, **experts, **groups}))
+
+
 def _rest() -> nn.Module:
     torch.backends.mha.set_fastpath_enabled(False)  # which rounds otherwise, and is taken only where nothing trains
     return Rest()
@@ -125,6 +136,10 @@ SUBJECTS = {
         {"target_modules": _ALL[:4], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ),
     "phi3": Subject(_phi3, {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
+    "deepseek": Subject(
+        _deepseek,
+        {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "up_proj"]},
+    ),
     "stories260K": Subject(_stories, {"target_modules": _ALL}, there=STORIES.exists, brief=True),
     "rest": Subject(
         _rest,
