@@ -261,7 +261,7 @@ DIVISIONS = {
     "native fsdp2 tp2": Division(4, native(fsdp=2, tp=2), data=2),
     "native dp2": Division(2, native(dp=2, tp=1), data=2),
     "native dp2 tp2": Division(4, native(dp=2, tp=2), data=2),
-    "transformers tp2": Division(2, transformers(tp_size=2), _ALL),
+    "transformers tp2": Division(2, transformers(tp_size=2), (*_ALL, "deepseek")),
     "transformers fsdp2": Division(2, transformers(fsdp_size=2), data=2),
     "transformers fsdp2 tp2": Division(4, transformers(fsdp_size=2, tp_size=2), data=2),
     "transformers ep2": Division(2, transformers(ep_size=2, fsdp_size=2), ("qwen3-moe",), data=2),
@@ -270,7 +270,9 @@ DIVISIONS = {
     "torch tp2": Division(2, torch_tensor_parallel),
     "torch tp2 sp": Division(2, torch_sequence_parallel),
     "torch fsdp2": Division(2, fully_sharded, ("llama", "llama's ends"), data=2),
-    "torch fsdp2, adapted before": Division(2, whole, ("llama", "rest"), data=2, late=shard, counted=False),
+    "torch fsdp2, adapted before": Division(
+        2, whole, ("llama", "llama's ends", "rest"), data=2, late=shard, counted=False
+    ),
     "native tp2, adapted before": Division(2, whole, late=recut(_cut_natively), counted=False, exact=False),
     "torch tp2, adapted before": Division(2, whole, late=recut(_cut_by_torch), counted=False, exact=False),
     "ddp2": Division(2, whole, ("llama", "rest"), data=2, late=DistributedDataParallel, counted=False),
