@@ -16,33 +16,33 @@ from lorica.engines.site import Axis
 def meshes(model: nn.Module) -> Iterator[DeviceMesh]:
     """Yield the data-parallel mesh of every group of parameters that ``fully_shard`` manages."""
     seen: list[DeviceMesh] = []
-    for module in model.modules():
-        if not is_fully_sharded(module):
-            continue
-        for group in _groups(module._get_fsdp_state()):
-            if not any(group.mesh_info.mesh is mesh for mesh in seen):
-                seen.append(group.mesh_info.mesh)
-                yield group.mesh_info.mesh
+    for group in _groups(model):
+        if not any(group.mesh_info.mesh is mesh for mesh in seen):
+            seen.append(group.mesh_info.mesh)
+            yield group.mesh_info.mesh
 
 
 def managed(model: nn.Module) -> set[int]:
     """Return the identities of the parameters, as they are at rest, that ``fully_shard`` manages."""
     reshard(model)
-    states = (module._get_fsdp_state() for module in model.modules() if is_fully_sharded(module))
-    groups = (group for state in states for group in _groups(state))
-    return {id(managed.sharded_param) for group in groups for managed in group.fsdp_params}
+    return {id(managed.sharded_param) for group in _groups(model) for managed in group.fsdp_params}
 
 
-def _groups(state: Any) -> list[Any]:
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
+def _groups(model: nn.Module) -> list[Any]:
+    """Return the groups of parameters inside a model, and of what stands around it and runs forwards with it."""
+    states: dict[int, Any] = {}
+    for module in model.modules():
+        if is_fully_sharded(module):
+            state: Any = module._get_fsdp_state()
+            states.update((id(one), one) for one in [state, *state._state_ctx.all_states])
+    groups = (getattr(one, "_fsdp_param_groups", None) or [one._fsdp_param_group] for one in states.values())
+    return [group for found in groups for group in found if group is not None]
 
 
 def reshard(model: nn.Module) -> None:
     """Let every parameter be what it is at rest; what is written into a gathered one would be lost."""
-    for module in model.modules():
-        if is_fully_sharded(module):
-            module.reshard()
+    for group in _groups(model):
+        group.reshard()
 
 
 def data_axes(model: nn.Module) -> dict[str, Axis]:

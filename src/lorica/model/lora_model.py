@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lorica.adapt import inject, trainable
 from lorica.adapt.tying import forget_tie, retie, untie
 from lorica.config import LoraConfig
+from lorica.engines import fsdp
 from lorica.errors import AdapterError, suggest
 from lorica.layers import ModulesToSaveWrapper, Switch
 from lorica.layers.merging import inexact_message
@@ -228,6 +229,7 @@ class LoraModel(nn.Module):
         names = list(self.switch.active if adapter_names is None else adapter_names)
         for name in names:
             self._need(name)
+        fsdp.reshard(self.model)
         layers = inject.lora_layers(self.model)
         for layer in tqdm(layers, disable=not (progressbar and safe_merge), desc="Checking"):
             layer.check_merge(layer.mergeable(names), finite=safe_merge)
@@ -238,6 +240,7 @@ class LoraModel(nn.Module):
     def unmerge_adapter(self) -> None:
         """Take all merged deltas out again; a warning says so where a weight's dtype could not keep it exactly."""
         inexact = None
+        fsdp.reshard(self.model)
         for layer in inject.lora_layers(self.model):
             if layer.merged and not layer.unmerge_quietly():
                 inexact = layer.base_weight.dtype
@@ -265,6 +268,7 @@ class LoraModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Return the base model without its adapters, as it was."""
+        fsdp.reshard(self.model)
         for layer in inject.lora_layers(self.model):
             layer.unmerge_quietly()
         retie(self.model)
