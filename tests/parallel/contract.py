@@ -289,7 +289,9 @@ def check_all(place: Place, case: Case, oracle: nn.Module, cut: nn.Module) -> No
         with model.disable_adapter():
             before = run.logits(mine)
     if case.off:
-        same = equal if place.division.exact else near
+        # Sums over ranks in the start and in a forward may differ in their order.
+        ordered = place.division.exact and (not case.collectives or place.division.ranks == 1)
+        same = equal if ordered else near
         same(run.logits(mine), before, "I8: the output of an adapter that has learned nothing")
     fill(oracle, model)
     with model.disable_adapter():
