@@ -27,7 +27,9 @@ def readable(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            rank.end()
+            return result
         except typer.Exit as leaving:
             if leaving.exit_code and rank.is_rank():
                 rank.report("", leaving.exit_code, "final")

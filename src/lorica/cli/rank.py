@@ -48,6 +48,16 @@ def begin() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def end() -> None:
+    """Take down what connects this rank with the others, if there are any."""
+    if not is_rank():
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def report(message: str, code: int, kind: Kind) -> None:
     """Tell the launcher why this rank is about to leave with ``code``."""
     torchruns = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}

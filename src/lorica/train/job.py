@@ -27,7 +27,7 @@ from lorica.train.data import fingerprint
 from lorica.train.loop import Schedule, Trainer, train
 from lorica.train.metrics import Metrics, Record
 from lorica.train.ranks import Ranks
-from lorica.train.recipe import LoraSection, Recipe, dump_yaml
+from lorica.train.recipe import LoraSection, Recipe, check_rows, dump_yaml
 from lorica.train.signals import Interrupted, StopRequest
 
 # What a run writes into its output directory, and all that --overwrite removes from it.
@@ -86,6 +86,7 @@ def run(
     metrics.require(recipe.log)
     with ranks.answered():
         joined = ranks.join(recipe.parallel, ranks.device(recipe.training.device))
+        check_rows(recipe.training.batch_size, joined.share[1])
         if not joined.first:
             progress, notify = False, _say_nothing
         if ranks.restarted() and state.launched_by(recipe.output) == ranks.launch():
@@ -132,8 +133,10 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     joined, where = joined or Ranks(), ranks.device(training.device)
     tokenizer = models.load_tokenizer(model.path, model.revision)
     length = models.max_length(model.path, model.revision, recipe.data.max_length)
-    with joined.first_goes_first():  # it may fill a cache on the disk that the others then find
-        loaded = sources.load(recipe.data, tokenizer, length, training.seed)
+    if joined.size > 1:
+        with joined.first_goes_first():  # it may fill a cache on the disk that the others then find
+            sources.check(recipe.data)
+    loaded = sources.load(recipe.data, tokenizer, length, training.seed)
     base = layouts.load_base(
         recipe.parallel,
         joined,

@@ -188,12 +188,6 @@ def fill(section: ParallelSection, size: int) -> ParallelSection:
     return section
 
 
-def leave() -> None:
-    """Take the process groups down."""
-    if started() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def limit_waiting(limit: timedelta) -> None:
     """Let no collective of any group wait longer; groups of a mesh do not take the default group's limit."""
     if not dist.is_initialized():

@@ -270,12 +270,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> Recipe:
-        rows, ranks = self.training.batch_size, self.parallel.data_ranks
-        if rows % ranks:
-            raise ValueError(
-                f"training.batch_size: {rows} rows do not divide over {ranks} data-parallel ranks "
-                f"(parallel.dp × parallel.fsdp); the next that do are {rows - rows % ranks + ranks}"
-            )
+        check_rows(self.training.batch_size, self.parallel.data_ranks)
         if self.parallel.ranks > 1 and ":" in self.training.device:
             raise ValueError(f"training.device: {self.training.device} is one device; ranks choose their own")
         return self
@@ -283,6 +278,19 @@ class Recipe(_Section):
     @property
     def output(self) -> Path:
         return Path(self.output_dir).expanduser()
+
+
+def check_rows(rows: int, ranks: int) -> None:
+    """Refuse a batch that data-parallel ranks could not share evenly.
+
+    Raises:
+        RecipeError: it says which batches they could.
+    """
+    if rows % ranks:
+        raise RecipeError(
+            f"training.batch_size: {rows} rows do not divide over {ranks} data-parallel ranks "
+            f"(parallel.dp × parallel.fsdp); the next that do are {rows - rows % ranks + ranks}"
+        )
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
