@@ -42,7 +42,7 @@ class Engines:
         found = {**native, **_axes_of_layers(model), **self._storage, **_axes_of_weights(model)}
         found |= {} if stages is None else {STAGES: stages}
         self.axes = {name: axis for name, axis in found.items() if axis.size > 1}
-        data = {*self._storage, *(name for name in native if name in DATA_AXES)}
+        data = {*self._storage, *DATA_AXES}
         self._data = tuple(name for name in self.axes if name in data)
 
     def site(self, name: str, module: nn.Module, weight_name: str, roles: Roles) -> Site | None:
@@ -96,7 +96,9 @@ class Engines:
         return Site(layout, {**self.axes, **module.axes})  # type: ignore[dict-item]
 
     def _layout(self, weight: Tensor, roles: Roles, module: nn.Module, name: str) -> Layout:
-        cuts = cuts_of(weight, roles, self._storage, name) if is_distributed(weight) else ()
+        # By name too: the module that fully_shard was applied to may stand around the one that is described.
+        storage = {*self._storage, *DATA_AXES}
+        cuts = cuts_of(weight, roles, storage, name) if is_distributed(weight) else ()
         data = tuple(axis for axis in self._data if axis in self._axes_of(weight))
         batches = self._batches(cuts)
         return Layout(_sizes(weight, roles), cuts, sequence=_sequence(module), data=data, batches=batches)
