@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import permutations
 
 import pytest
@@ -125,11 +124,12 @@ class Machine:
         return Task(lambda: self.work(name, seconds), reset=lambda: None)
 
 
-def test_sleeps_give_their_ratio():
-    tasks = {LORICA: Task(lambda: time.sleep(0.004)), PEFT: Task(lambda: time.sleep(0.012))}
-    seconds = interleave(tasks, 9)
+def test_waits_give_their_ratio():
+    machine = Machine()
+    tasks = {LORICA: machine.task("l", 0.004), PEFT: machine.task("p", 0.012)}
+    seconds = interleave(tasks, 9, clock=lambda: machine.now)
     figure = suite._timed(_measure(), _case(), seconds)
-    assert figure.ratio == pytest.approx(1 / 3, rel=0.25)
+    assert figure.ratio == pytest.approx(1 / 3, rel=1e-6)
     assert all(len(samples) == 9 for samples in seconds.values())
 
 
