@@ -10,11 +10,14 @@ import pytest
 import ranks
 import test_fused
 import torch
+import torch.distributed as dist
 from divisions import DIVISIONS
 from subjects import SUBJECTS, batch, logits_of, loss_of
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import lorica
+from lorica.parallel import RowParallelLinear
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
 #: Row-parallel ones among them, in the two layers.
@@ -161,3 +164,22 @@ def idle_magnitudes() -> None:
 
 def test_projections_that_are_not_adapted_have_no_magnitudes() -> None:
     ranks.run(2, idle_magnitudes)
+
+
+def _moved() -> bool:
+    """Between two forwards one rank's weight moves in memory, as a gathered one may."""
+    torch.manual_seed(1)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    base = torch.nn.Sequential(RowParallelLinear.from_linear(torch.nn.Linear(8, 6), mesh)).requires_grad_(False)
+    model = lorica.get_peft_model(base, lorica.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    x = torch.ones(2, 8)
+    with torch.no_grad():
+        before = model(x)
+        if dist.get_rank() == 1:
+            weight = model.base_model.model[0].base_layer.weight
+            weight.data = weight.data.clone()
+        return torch.equal(before, model(x))
+
+
+def test_ranks_agree_on_whether_norms_are_still_good() -> None:
+    assert ranks.run(2, _moved, timeout=20) == [True, True]

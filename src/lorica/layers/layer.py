@@ -80,6 +80,7 @@ class LoraLayer(Merging):
     def settle(self, site: Site | None) -> None:
         """Take the place among the ranks that ``site`` describes; the factors are not touched."""
         self.leave()
+        self.notes.clear()
         self.site = site
         for place in _places(site):
             place.opening.put(partial(self._inside, place))

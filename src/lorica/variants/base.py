@@ -18,10 +18,12 @@ class Hosting(Host, Protocol):
 
     Attributes:
         op: the layer's mathematics.
+        specs: the adapters of the layer by their names.
         notes: room for what a variant wants to find again in the next forward; emptied when an adapter comes or goes.
     """
 
     op: Op
+    specs: dict[str, AdapterSpec]
     notes: dict[Any, Any]
 
     def unmerged_weight(self) -> Tensor:

@@ -175,16 +175,23 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
 
     Writes are seen through torch's version counters and, since fully-sharded parallelism hides them there, through the
     steps of any optimiser. A write through ``.data`` moves neither.
+
+    Where norms are collective, all ranks have to come to the same answer. So it depends there on nothing that is a
+    rank's own, such as where in memory a gathered weight happens to lie.
     """
     weight = getattr(layer.base_layer, layer.op.weight_name)
     sources: tuple[Tensor, ...] = (weight, factors.a, factors.b)
     if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
         return norms(layer, factors, spec)
-    place = layer.base_weight.data_ptr()  # engines hand the forward a new object around the same memory
-    state = (_steps, spec.scaling, place, id(factors.a), *(tensor._version for tensor in sources))
-    kept = layer.notes.get(id(factors.b))
+    adapter = next(name for name, known in layer.specs.items() if known is spec)
+    place: tuple[int, ...] = ()
+    if not _axes_of_terms(layer):
+        # Engines hand the forward a new object around the same memory.
+        place = (layer.base_weight.data_ptr(), id(factors.a), id(factors.b))
+    state = (_steps, spec.scaling, place, *(tensor._version for tensor in sources))
+    kept = layer.notes.get(adapter)
     if kept is None or kept[0] != state:
-        kept = layer.notes[id(factors.b)] = (state, norms(layer, factors, spec))
+        kept = layer.notes[adapter] = (state, norms(layer, factors, spec))
     norm: Tensor = kept[1]
     return norm
 
