@@ -78,8 +78,9 @@ def test_before_and_after_are_the_same(engine: str) -> None:
     ranks.run(2, _before_and_after, engine, LLAMA.fields)
 
 
-def test_also_of_modules_that_train_whole() -> None:
-    ranks.run(2, _before_and_after, "native", EVERYTHING)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_also_of_modules_that_train_whole(engine: str) -> None:
+    ranks.run(2, _before_and_after, engine, EVERYTHING)
 
 
 def _refusals() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,8 @@ from lorica.adapt.inject import Places, adapter_modules, base_of
 from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter
 from lorica.checkpoint.pieces import piece_of
 from lorica.engines import Engines
+from lorica.engines.duplicate import duplicate
+from lorica.engines.kinds import is_distributed
 from lorica.errors import AdapterError, LayoutError
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 from lorica.ops import op_of
@@ -57,9 +58,9 @@ def cutting(model: nn.Module) -> Iterator[nn.Module]:
         yield base
     finally:
         _cover(base, layers)
+    after = {adapter: _entries(base, adapter) for adapter, _ in before}
     for (adapter, name), values in before.items():
-        entry = _entries(base, adapter)[name]
-        _take_slice(name, entry, values)
+        _take_slice(name, after[adapter][name], values)
     watch(base)
 
 
@@ -71,7 +72,7 @@ def _cover(base: nn.Module, layers: list[tuple[str, LoraLayer | ModulesToSaveWra
         if isinstance(module, ModulesToSaveWrapper):
             module.original_module = cut
             for adapter, old in list(module.modules_to_save.items()):
-                module.modules_to_save[adapter] = new = copy.deepcopy(cut)
+                module.modules_to_save[adapter] = new = duplicate(cut)
                 new.requires_grad_(any(parameter.requires_grad for parameter in old.parameters()))
         else:
             op = module.op if module.op.weight_name in cut._parameters and op_of(cut) is None else op_of(cut)
@@ -101,7 +102,7 @@ def _take_slice(name: str, entry: Entry, values: Tensor) -> None:
     if entry.site is None:
         return
     shape = entry.site.layout.local_shape(entry.roles, values.shape, entry.site.at)
-    if tuple(entry.tensor.shape) != tuple(shape):
+    if not is_distributed(entry.tensor) and tuple(entry.tensor.shape) != tuple(shape):
         entry.tensor.data = values.new_empty(shape)
     piece = piece_of(name, entry)
     piece.write(piece.read(entry.saved(values)))

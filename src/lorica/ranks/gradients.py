@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorica.adapt.inject import adapter_modules, base_of, switch_of
-from lorica.engines.kinds import is_distributed
+from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES, axis_of_stages
 from lorica.layers import LoraLayer
@@ -85,8 +85,7 @@ def _by_axis(items: Sequence[Trained]) -> Iterator[tuple[Axis, list[_Share]]]:
 
 
 def _length(share: _Share, axis: Axis) -> int:
-    parameter: Tensor = share.item.parameter
-    local = parameter.to_local() if is_distributed(parameter) else parameter
+    local = at_rest(share.item.parameter).local
     rows = _logical_rows(share, local, axis)
     return local.numel() if rows is None else rows * math.prod(local.shape[1:])
 
@@ -123,16 +122,14 @@ def _reduce(shares: Sequence[_Share], axis: Axis) -> None:
 
 def _packed(share: _Share, gradient: Tensor | None, axis: Axis) -> Tensor:
     """Return the gradient as this rank's summand: flat, at least float32; copied rows in the place of logical ones."""
-    parameter = share.item.parameter
     if gradient is None:
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        gradient = torch.zeros_like(local)
+        gradient = torch.zeros_like(at_rest(share.item.parameter).local)
     rows = _logical_rows(share, gradient, axis)
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if rows is None:
         return gradient.reshape(-1).to(wide)
     whole = torch.zeros((rows, *gradient.shape[1:]), dtype=wide, device=gradient.device)
-    for logical, local in _places(share, axis):
+    for logical, local in _places(share):
         whole[logical] = gradient[local].to(wide)
     return whole.flatten()
 
@@ -143,7 +140,7 @@ def _unpack(share: _Share, gradient: Tensor, values: Tensor, axis: Axis) -> None
         gradient.copy_(values.view(gradient.shape))
         return
     whole = values.view(rows, *gradient.shape[1:])
-    for logical, local in _places(share, axis):
+    for logical, local in _places(share):
         gradient[local] = whole[logical].to(gradient.dtype)
 
 
@@ -154,7 +151,7 @@ def _logical_rows(share: _Share, gradient: Tensor, axis: Axis) -> int | None:
     return share.item.site.layout.sizes["out"]
 
 
-def _places(share: _Share, axis: Axis) -> Iterable[tuple[slice, slice]]:
+def _places(share: _Share) -> Iterable[tuple[slice, slice]]:
     place = 0
     layout = share.item.site.layout
     for start, stop in layout.held("out", layout.sizes["out"], share.item.site.at):
