@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorica.adapt.inject import base_of
 from lorica.engines import Engines
 from lorica.engines.kinds import is_distributed
-from lorica.engines.rest import at_rest
+from lorica.engines.rest import at_rest, storage_axes
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES
 from lorica.ranks.gradients import sum_gradients
@@ -90,11 +90,7 @@ def _held_over(parameter: nn.Parameter, item: Trained | None) -> dict[str, Axis]
     """Return the axes whose ranks hold different elements of a parameter."""
     if item is not None:
         return item.sharded_over
-    if not is_distributed(parameter):
-        return {}
-    placed = enumerate(parameter.placements)
-    found = [Axis.of(parameter.device_mesh, dim) for dim, placement in placed if hasattr(placement, "dim")]
-    return {axis.name: axis for axis in found}
+    return {axis.name: axis for _, axis in storage_axes(parameter)}
 
 
 def _counted(item: Trained, norm_type: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lorica.adapt.inject import base_of
 from lorica.checkpoint.names import Entry, adapter_entries
 from lorica.engines.kinds import is_distributed
+from lorica.engines.rest import storage_axes
 from lorica.engines.site import Axis, Site
 from lorica.errors import AdapterError
 from lorica.layout import Roles
@@ -44,10 +45,7 @@ class Trained:
     def sharded_over(self) -> dict[str, Axis]:
         """The axes whose ranks hold different elements of it."""
         cut = {name: self.site.axes[name] for name in self.site.layout.sharded(self.roles)}
-        if is_distributed(self.parameter):
-            mesh, placements = self.parameter.device_mesh, self.parameter.placements
-            placed = [Axis.of(mesh, dim) for dim, placement in enumerate(placements) if hasattr(placement, "dim")]
-            cut |= {axis.name: axis for axis in placed}
+        cut |= {axis.name: axis for _, axis in storage_axes(self.parameter)}
         return {name: axis for name, axis in cut.items() if axis.size > 1}
 
     def local_gradient(self) -> Tensor | None:
