@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import lorica
 from lorica.cli.app import app
 from lorica.train import metrics
+from lorica.train.state import Saver
 
 SHARED = Path(os.environ.get("LORICA_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 MODEL, TEXT = SHARED / "models" / "stories260K", SHARED / "data" / "tinyshakespeare.txt"
@@ -49,7 +51,7 @@ def test_the_held_out_loss_is_as_low_as_with_peft(tmp_path: Path, monkeypatch: p
     peft: Any = pytest.importorskip("peft")
     text = tmp_path / "text.txt"
     text.write_text(TEXT.read_text(encoding="utf-8")[:200_000], encoding="utf-8")
-    ours, factors = lorica.get_peft_model, {}
+    ours, ours_config, factors = lorica.get_peft_model, lorica.LoraConfig, {}
 
     def from_lorica(model: Any, config: Any) -> Any:
         adapted = ours(model, config)
@@ -57,7 +59,11 @@ def test_the_held_out_loss_is_as_low_as_with_peft(tmp_path: Path, monkeypatch: p
         return adapted
 
     def config_of_peft(**fields: Any) -> Any:
-        return peft.LoraConfig(**{k: v for k, v in fields.items() if k not in ("dropout_position", "lora_dtype")})
+        known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+        own = {k: v for k, v in fields.items() if k not in known}
+        defaults = ours_config(**fields), ours_config(**{k: v for k, v in fields.items() if k in known})
+        assert defaults[0] == defaults[1], f"the recipe sets a field of lorica alone: {own}"
+        return peft.LoraConfig(**{k: v for k, v in fields.items() if k in known})
 
     def from_peft(model: Any, config: Any) -> Any:
         adapted = peft.get_peft_model(model, config)
@@ -69,6 +75,7 @@ def test_the_held_out_loss_is_as_low_as_with_peft(tmp_path: Path, monkeypatch: p
     # The same command, recipe, data, order, optimiser, loop, initial factors; only the layers are the other library's.
     monkeypatch.setattr(lorica, "LoraConfig", config_of_peft)
     monkeypatch.setattr(lorica, "get_peft_model", from_peft)
+    monkeypatch.setattr(Saver, "save", lambda self: tmp_path)  # training states name the tensors of lorica's layers
     start, theirs = held_out_loss(tmp_path / "peft", text)
     print(f"before {before:.4f}, lorica {after:.4f}, peft {theirs:.4f}")
     assert start == pytest.approx(before, rel=1e-5)
