@@ -9,9 +9,17 @@ import lorica
 import lorica.parallel
 
 NAMES = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -22,6 +30,7 @@ NAMES = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "VeloraConfig",
     "__version__",
     "cast_mixed_precision_params",
     "get_layer_status",

@@ -3,7 +3,22 @@
 from lorica._version import __version__
 from lorica.checkpoint.loading import set_peft_model_state_dict
 from lorica.checkpoint.saving import get_peft_model_state_dict
-from lorica.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
+from lorica.config import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    PeftConfig,
+    PeftType,
+    TaskType,
+    VeloraConfig,
+)
 from lorica.helpers import cast_mixed_precision_params, prepare_model_for_kbit_training
 from lorica.model import (
     LoraModel,
@@ -21,9 +36,17 @@ from lorica.model import (
 )
 
 __all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -34,6 +57,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "VeloraConfig",
     "__version__",
     "cast_mixed_precision_params",
     "get_layer_status",

@@ -28,8 +28,8 @@ LATER = [
     {"monteclora_config": {"num_samples": 2}},
     {"use_qalora": True},
     {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
-    {"corda_config": {"x": 1}, "init_lora_weights": "corda"},
-    {"lora_ga_config": {"x": 1}, "init_lora_weights": "lora_ga"},
+    {"corda_config": {}, "init_lora_weights": "corda"},
+    {"lora_ga_config": {}, "init_lora_weights": "lora_ga"},
     {"megatron_config": {"tensor_model_parallel_size": 2}},
 ]
 
@@ -50,6 +50,10 @@ def test_what_is_not_there_yet_is_refused_by_name(fields: dict) -> None:
         ({"r": -3}, "r"),
         ({"r": 2.5}, "r"),
         ({"lora_dropout": 1.5}, "lora_dropout"),
+        ({"eva_config": {"rho": 0.5}}, "rho"),
+        ({"eva_config": {"roh": 1.5}}, "eva_config"),
+        ({"corda_config": 3}, "corda_config"),
+        ({"use_bdlora": {"target_modules_bd_a": ["x"], "target_modules_bd_b": ["x"]}}, "overlapping"),
         ({"lora_dropout": -0.1}, "lora_dropout"),
         ({"bias": "some"}, "bias"),
         ({"dropout_position": "middle"}, "dropout_position"),

@@ -2,6 +2,34 @@
 
 from lorica.config.base import CONFIG_NAME, PeftConfig, PeftType, TaskType
 from lorica.config.lora import LoraConfig, LoraRuntimeConfig
+from lorica.config.options import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 from lorica.config.spec import AdapterSpec
 
-__all__ = ["CONFIG_NAME", "AdapterSpec", "LoraConfig", "LoraRuntimeConfig", "PeftConfig", "PeftType", "TaskType"]
+__all__ = [
+    "CONFIG_NAME",
+    "AdapterSpec",
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "PeftConfig",
+    "PeftType",
+    "TaskType",
+    "VeloraConfig",
+]

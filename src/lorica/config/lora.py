@@ -7,6 +7,19 @@ from typing import Any, ClassVar, Literal
 
 from lorica.config.base import PeftConfig, PeftType
 from lorica.config.checks import check_lora_config
+from lorica.config.options import (
+    OPTIONS,
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    options_of,
+)
 
 
 @dataclass
@@ -88,16 +101,16 @@ class LoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata=_help("Rows of the embedding that train.")
     )
-    loftq_config: Any = field(default_factory=dict, metadata=_help("Configuration of LoftQ."))
-    eva_config: Any = field(default=None, metadata=_help("Configuration of EVA."))
-    corda_config: Any = field(default=None, metadata=_help("Configuration of CorDA."))
-    lora_ga_config: Any = field(default=None, metadata=_help("Configuration of LoRA-GA."))
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict, metadata=_help("Configuration of LoftQ."))
+    eva_config: EvaConfig | None = field(default=None, metadata=_help("Configuration of EVA."))
+    corda_config: CordaConfig | None = field(default=None, metadata=_help("Configuration of CorDA."))
+    lora_ga_config: LoraGAConfig | None = field(default=None, metadata=_help("Configuration of LoRA-GA."))
     use_dora: bool = field(default=False, metadata=_help("DoRA (https://arxiv.org/abs/2402.09353)."))
-    velora_config: Any = field(default=None, metadata=_help("Configuration of VeLoRA."))
+    velora_config: VeloraConfig | None = field(default=None, metadata=_help("Configuration of VeLoRA."))
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_help("Activated LoRA."))
     use_qalora: bool = field(default=False, metadata=_help("QA-LoRA (https://arxiv.org/abs/2309.14717)."))
     qalora_group_size: int = field(default=16, metadata=_help("Group size of QA-LoRA."))
-    monteclora_config: Any = field(default=None, metadata=_help("Configuration of MonteCLoRA."))
+    monteclora_config: MontecloraConfig | None = field(default=None, metadata=_help("Configuration of MonteCLoRA."))
     layer_replication: list[tuple[int, int]] | None = field(
         default=None, metadata=_help("Ranges of layers to stack into a new model.")
     )
@@ -112,9 +125,9 @@ class LoraConfig(PeftConfig):
             "and the entry; an entry with '*' is matched against the whole name."
         ),
     )
-    use_bdlora: Any = field(default=None, metadata=_help("Block-diagonal LoRA."))
-    arrow_config: Any = field(default=None, metadata=_help("Configuration of Arrow routing."))
-    kasa_config: Any = field(default=None, metadata=_help("Configuration of KaSA."))
+    use_bdlora: BdLoraConfig | None = field(default=None, metadata=_help("Block-diagonal LoRA."))
+    arrow_config: ArrowConfig | None = field(default=None, metadata=_help("Configuration of Arrow routing."))
+    kasa_config: KasaConfig | None = field(default=None, metadata=_help("Configuration of KaSA."))
     ensure_weight_tying: bool = field(
         default=False, metadata=_help("Adapt layers that share the embedding's weight with the same factors.")
     )
@@ -148,6 +161,8 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        for name, cls in OPTIONS.items():
+            setattr(self, name, options_of(getattr(self, name), cls, name))
         check_lora_config(self)
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
