@@ -10,11 +10,9 @@ from torch import Tensor
 from lorica.errors import ConfigError
 from lorica.init.base import Factors, InitRequest, register, target_generator
 from lorica.init.random import start_embedding
+from lorica.lowrank import Svd, cut, exact_svd, sketched_svd
 
-#: Subspace iterations that the fast form makes at least: with fewer it misses its bound on slowly decaying spectra.
-LEAST_ITERATIONS = 4
-
-Decompose = Callable[[Tensor, InitRequest], tuple[Tensor, Tensor, Tensor]]
+Decompose = Callable[[Tensor, InitRequest], Svd]
 
 
 def weight_of(request: InitRequest) -> Tensor:
@@ -51,16 +49,8 @@ def _principal(decompose: Decompose, request: InitRequest) -> Factors:
     if request.scaling <= 0:
         raise ConfigError(f"{request.target}: PiSSA needs a positive scale (lora_alpha), got {request.scaling}")
     u_OR, s_R, v_RI = decompose(weight_of(request), request)
-    sign = _sign(u_OR)
     root = (s_R / request.scaling).sqrt()
-    a, b = (sign * root).unsqueeze(-1) * v_RI, u_OR * (sign * root).unsqueeze(-2)
-    return Factors(a, b, zero_bias(request))
-
-
-def _sign(u_OR: Tensor) -> Tensor:
-    # A pair of singular vectors is known up to its sign; the largest entry of the left one is made positive.
-    largest = u_OR.gather(-2, u_OR.abs().argmax(-2, keepdim=True)).squeeze(-2)
-    return torch.where(largest < 0, -torch.ones_like(largest), torch.ones_like(largest))
+    return Factors(root.unsqueeze(-1) * v_RI, u_OR * root.unsqueeze(-2), zero_bias(request))
 
 
 @register("pissa", subtracts=True)
@@ -75,19 +65,17 @@ def pissa(request: InitRequest) -> Factors:
     return _principal(_exact, request)
 
 
-def _exact(weight: Tensor, request: InitRequest) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    return u[..., : request.r], s[..., : request.r], v[..., : request.r, :]
+def _exact(weight: Tensor, request: InitRequest) -> Svd:
+    return cut(exact_svd(weight), request.r)
 
 
 @register("pissa_niter_N", subtracts=True)
 def pissa_niter(request: InitRequest) -> Factors:
-    """PiSSA by randomised subspace iteration, in ``N`` rounds (at least :data:`LEAST_ITERATIONS`).
+    """PiSSA by randomised subspace iteration, in ``N`` rounds (at least :data:`lorica.lowrank.LEAST_ROUNDS`).
 
-    What is left of the weight is at most 1.003 times (Frobenius norm) what the exact decomposition leaves, measured on
-    flat, slowly and fast decaying spectra; twice the rank is iterated for it (https://arxiv.org/abs/0909.4061). A file
-    says nothing of the weight that was left, so that loading one computes it again: the directions to start from
-    depend on the target's name alone, and not on the seed.
+    What is left of the weight is at most 1.003 times (Frobenius norm) what the exact decomposition leaves
+    (:func:`lorica.lowrank.sketched_svd`). A file says nothing of the weight that was left, so that loading one computes
+    it again: the directions to start from depend on the target's name alone, and not on the seed.
 
     Raises:
         ConfigError: as :func:`pissa`.
@@ -95,13 +83,5 @@ def pissa_niter(request: InitRequest) -> Factors:
     return _principal(_iterated, request)
 
 
-def _iterated(weight: Tensor, request: InitRequest) -> tuple[Tensor, Tensor, Tensor]:
-    out_features, in_features = weight.shape[-2:]
-    columns = min(request.r + max(request.r, 8), out_features, in_features)
-    generator = target_generator(0, request.target)
-    start = torch.empty(*weight.shape[:-2], in_features, columns).normal_(generator=generator)
-    basis = torch.linalg.qr(weight @ start.to(weight)).Q
-    for _ in range(max(request.number, LEAST_ITERATIONS)):
-        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ basis).Q).Q
-    u, s, v = torch.linalg.svd(basis.mT @ weight, full_matrices=False)
-    return (basis @ u)[..., : request.r], s[..., : request.r], v[..., : request.r, :]
+def _iterated(weight: Tensor, request: InitRequest) -> Svd:
+    return sketched_svd(weight, request.r, target_generator(0, request.target), rounds=request.number)
