@@ -15,6 +15,11 @@ import torch
 import models
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a part of the contract be run: ``--cases "dora,dropout"``."""
+    parser.addoption("--cases", default="", help="only those cases of the contract whose names hold one of these words")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """Start every test from the same random state, on one thread."""

@@ -63,6 +63,8 @@ class Case:
 CHANGING = {False, "orthogonal"}
 #: Variants that may talk of their own, with the reason.
 TALKING = {"use_dora": "norms of layers that are cut by their inputs are summed when the factors have changed"}
+#: What turns a variant on where that is more than True; and fields that a variant cannot do without.
+EXAMPLES: dict[str, Mapping[str, Any]] = {}
 
 
 def cases(division: str = "native tp2 sp", subject: str = "llama") -> dict[str, Case]:
@@ -76,7 +78,7 @@ def cases(division: str = "native tp2 sp", subject: str = "llama") -> dict[str, 
         "shared experts": Case({"share_expert_adapters": True}),
     }
     found |= {
-        f"variant {name or 'lora'}": Case({name: True} if name else {}, collectives=name in TALKING)
+        f"variant {name or 'lora'}": Case(EXAMPLES.get(name, {name: True} if name else {}), collectives=name in TALKING)
         for name in VARIANTS
     }
     found |= {f"init {name}": Case({"init_lora_weights": _example(name)}, start=True) for name in INITS}

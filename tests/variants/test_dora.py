@@ -109,7 +109,7 @@ def test_a_magnitude_of_zero_cannot_be_merged() -> None:
     model = randomise(adapt(op))
     weight = layer_of(model).get_base_layer().weight
     with torch.no_grad():
-        layer_of(model).factors("default").magnitude[3] = 0
+        layer_of(model).factors("default").extras[dora.MAGNITUDE][3] = 0
     before = weight.clone()
     with pytest.raises(lorica.errors.AdapterError, match=r"target.*magnitudes of zero"):
         model.merge_adapter()
@@ -188,7 +188,7 @@ def test_norms_are_taken_once_for_each_state_of_the_factors(counted) -> None:
         layer.factors("default").b.mul_(1.1)
     assert took(counted, model, op) == 1
     with torch.no_grad():
-        layer.factors("default").magnitude.mul_(1.1)
+        layer.factors("default").extras[dora.MAGNITUDE].mul_(1.1)
     assert took(counted, model, op) == 0
     layer.set_scale("default", 0.5)
     assert took(counted, model, op) == 1
@@ -244,11 +244,11 @@ def test_under_autocast_norms_stay_float32() -> None:
     layer = layer_of(model)
     factors, spec = layer.factors("default"), layer.specs["default"]
     with torch.no_grad():
-        factors.magnitude.copy_(dora.norms(layer, factors, spec))
+        factors.extras[dora.MAGNITUDE].copy_(dora.norms(layer, factors, spec))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fresh = dora.norms(layer, factors, spec)
         out = model(op.inputs())
-    assert torch.equal(fresh, factors.magnitude)
+    assert torch.equal(fresh, factors.extras[dora.MAGNITUDE])
     assert torch.allclose(out.float(), model(op.inputs()), atol=0.05)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.adapt.parts import each_part
-from lorica.config import LoraConfig
+from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
@@ -21,6 +21,7 @@ from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.ops import FactorShapes, Op
 from lorica.targets.plan import Plan, Target
 from lorica.targets.walk import bare
+from lorica.variants import VARIANTS
 
 AdapterModule = LoraLayer | ModulesToSaveWrapper
 _BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -81,7 +82,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]
             if adapter in module.modules_to_save:
                 yield from module.modules_to_save[adapter].parameters()
         elif adapter in module.specs and adapter not in module.tied:
-            yield from (tensor for tensor in module.factors(adapter) if isinstance(tensor, nn.Parameter))
+            yield from (t for t in module.factors(adapter).tensors() if isinstance(t, nn.Parameter))
 
 
 def inject(
@@ -116,7 +117,7 @@ def inject(
         layers[target.name] = layer
         if target.tied_to is None:
             changes_base = subtracts(config.init_lora_weights, lookup=target.op.lookup)
-            layer.add_adapter(adapter, target.spec, factors[target.name], subtract=changes_base)
+            layer.add_adapter(adapter, target.spec, factors[target.name], subtract=changes_base, seed=seed)
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
     _save_whole(model, plan, adapter, switch, places)
@@ -262,20 +263,20 @@ def check_adapter_name(name: Any) -> None:
 
 def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, autocast: bool) -> Factors:
     op, site = target.op, target.site
-    shapes = logical_shapes(op, target.base, target.spec.r, site)
+    shapes = logical_shapes(op, target.base, target.spec, site)
     weight = at_rest(getattr(target.base, op.weight_name).detach()).local
     dtype = _factor_dtype(weight, config, autocast=autocast)
     device = torch.device("meta") if on_meta else weight.device
     if device.type == "meta":
         empty = partial(torch.empty, dtype=dtype, device=device)
         bias = empty(shapes.b[:1]) if target.spec.bias else None
-        return _slices(Factors(empty(shapes.a), empty(shapes.b), bias), op, site)
+        return _slices(Factors(empty(shapes.a), empty(shapes.b), bias), target)
     return _start(target, config, seed, device, dtype)
 
 
 def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Factors:
     op, site = target.op, target.site
-    shapes = logical_shapes(op, target.base, target.spec.r, site)
+    shapes = logical_shapes(op, target.base, target.spec, site)
     request = InitRequest(
         target=target.name,
         r=target.spec.r,
@@ -290,23 +291,22 @@ def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, 
     )
     parts = op.parts(target.base)
     drawn = each_part(config, request, parts, target.spec, seed) if parts else None
-    made = _slices(drawn or initialise(config.init_lora_weights, request), op, site)
+    made = _slices(drawn or initialise(config.init_lora_weights, request), target)
     # Fully-sharded parallelism wants parameters without gaps.
-    ready = (None if tensor is None else tensor.to(device, dtype).contiguous() for tensor in made)
-    return Factors(*ready)  # type: ignore[arg-type]
+    return made.map(lambda tensor: tensor.to(device, dtype).contiguous())
 
 
-def logical_shapes(op: Op, base: nn.Module, r: int, site: Site | None) -> FactorShapes:
+def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None) -> FactorShapes:
     """Return the shapes of A and B as they are in a file, whatever part of the base layer is here."""
-    shapes = op.factor_shapes(base, r)
-    if site is None:
-        return shapes
-    sizes = site.layout.sizes
-    whole = (
-        torch.Size(sizes.get(role, length) for role, length in zip(roles, shape, strict=True))
-        for roles, shape in ((op.roles_a, shapes.a), (op.roles_b, shapes.b))
-    )
-    return FactorShapes(*whole)
+    shapes = op.factor_shapes(base, spec.r)
+    if site is not None:
+        sizes = site.layout.sizes
+        whole = (
+            torch.Size(sizes.get(role, length) for role, length in zip(roles, shape, strict=True))
+            for roles, shape in ((op.roles_a, shapes.a), (op.roles_b, shapes.b))
+        )
+        shapes = FactorShapes(*whole)
+    return VARIANTS[spec.variant].shapes(shapes, op, spec)
 
 
 def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:
@@ -317,11 +317,13 @@ def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:
     return op.orient(weight)
 
 
-def _slices(factors: Factors, op: Op, site: Site | None) -> Factors:
+def _slices(factors: Factors, target: Target) -> Factors:
+    op, site = target.op, target.site
     if site is None:
         return factors
-    a, b = site.layout.take(factors.a, op.roles_a, site.at), site.layout.take(factors.b, op.roles_b, site.at)
-    return Factors(a, b, None if factors.bias is None else site.layout.take(factors.bias, op.roles_bias, site.at))
+    roles = (*VARIANTS[target.spec.variant].roles(op, target.spec), op.roles_bias)
+    mine = (site.layout.take(tensor, role, site.at) for tensor, role in zip(factors.tensors(), roles, strict=False))
+    return factors.renewed(mine)
 
 
 def _factor_dtype(weight: Tensor, config: LoraConfig, *, autocast: bool) -> torch.dtype:

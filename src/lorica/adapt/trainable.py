@@ -28,8 +28,20 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
         requires_grad: whether they train.
     """
     for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        kept = frozen_parameters(model, name)
         for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad_(requires_grad and id(parameter) not in kept)
+
+
+def frozen_parameters(model: nn.Module, adapter: str) -> set[int]:
+    """Return the identities of those factors of an adapter that never train (:attr:`AdapterSpec.frozen`)."""
+    layers = (module for _, module in adapter_modules(model) if isinstance(module, LoraLayer))
+    return {
+        id(getattr(layer.factors(adapter), key))
+        for layer in layers
+        if adapter in layer.specs
+        for key in layer.specs[adapter].frozen
+    }
 
 
 def train_only(model: nn.Module, configs: Mapping[str, LoraConfig], active: Iterable[str], *, frozen: bool) -> None:

@@ -117,7 +117,7 @@ def _whole(live: str, tensor: Tensor, inside: nn.Module, name: str, engines: Eng
 def _factors(path: str, saved_as: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
     if adapter not in layer.specs:
         return {}
-    tensors = [tensor for tensor in layer.factors(adapter) if tensor is not None]
+    tensors = layer.factors(adapter).tensors()
     tied = adapter in layer.tied
     device = layer.base_weight.device
     entries = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class AdapterSpec:
         a2a: whether hidden values travel where the layer offers it.
         parts: of a layer that holds several projections, those that are adapted; empty: all.
         variant: the field of the configuration that turns its variant on (``"use_dora"``); empty: plain LoRA.
+        options: what that field says beyond being on, such as a ``KasaConfig``.
+        frozen: factors that do not train: ``"a"``, ``"b"``.
     """
 
     r: int
@@ -34,6 +36,8 @@ class AdapterSpec:
     variant: str = ""
     parts: tuple[str, ...] = ()
     a2a: bool = False
+    options: Any = field(default=None, hash=False)
+    frozen: tuple[str, ...] = ()
 
     @property
     def natural_scaling(self) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_NO_EXTRAS: Mapping[str, Tensor] = {}
 
 
 class Factors(NamedTuple):
@@ -19,13 +21,27 @@ class Factors(NamedTuple):
     For a linear of ``[out, in]``: ``a_RI`` is ``[r, in]``, ``b_OR`` is ``[out, r]`` and ``bias_O``, if any, ``[out]``.
     For an embedding of ``V`` rows of width ``d``: ``[r, V]`` and ``[d, r]``. For a convolution: its kernel, ``[r, in,
     *k]``, and a pointwise ``[out, r, 1 …]``. For ``E`` experts with a pair each: ``[E, r, in]`` and ``[E, out, r]``.
-    Some variants have a ``magnitude`` for every output besides.
+    Some variants have tensors besides: ``extras``, by their names in a file.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
-    magnitude: Tensor | None = None
+    extras: Mapping[str, Tensor] = _NO_EXTRAS
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that there are: A, B, the bias, the extras."""
+        return [self.a, self.b, *(() if self.bias is None else (self.bias,)), *self.extras.values()]
+
+    def renewed(self, tensors: Iterable[Tensor]) -> Factors:
+        """Return the same with other tensors, given in the order of :meth:`tensors`."""
+        a, b, *rest = tensors
+        bias = None if self.bias is None else rest.pop(0)
+        return Factors(a, b, bias, dict(zip(self.extras, rest, strict=True)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
+        """Return the same with ``function`` applied to every tensor."""
+        return self.renewed(map(function, self.tensors()))
 
 
 @dataclass(frozen=True)

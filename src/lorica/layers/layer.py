@@ -26,7 +26,7 @@ from lorica.layers.merging import Merging
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
-from lorica.variants import VARIANTS
+from lorica.variants import VARIANTS, Extra
 
 #: Adapters that take part in a forward.
 Running = list[tuple[Factors, AdapterSpec]]
@@ -72,6 +72,7 @@ class LoraLayer(Merging):
         self.target_name = target_name
         self.specs: dict[str, AdapterSpec] = {}
         self.tied: dict[str, LoraLayer] = {}
+        self.extras: dict[str, dict[str, Extra]] = {}
         container = nn.ParameterDict if op.lookup else nn.ModuleDict
         for name in _container_names(op):
             self._modules[name] = container()  # add_module would find the name in a layer inside this one
@@ -106,7 +107,9 @@ class LoraLayer(Merging):
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, spec: AdapterSpec, factors: Factors, *, subtract: bool = False) -> None:
+    def add_adapter(
+        self, name: str, spec: AdapterSpec, factors: Factors, *, subtract: bool = False, seed: int = 0
+    ) -> None:
         """Take in an adapter. ``factors`` become parameters as they are: on their device, in their dtype.
 
         Args:
@@ -115,6 +118,7 @@ class LoraLayer(Merging):
             factors: what its initialisation made.
             subtract: take their delta out of the base weight for good. For factors on the meta device this is noted
                 in :attr:`owed`, to be done with the factors that the adapter started from.
+            seed: of what the variant draws for itself.
         """
         a, b = nn.Parameter(factors.a), nn.Parameter(factors.b)
         first, second = self._containers()
@@ -128,18 +132,33 @@ class LoraLayer(Merging):
             self.owed.add(name)
         elif subtract:
             self.subtract(name, factors)
-        self._add_magnitude(name, spec)
+        self._add_extras(name, spec, seed)
 
-    def _add_magnitude(self, name: str, spec: AdapterSpec) -> None:
+    def _add_extras(self, name: str, spec: AdapterSpec, seed: int) -> None:
         variant, factors = VARIANTS[spec.variant], self.whole_factors(name)
-        outputs = factors.b.shape[self.op.roles_b.index("out")]
-        shape = variant.magnitude_shape(self.op, outputs)
-        if shape is None:
+        extras = variant.extras(self, factors, spec)
+        if not extras:
             return
-        start = factors.b.new_empty(shape) if factors.b.is_meta else variant.magnitude(self, factors, spec)
-        if _MAGNITUDES not in self._modules:
-            self.add_module(_MAGNITUDES, nn.ModuleDict())
-        self._magnitudes()[name] = Factor(nn.Parameter(start.to(factors.b.dtype)))
+        starts = {} if factors.b.is_meta else variant.start(self, factors, spec, seed)
+        for extra in extras:
+            start = starts.get(extra.name)
+            value = factors.b.new_empty(extra.shape) if start is None else start.to(factors.b.dtype).view(extra.shape)
+            self._put(extra, name, value)
+        self.extras[name] = {extra.name: extra for extra in extras}
+
+    def _put(self, extra: Extra, adapter: str, value: Tensor) -> None:
+        """Make a tensor a parameter (or a buffer) under its live name."""
+        container, _, tensor = extra.live.split(".", 2) if extra.live.count(".") > 1 else (*extra.live.split("."), "")
+        if container not in self._modules:
+            self._modules[container] = nn.ModuleDict() if tensor else nn.ParameterDict()
+        held: Any = self._modules[container]
+        if tensor and adapter not in held:
+            held[adapter] = nn.Module()
+        owner, key = (held[adapter], tensor) if tensor else (held, adapter)
+        if extra.trains:
+            owner.register_parameter(key, nn.Parameter(value))
+        else:
+            owner.register_buffer(key, value)
 
     def tie_adapter(self, name: str, spec: AdapterSpec, source: LoraLayer) -> None:
         """Take in an adapter whose factors are those of ``source``, an embedding with the same weight, transposed."""
@@ -155,7 +174,8 @@ class LoraLayer(Merging):
         if name in self.merged_adapters:
             raise AdapterError(f"{self.target_name}: adapter {name!r} is merged; unmerge it before deleting it")
         if self.specs.pop(name, None) is not None and self.tied.pop(name, None) is None:
-            for container in (*self._containers(), self._magnitudes()):
+            extras = {extra.live.split(".")[0] for extra in self.extras.pop(name, {}).values()}
+            for container in (*self._containers(), *(self._modules[key] for key in extras)):
                 if name in container:
                     del container[name]
         self.owed.discard(name)
@@ -167,11 +187,19 @@ class LoraLayer(Merging):
             source = self.tied[name].factors(name)
             return Factors(source.b.T, source.a.T)
         first, second = self._containers()
-        magnitude = self._magnitudes()[name].weight if name in self._magnitudes() else None
+        extras = self._extra_tensors(name) if name in self.extras else {}
         if self.op.lookup:
-            return Factors(first[name], second[name], None, magnitude)
+            return Factors(first[name], second[name], None, extras)
         a, b = first[name], second[name]
-        return Factors(a.weight, b.weight, b.bias, magnitude)
+        return Factors(a.weight, b.weight, b.bias, extras)
+
+    def _extra_tensors(self, adapter: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, extra in self.extras[adapter].items():
+            container, _, *tensor = extra.live.split(".", 2)
+            held: Any = self._modules[container]
+            found[name] = getattr(held[adapter], tensor[0]) if tensor else held[adapter]
+        return found
 
     def factor_names(self, name: str) -> dict[str, str]:
         """Return, for each factor tensor, its name in a file → its name below this module.
@@ -185,9 +213,7 @@ class LoraLayer(Merging):
             names = {f"{first}.weight": f"{first}.{name}.weight", f"{second}.weight": f"{second}.{name}.weight"}
         if self.specs[name].bias:
             names[f"{second}.bias"] = f"{second}.{name}.bias"
-        if name in self._magnitudes():
-            names[_MAGNITUDES] = f"{_MAGNITUDES}.{name}.weight"
-        return names
+        return names | {key: extra.live.format(name) for key, extra in self.extras.get(name, {}).items()}
 
     def windows(
         self, path: str, factor: str, adapter: str, shape: torch.Size
@@ -204,19 +230,15 @@ class LoraLayer(Merging):
 
     def factor_roles(self, name: str) -> list[Roles]:
         """Return the role of each dimension of each factor tensor, in the order of :meth:`factor_names`."""
-        roles = [self.op.roles_a, self.op.roles_b]
-        if self.specs[name].bias:
+        spec = self.specs[name]
+        roles = [*VARIANTS[spec.variant].roles(self.op, spec)]
+        if spec.bias:
             roles.append(self.op.roles_bias)
-        if name in self._magnitudes() and self.op.roles_magnitude is not None:
-            roles.append(self.op.roles_magnitude)
-        return roles
+        return roles + [extra.roles for extra in self.extras.get(name, {}).values()]
 
     def _containers(self) -> tuple[Any, Any]:
         first, second = _container_names(self.op)
         return self._modules[first], self._modules[second]
-
-    def _magnitudes(self) -> Any:
-        return self._modules.get(_MAGNITUDES, {})
 
     # ---- scale ------------------------------------------------------------------------------------------------------
 
@@ -347,9 +369,6 @@ class Across:
     def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output with one adapter's part; both are this rank's."""
         return VARIANTS[spec.variant].add(y, x, self, factors, spec)
-
-
-_MAGNITUDES = "lora_magnitude_vector"
 
 
 def _places(site: Site | None) -> Iterator[Any]:

@@ -76,7 +76,7 @@ class Merging(nn.Module):
         Raises:
             TargetError: the delta of this layer has no place in its weight (a grouped convolution).
         """
-        factors = self.whole_factors(adapter)
+        factors = self.plain_factors(adapter)
         left, right = self.op.delta(self.base_layer, factors)
         wide = torch.promote_types(left.dtype, torch.float32)
         delta = (left.to(wide) @ right.to(wide)) * self.specs[adapter].scaling
@@ -118,7 +118,9 @@ class Merging(nn.Module):
         layer: Any = self  # a LoraLayer
         for name in names:
             storage_of(self.base_weight, self.target_name)
-            self.op.delta(self.base_layer, self.whole_factors(name))
+            if reason := VARIANTS[self.specs[name].variant].unmergeable:
+                raise AdapterError(f"{self.target_name}: adapter {name!r} cannot be merged: {reason}")
+            self.op.delta(self.base_layer, self.plain_factors(name))
             if self.specs[name].bias and getattr(self.base_layer, self.op.bias_name, None) is None:
                 raise AdapterError(
                     f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
@@ -193,15 +195,20 @@ class Merging(nn.Module):
 
     def whole_factors(self, name: str) -> Factors:
         """Return an adapter's factors as they are in a forward, detached: gathered where they are sharded at rest."""
-        whole = (None if tensor is None else unshard(tensor.detach()) for tensor in self.factors(name))
-        return Factors(*whole)  # type: ignore[arg-type]
+        return self.factors(name).map(lambda tensor: unshard(tensor.detach()))
+
+    def plain_factors(self, name: str) -> Factors:
+        """Return the factors of plain LoRA that an adapter amounts to, as they are in a forward, detached."""
+        layer: Any = self  # a LoraLayer
+        with torch.no_grad():
+            return VARIANTS[self.specs[name].variant].plain(layer, self.whole_factors(name), self.specs[name])
 
     def _terms(self, names: Sequence[str], weight: Tensor) -> list[Term]:
         terms = []
         for name in names:
             if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
                 continue  # the same memory: the source's delta is this one's too
-            left, right = self._delta_at_rest(self.whole_factors(name))
+            left, right = self._delta_at_rest(self.plain_factors(name))
             gain = self._gains.get(name)
             if gain is not None:
                 gain = gain.view((-1, 1) if self.op.roles_weight[0] == "out" else (1, -1))

@@ -156,23 +156,24 @@ class Changes:
     @torch.no_grad()
     def _add_delta(self, name: str, layer: LoraLayer, weight: Tensor, box: tuple[slice, ...]) -> None:
         op, spec = layer.op, layer.specs[ADAPTER]
-        roles: list[Roles | None] = [op.roles_a, op.roles_b, op.roles_bias, op.roles_magnitude]
         within = {role: part for role, part in zip(op.roles_weight, box, strict=True) if role != "kernel"}
+        whole = self._factors(layer)
         parts = (
-            None if tensor is None else _sliced(tensor, roles_of or (), within)
-            for tensor, roles_of in zip(self._factors(layer), roles, strict=True)
+            _sliced(tensor, roles, within).to(weight.device)
+            for tensor, roles in zip(whole.tensors(), layer.factor_roles(ADAPTER), strict=True)
         )
-        factors = Factors(*(None if part is None else part.to(weight.device) for part in parts))  # type: ignore[arg-type]
+        factors = whole.renewed(parts)
         base = _holding(layer.get_base_layer(), op.weight_name, weight)
         live = LoraLayer(base, op, Switch(), layer.target_name)
         if self._starts_from(layer) and name not in self.replaced:
             live.add_adapter(ADAPTER, replace(spec, variant=""), factors)
             live.owed.add(ADAPTER)
             prepare_to_fill(live, ADAPTER, self._config)
-        gain = VARIANTS[spec.variant].gain(live, factors, spec)
+        variant = VARIANTS[spec.variant]
+        gain = variant.gain(live, factors, spec)
         if gain is not None:
             gain = gain.view((-1, 1) if op.roles_weight[0] == "out" else (1, -1))
-        left, right = op.delta(base, factors)
+        left, right = op.delta(base, variant.plain(live, factors, spec))
         matrix = weight if "expert" in op.roles_weight else weight.flatten(1)
         add_low_rank_(matrix, [Term(left, right, spec.scaling, gain)], storage_of(weight, name))
         if matrix.data_ptr() != weight.data_ptr():
@@ -186,8 +187,7 @@ class Changes:
         if ADAPTER in layer.tied:
             source = self._factors(layer.tied[ADAPTER])
             return Factors(source.b.T, source.a.T)
-        values = (None if tensor is None else self._read(tensor) for tensor in layer.factors(ADAPTER))
-        return Factors(*values)  # type: ignore[arg-type]
+        return layer.factors(ADAPTER).map(self._read)
 
     @torch.no_grad()
     def _read(self, factor: Tensor) -> Tensor:

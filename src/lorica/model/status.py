@@ -126,7 +126,7 @@ def _parameters(module: AdapterModule, adapter: str) -> list[nn.Parameter]:
     if isinstance(module, ModulesToSaveWrapper):
         return list(module.modules_to_save[adapter].parameters())
     source = module.tied.get(adapter, module)
-    return [tensor for tensor in source.factors(adapter) if isinstance(tensor, nn.Parameter)]
+    return [tensor for tensor in source.factors(adapter).tensors() if isinstance(tensor, nn.Parameter)]
 
 
 def _common(values: Iterable[Any]) -> Any:

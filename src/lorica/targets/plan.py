@@ -315,6 +315,7 @@ def _orientation(config: LoraConfig, targets: list[Target]) -> bool:
 def spec_for(config: LoraConfig, key: str) -> AdapterSpec:
     """Return the frozen spec that ``config`` gives to the module ``key``."""
     r = int(pattern_value(config.rank_pattern, key, config.r))
+    variant = variant_of(config)
     alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
     return AdapterSpec(
         r=r,
@@ -324,7 +325,8 @@ def spec_for(config: LoraConfig, key: str) -> AdapterSpec:
         dropout_position=config.dropout_position,
         rslora=config.use_rslora,
         bias=config.lora_bias,
-        variant=variant_of(config),
+        variant=variant,
+        options=VARIANTS[variant].options(config, variant) if variant else None,
         a2a=config.a2a_experimental,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.variants.base import Hosting, Variant
+from lorica.variants.base import Extra, Hosting, Variant
 from lorica.variants.dora import Dora
 
 #: The field of ``LoraConfig`` that turns a variant on → the variant. Empty: plain LoRA.
@@ -16,4 +16,4 @@ def variant_of(config: Any) -> str:
     return next((field for field in VARIANTS if field and getattr(config, field)), "")
 
 
-__all__ = ["VARIANTS", "Hosting", "Variant", "variant_of"]
+__all__ = ["VARIANTS", "Extra", "Hosting", "Variant", "variant_of"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
 from lorica.init import Factors
-from lorica.ops import Op
+from lorica.layout import Roles
+from lorica.ops import FactorShapes, Op
 from lorica.ops.base import Host
 
 
@@ -33,6 +36,25 @@ class Hosting(Host, Protocol):
         """Return which rows and columns of this rank's delta belong to the weight that it has now."""
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that a variant has beside A and B.
+
+    Attributes:
+        name: below the layer in a file (``"lora_magnitude_vector"``).
+        live: below the layer in the model, ``{}`` for the adapter (``"lora_magnitude_vector.{}.weight"``).
+        roles: role of each dimension (see :mod:`lorica.layout`).
+        shape: of what this rank has.
+        trains: whether it is a parameter; otherwise a buffer.
+    """
+
+    name: str
+    live: str
+    roles: Roles
+    shape: torch.Size
+    trains: bool = True
+
+
 class Variant:
     """Plain LoRA: ``y + s·B·A·x`` and ``W + s·B·A``.
 
@@ -41,9 +63,16 @@ class Variant:
     Attributes:
         across: whether its part can be added outside of the base layer's collectives, where the input is not yet what
             the base weight is multiplied with (``a2a_experimental``).
+        unmergeable: why it cannot be merged into the base weight; empty: it can.
     """
 
     across: ClassVar[bool] = True
+    unmergeable: ClassVar[str] = ""
+
+    def options(self, config: Any, field: str) -> Any:
+        """Return what :attr:`AdapterSpec.options` is to hold: the value of the field that turns the variant on."""
+        value = getattr(config, field)
+        return None if isinstance(value, bool) else value
 
     def check(self, op: Op, base: Any, spec: AdapterSpec, where: str) -> None:
         """Refuse a layer or a spec that this variant cannot have.
@@ -52,17 +81,31 @@ class Variant:
             TargetError: names the module and the reason.
         """
 
-    def magnitude_shape(self, op: Op, outputs: int) -> torch.Size | None:
-        """Return the shape of the magnitude for this rank's ``outputs``; None: the variant has none."""
-        return None
+    def roles(self, op: Op, spec: AdapterSpec) -> tuple[Roles, Roles]:
+        """Return the role of each dimension of A and of B."""
+        return op.roles_a, op.roles_b
 
-    def magnitude(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
-        """Return the magnitude to start with; the base weight and the factors are as training finds them."""
-        raise NotImplementedError
+    def shapes(self, shapes: FactorShapes, op: Op, spec: AdapterSpec) -> FactorShapes:
+        """Return the logical shapes of A and B, given those of plain LoRA."""
+        return shapes
+
+    def extras(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Sequence[Extra]:
+        """Return the tensors that the adapter has beside A and B on this rank."""
+        return ()
+
+    def start(self, layer: Hosting, factors: Factors, spec: AdapterSpec, seed: int) -> Mapping[str, Tensor]:
+        """Return the values that the extras start with, by name; random ones from generators of ``seed`` and the
+        target's name (:func:`lorica.init.target_generator`). The base weight and the factors are as training finds
+        them."""
+        return {}
+
+    def plain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Factors:
+        """Return the factors of plain LoRA that an adapter amounts to (but for :meth:`gain`)."""
+        return factors
 
     def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output ``y`` with the adapter's part for the input ``x``, in the parallel state of ``y``."""
-        return layer.op.add(y, x, layer, factors, spec)
+        return layer.op.add(y, x, layer, self.plain(layer, factors, spec), spec)
 
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor | None:
         """Return what multiplies ``W + s·B·A``, one number for every output that this rank keeps; None: nothing."""

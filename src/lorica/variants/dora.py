@@ -26,8 +26,10 @@ from lorica.init import Factors
 from lorica.ops import Op
 from lorica.ops.base import autocast_off
 from lorica.ops.dropout import drop
-from lorica.variants.base import Hosting, Variant
+from lorica.variants.base import Extra, Hosting, Variant
 
+#: Name of the magnitudes in a file, below the layer.
+MAGNITUDE = "lora_magnitude_vector"
 #: Elements of a chunk of rows while norms are taken: the only extra memory is that many float32 values.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
 #: Where ``‖W + ΔW‖²`` is less than this part of ``‖W‖² + ‖ΔW‖²``, its three terms cancel and it is taken anew.
@@ -51,15 +53,17 @@ class Dora(Variant):
         if getattr(base, "groups", 1) > 1:
             raise TargetError(f"{where}: use_dora=True is not supported for convolutions with groups > 1")
 
-    def magnitude_shape(self, op: Op, outputs: int) -> torch.Size:
-        """``[out]``, and ``[1, out, 1 …]`` of a convolution (PEFT's shapes)."""
-        assert op.roles_magnitude is not None
-        return torch.Size(outputs if role == "out" else 1 for role in op.roles_magnitude)
+    def extras(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> list[Extra]:
+        """The magnitudes: ``[out]``, and ``[1, out, 1 …]`` of a convolution (PEFT's shapes)."""
+        roles = layer.op.roles_magnitude
+        assert roles is not None
+        outputs = factors.b.shape[layer.op.roles_b.index("out")]
+        shape = torch.Size(outputs if role == "out" else 1 for role in roles)
+        return [Extra(MAGNITUDE, f"{MAGNITUDE}.{{}}.weight", roles, shape)]
 
-    def magnitude(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+    def start(self, layer: Hosting, factors: Factors, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """The norms, so that the layer starts as plain LoRA would."""
-        norm = norms(layer, factors, spec)
-        return norm.view(self.magnitude_shape(layer.op, len(norm)))
+        return {MAGNITUDE: norms(layer, factors, spec)}
 
     def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Add the adapter's part, then multiply all but the base layer's bias by ``m / ‖W + s·B·A‖``.
@@ -86,11 +90,10 @@ class Dora(Variant):
 
 
 def _gain(layer: Hosting, factors: Factors, spec: AdapterSpec, norm: Tensor) -> Tensor:
-    assert factors.magnitude is not None
     free = norm > 0  # a row of zeros stays one, whatever multiplies it
     if spec.parts and layer.site is not None:
         free = free & _adapted(layer.site, spec, norm)
-    return torch.where(free, factors.magnitude.flatten().to(norm.dtype) / torch.where(free, norm, 1), 1)
+    return torch.where(free, factors.extras[MAGNITUDE].flatten().to(norm.dtype) / torch.where(free, norm, 1), 1)
 
 
 def _adapted(site: Site, spec: AdapterSpec, norm: Tensor) -> Tensor:
