@@ -86,21 +86,25 @@ class Initialisation(NamedTuple):
         function: makes the logical factors.
         subtracts: whether the delta they make is taken out of the base weight, so that the model starts as it was.
             Loading an adapter that started so takes it out again (PEFT's meaning of such files).
+        freezes: the factors that stay as they start: ``"a"``, ``"b"``.
     """
 
     function: Init
     subtracts: bool = False
+    freezes: tuple[str, ...] = ()
 
 
 #: Name → initialisation. A name that ends in ``_N`` stands for every number in that place.
 INITS: dict[bool | str, Initialisation] = {}
 
 
-def register(name: bool | str, *, subtracts: bool = False) -> Callable[[Init], Init]:
+def register(
+    name: bool | str, *, subtracts: bool = False, freezes: tuple[str, ...] = ()
+) -> Callable[[Init], Init]:
     """Make an initialisation known under ``name`` to ``LoraConfig.init_lora_weights``."""
 
     def add(function: Init) -> Init:
-        INITS[name] = Initialisation(function, subtracts)
+        INITS[name] = Initialisation(function, subtracts, freezes)
         return function
 
     return add
@@ -140,6 +144,12 @@ def subtracts(name: bool | str, *, lookup: bool) -> bool:
         lookup: whether the layer is an embedding: those start as by default (PEFT's meaning of the same files).
     """
     return INITS[_key(name)].subtracts and not lookup
+
+
+def freezes(name: bool | str) -> tuple[str, ...]:
+    """Return the factors that do not train after the initialisation ``name``: ``"a"``, ``"b"``."""
+    found = find(name)
+    return () if found is None else found.freezes
 
 
 def _key(name: bool | str) -> bool | str:

@@ -334,6 +334,10 @@ class LoraLayer(Merging):
         """Return the output ``y`` with the part that an adapter, of whichever variant, adds for the input ``x``."""
         return VARIANTS[spec.variant].add(y, x, self, factors, spec)
 
+    def in_forward(self, factors: Factors, spec: AdapterSpec) -> Factors:
+        """Return the factors of plain LoRA that an adapter, of whichever variant, amounts to in this forward."""
+        return VARIANTS[spec.variant].in_forward(self, factors, spec)
+
     def _around(
         self, layer: LoraLayer | Across, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any
     ) -> Any:
@@ -369,6 +373,10 @@ class Across:
     def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output with one adapter's part; both are this rank's."""
         return VARIANTS[spec.variant].add(y, x, self, factors, spec)
+
+    def in_forward(self, factors: Factors, spec: AdapterSpec) -> Factors:
+        """Return the factors of plain LoRA that an adapter amounts to in this forward."""
+        return VARIANTS[spec.variant].in_forward(self, factors, spec)
 
 
 def _places(site: Site | None) -> Iterator[Any]:

@@ -53,15 +53,16 @@ class Attention(Op):
         module = layer.base_layer
         projection = module.out_proj
         with autocast_off(module.in_proj_weight.device.type):
-            weights = _adapted(self, module, running, "")
-            weights |= _adapted(projection.op, projection.base_layer, projection.running(), "out_proj.base_layer.")
+            weights = _adapted(layer, self, module, running, "")
+            inner = projection.running()
+            weights |= _adapted(projection, projection.op, projection.base_layer, inner, "out_proj.base_layer.")
         return functional_call(module, weights, args, kwargs)
 
 
-def _adapted(op: Op, base: Any, running: Running, prefix: str) -> dict[str, Tensor]:
+def _adapted(layer: Host, op: Op, base: Any, running: Running, prefix: str) -> dict[str, Tensor]:
     weight, bias = getattr(base, op.weight_name), getattr(base, op.bias_name)
     for factors, spec in running:
-        left, right = op.delta(base, factors)
+        left, right = op.delta(base, layer.in_forward(factors, spec))
         weight = torch.addmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=spec.scaling)
         if factors.bias is not None:
             bias = torch.add(bias, factors.bias.to(bias.dtype), alpha=spec.scaling)

@@ -44,6 +44,9 @@ class Host(Protocol):
     def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output ``y`` with one adapter's part: :meth:`Op.add`, or what its variant makes of it."""
 
+    def in_forward(self, factors: Factors, spec: AdapterSpec) -> Factors:
+        """Return the factors of plain LoRA that an adapter, of whichever variant, amounts to in this forward."""
+
     def get_base_layer(self) -> nn.Module:
         """Return the module of the base model."""
 

@@ -76,7 +76,7 @@ class Parameter(Op):
             return base(*args, **kwargs)
 
     def _delta_of(self, module: nn.Module, factors: Factors, spec: AdapterSpec, layer: Host) -> Delta:
-        left, right = self.delta(module, factors)
+        left, right = self.delta(module, layer.in_forward(factors, spec))
         generator = None
         if spec.dropout and layer.training and layer.site is not None:
             generator = generator_for(left.device, spec, layer.site)

@@ -13,7 +13,7 @@ from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.stages import axis_of_stages, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
-from lorica.init import subtracts
+from lorica.init import freezes, subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.targets.defaults import DEFAULT_TARGETS
@@ -126,16 +126,22 @@ def _check_start(model: nn.Module, config: LoraConfig, targets: Iterable[Target]
     tied = tied_with_embedding(model)
     shared = [] if tied is None else [tied[0], *tied[1]]
     for target in targets:
-        if target.tied_to is None and subtracts(config.init_lora_weights, lookup=target.op.lookup):
+        if target.tied_to is None and (cause := changes_base(config, target.op)):
             if target.name in shared:
                 raise TargetError(
-                    f"{target.name}: init_lora_weights={config.init_lora_weights!r} changes the base weight, which "
+                    f"{target.name}: {cause} changes the base weight, which "
                     f"{[name for name in shared if name != target.name]} would see; untie the model's weights first"
                 )
             if not getattr(target.base, target.op.weight_name).is_floating_point():
-                raise TargetError(
-                    f"{target.name}: init_lora_weights={config.init_lora_weights!r} needs a floating-point base weight"
-                )
+                raise TargetError(f"{target.name}: {cause} needs a floating-point base weight")
+
+
+def changes_base(config: LoraConfig, op: Op) -> str:
+    """Return what makes an adapter take something out of the base weight of a layer for good; empty: nothing does."""
+    if VARIANTS[variant := variant_of(config)].subtracts:
+        return variant
+    starts = subtracts(config.init_lora_weights, lookup=op.lookup)
+    return f"init_lora_weights={config.init_lora_weights!r}" if starts else ""
 
 
 def _keys(key: str, module: nn.Module) -> list[str]:
@@ -326,7 +332,8 @@ def spec_for(config: LoraConfig, key: str) -> AdapterSpec:
         rslora=config.use_rslora,
         bias=config.lora_bias,
         variant=variant,
-        options=VARIANTS[variant].options(config, variant) if variant else None,
+        options=VARIANTS[variant].options(config, variant, key) if variant else None,
+        frozen=freezes(config.init_lora_weights),
         a2a=config.a2a_experimental,
     )
 

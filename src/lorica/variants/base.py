@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
-from lorica.init import Factors
+from lorica.init import Factors, InitRequest
 from lorica.layout import Roles
 from lorica.ops import FactorShapes, Op
 from lorica.ops.base import Host
@@ -64,13 +64,23 @@ class Variant:
         across: whether its part can be added outside of the base layer's collectives, where the input is not yet what
             the base weight is multiplied with (``a2a_experimental``).
         unmergeable: why it cannot be merged into the base weight; empty: it can.
+        subtracts: whether an adapter takes something out of the base weight for good (:meth:`taken`). Such adapters
+            have a base model of their own, and no others beside them.
+        random: whether its forward draws random numbers in training, on which ranks have to agree.
     """
 
     across: ClassVar[bool] = True
     unmergeable: ClassVar[str] = ""
+    subtracts: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
-    def options(self, config: Any, field: str) -> Any:
-        """Return what :attr:`AdapterSpec.options` is to hold: the value of the field that turns the variant on."""
+    def options(self, config: Any, field: str, key: str) -> Any:
+        """Return what :attr:`AdapterSpec.options` is to hold for the target ``key``: the value of the field that turns
+        the variant on.
+
+        Raises:
+            TargetError: the options do not say what this target is to have.
+        """
         value = getattr(config, field)
         return None if isinstance(value, bool) else value
 
@@ -103,9 +113,17 @@ class Variant:
         """Return the factors of plain LoRA that an adapter amounts to (but for :meth:`gain`)."""
         return factors
 
+    def in_forward(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Factors:
+        """Return the same for one forward, where that is something else than what would be merged."""
+        return self.plain(layer, factors, spec)
+
+    def taken(self, request: InitRequest) -> Factors:
+        """Return what the adapter takes out of the base weight, as logical plain factors of any rank (scale 1)."""
+        raise NotImplementedError
+
     def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output ``y`` with the adapter's part for the input ``x``, in the parallel state of ``y``."""
-        return layer.op.add(y, x, layer, self.plain(layer, factors, spec), spec)
+        return layer.op.add(y, x, layer, self.in_forward(layer, factors, spec), spec)
 
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor | None:
         """Return what multiplies ``W + s·B·A``, one number for every output that this rank keeps; None: nothing."""
