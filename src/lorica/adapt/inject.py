@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.adapt.parts import each_part
+from lorica.adapt.parts import each_part, left_of_parts
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
 from lorica.engines.rest import at_rest
 from lorica.errors import AdapterError
-from lorica.init import Factors, InitRequest, draw_seed, initialise, subtracts, target_generator
+from lorica.init import Factors, InitRequest, draw_seed, find, initialise, leftover, subtracts, target_generator
+from lorica.init.statistics import Found, forget, kept
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.ops import FactorShapes, Op
 from lorica.targets.plan import Plan, Target
@@ -116,8 +117,13 @@ def inject(
         layer = _layer_at(target, places, switch)
         layers[target.name] = layer
         if target.tied_to is None:
+            made = factors[target.name]
             changes_base = subtracts(config.init_lora_weights, lookup=target.op.lookup)
-            layer.add_adapter(adapter, target.spec, factors[target.name], subtract=changes_base, seed=seed)
+            left = _left(target, config) if changes_base and not made.b.is_meta else None
+            if left is not None:
+                layer.rewrite(adapter, left)
+            layer.add_adapter(adapter, target.spec, made, subtract=changes_base and left is None, seed=seed)
+            _used_up(target, config, made)
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
     _save_whole(model, plan, adapter, switch, places)
@@ -133,12 +139,50 @@ def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
     for layer in lora_layers(model):
         layer.notes.clear()
     owing = [layer for layer in lora_layers(model) if adapter in layer.owed]
-    starts = []
-    for layer in owing:
-        target = Target(layer.target_name, layer.get_base_layer(), layer.op, layer.specs[adapter], site=layer.site)
-        starts.append(_start(target, config, 0, layer.base_weight.device, layer.factors(adapter).b.dtype))
-    for layer, start in zip(owing, starts, strict=True):
-        layer.subtract(adapter, start)
+    targets = [target_at(layer, adapter) for layer in owing]
+    starts: list[Factors | None] = []
+    for layer, target in zip(owing, targets, strict=True):
+        rewritten = leaves_of(config) is not None  # then the factors in the file say nothing of the weight
+        dtype = layer.factors(adapter).b.dtype
+        starts.append(None if rewritten else _start(target, config, 0, layer.base_weight.device, dtype))
+    for layer, target, start in zip(owing, targets, starts, strict=True):
+        left = _left(target, config) if start is None else None
+        if start is not None:
+            layer.subtract(adapter, start)
+            _used_up(target, config, start)
+        elif left is not None:
+            layer.rewrite(adapter, left)
+
+
+def target_at(layer: LoraLayer, adapter: str) -> Target:
+    """Return an adapted layer as the target it was for one of its adapters."""
+    return Target(layer.target_name, layer.get_base_layer(), layer.op, layer.specs[adapter], site=layer.site)
+
+
+def leaves_of(config: LoraConfig) -> Callable[[InitRequest], Tensor] | None:
+    """Return what makes the base weight anew for a configuration's initialisation, where that is not subtracting."""
+    found = find(config.init_lora_weights)
+    return None if found is None else found.leaves
+
+
+def _left(target: Target, config: LoraConfig) -> Tensor | None:
+    """Return what this rank computes with of the base weight that an initialisation leaves; None: it subtracts."""
+    if leaves_of(config) is None:
+        return None
+    request, op, site = _request(target, config, 0), target.op, target.site
+    parts = op.parts(target.base)
+    fused = left_of_parts(config, request, parts, target.spec) if parts else None
+    left = fused if parts else leftover(config.init_lora_weights, request)
+    if left is None:
+        return None
+    return op.orient(left) if site is None else site.layout.take(op.orient(left), op.roles_weight, site.at)
+
+
+def _used_up(target: Target, config: LoraConfig, made: Factors) -> None:
+    """Forget what calibration found out, now that the adapter has started from it."""
+    found = find(config.init_lora_weights)
+    if found is not None and found.needs and not made.b.is_meta:
+        forget(target.base, target.op.weight_name, found.needs)
 
 
 def _refuse_merged(places: Places, plan: Plan, config: LoraConfig) -> None:
@@ -275,9 +319,17 @@ def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, au
 
 
 def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Factors:
-    op, site = target.op, target.site
+    request, parts = _request(target, config, seed), target.op.parts(target.base)
+    drawn = each_part(config, request, parts, target.spec, seed, _found(target, config)) if parts else None
+    made = _slices(drawn or initialise(config.init_lora_weights, request), target)
+    # Fully-sharded parallelism wants parameters without gaps.
+    return made.map(lambda tensor: tensor.to(device, dtype).contiguous())
+
+
+def _request(target: Target, config: LoraConfig, seed: int) -> InitRequest:
+    op, site, init = target.op, target.site, find(config.init_lora_weights)
     shapes = logical_shapes(op, target.base, target.spec, site)
-    request = InitRequest(
+    return InitRequest(
         target=target.name,
         r=target.spec.r,
         scaling=target.spec.scaling,
@@ -288,12 +340,15 @@ def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, 
         generator=target_generator(seed, target.name),
         weight=lambda: logical_weight(op, target.base, site),
         experts=shapes.a[0] if op.roles_a[0] == "expert" else 0,
+        options=getattr(config, init.options) if init is not None and init.options else None,
+        found=_found(target, config).get("", {}),
     )
-    parts = op.parts(target.base)
-    drawn = each_part(config, request, parts, target.spec, seed) if parts else None
-    made = _slices(drawn or initialise(config.init_lora_weights, request), target)
-    # Fully-sharded parallelism wants parameters without gaps.
-    return made.map(lambda tensor: tensor.to(device, dtype).contiguous())
+
+
+def _found(target: Target, config: LoraConfig) -> Found:
+    """Return what calibration found out about a target for its initialisation."""
+    init = find(config.init_lora_weights)
+    return {} if init is None or not init.needs else kept(target.base, target.op.weight_name, init.needs)
 
 
 def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None) -> FactorShapes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from lorica.config import AdapterSpec, LoraConfig
-from lorica.init import Factors, InitRequest, initialise, target_generator
+from lorica.init import Factors, InitRequest, initialise, leftover, target_generator
+from lorica.init.statistics import Found
+
+#: Name, first row and last row (exclusive) of each projection in a fused weight.
+Parts = list[tuple[str, int, int]]
 
 
 def each_part(
-    config: LoraConfig, whole: InitRequest, parts: list[tuple[str, int, int]], spec: AdapterSpec, seed: int
+    config: LoraConfig,
+    whole: InitRequest,
+    parts: list[tuple[str, int, int]],
+    spec: AdapterSpec,
+    seed: int,
+    found: Found,
 ) -> Factors:
     """Return the factors of projections fused in one weight.
 
@@ -28,24 +37,51 @@ def each_part(
         parts: name, first row and last row of each projection.
         spec: which of them are adapted.
         seed: of the adapter.
+        found: what calibration found out about each.
     """
+    made = []
+    for name, request in _requests(whole, parts, spec, seed, found):
+        adapted = not spec.parts or name in spec.parts
+        made.append(initialise(config.init_lora_weights if adapted else True, request))
+        made[-1] = made[-1] if adapted else _zero(made[-1])
+    bias = None if made[0].bias is None else torch.cat([one.bias for one in made if one.bias is not None])
+    return Factors(torch.cat([one.a for one in made]), torch.cat([one.b for one in made]), bias)
+
+
+def left_of_parts(config: LoraConfig, whole: InitRequest, parts: Parts, spec: AdapterSpec) -> Tensor | None:
+    """Return what an initialisation leaves of a fused weight, ``[out, in]``; None: the weight without the delta.
+
+    Projections that are not adapted keep their rows.
+    """
+    rows = []
+    for name, request in _requests(whole, parts, spec, 0, {}):
+        adapted = not spec.parts or name in spec.parts
+        left = leftover(config.init_lora_weights, request) if adapted else request.weight()
+        if left is None:
+            return None
+        rows.append(left)
+    return torch.cat(rows)
+
+
+def _requests(
+    whole: InitRequest, parts: Parts, spec: AdapterSpec, seed: int, found: Found
+) -> Iterator[tuple[str, InitRequest]]:
+    """Yield the name of every projection and the request for it alone."""
     weight = functools.cache(whole.weight)
-    found = []
     for name, first, last in parts:
         target = ".".join([*whole.target.split(".")[:-1], name])
-        request = replace(
-            whole,
-            target=target,
-            shape_a=torch.Size((spec.r, whole.shape_a[1])),
-            shape_b=torch.Size((last - first, spec.r)),
-            generator=target_generator(seed, target),
-            weight=partial(_rows, weight, first, last),
+        yield (
+            name,
+            replace(
+                whole,
+                target=target,
+                shape_a=torch.Size((spec.r, whole.shape_a[1])),
+                shape_b=torch.Size((last - first, spec.r)),
+                generator=target_generator(seed, target),
+                weight=partial(_rows, weight, first, last),
+                found=found.get(name, {}),
+            ),
         )
-        made = initialise(config.init_lora_weights, request)
-        adapted = not spec.parts or name in spec.parts
-        found.append(made if adapted else _zero(made))
-    bias = None if found[0].bias is None else torch.cat([made.bias for made in found if made.bias is not None])
-    return Factors(torch.cat([made.a for made in found]), torch.cat([made.b for made in found]), bias)
 
 
 def _rows(weight: Callable[[], Tensor], first: int, last: int) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorica.config.options import OPTIONS, LoftQConfig
 from lorica.errors import ConfigError, suggest
 from lorica.init import INITS, find
 
@@ -16,17 +19,13 @@ if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
 
 #: Initialisations that PEFT has and this version does not.
-LATER_INITS = ("eva", "loftq", "corda", "lora_ga", "mica")
+LATER_INITS: tuple[str, ...] = ("mica",)
 
 #: Fields whose behaviour this version does not have → the values that ask for none.
 _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),
     "trainable_token_indices": (None,),
-    "loftq_config": (None, {}),
-    "eva_config": (None,),
-    "corda_config": (None,),
-    "lora_ga_config": (None,),
     "velora_config": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
@@ -123,6 +122,28 @@ def _check_init(config: LoraConfig) -> None:
             raise ConfigError(f"Unknown initialization {init!r}.{suggest(init, known)} Known: {known}")
 
 
+def _check_init_options(config: LoraConfig) -> None:
+    """Give an initialisation its options, as PEFT does, and say which ones have no effect."""
+    if isinstance(config.loftq_config, LoftQConfig):
+        config.loftq_config = dataclasses.asdict(config.loftq_config)
+    for name, found in ((name, found) for name, found in INITS.items() if found.options):
+        value, meant = getattr(config, found.options), find(config.init_lora_weights) is found
+        if meant and not value and found.options in ("eva_config", "corda_config"):
+            warnings.warn(
+                f"`init_lora_weights` is {name!r} but `{found.options}` is not specified. Using its default.",
+                stacklevel=5,
+            )
+            setattr(config, found.options, OPTIONS[found.options]())
+        elif meant and not value and found.options == "loftq_config":
+            raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        elif value and not meant:
+            warnings.warn(
+                f"`{found.options}` specified but will be ignored when `init_lora_weights` is not {name!r}.",
+                stacklevel=5,
+            )
+            config.loftq_config = {} if found.options == "loftq_config" else config.loftq_config
+
+
 def _check_dtype(config: LoraConfig) -> None:
     name: Any = config.lora_dtype
     if isinstance(name, torch.dtype):
@@ -193,6 +214,7 @@ _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_dropout,
     _check_flags,
     _check_init,
+    _check_init_options,
     _check_dtype,
     _check_names,
     _check_layers,

@@ -24,7 +24,7 @@ def _need(options: Any, name: str, condition: bool, wanted: str) -> None:
 class LoftQConfig:
     """LoftQ (https://arxiv.org/abs/2310.08659): the factors start as what quantisation loses."""
 
-    loftq_bits: int = _option(4, "Bits of the quantised weight: 2, 4 or 8.")
+    loftq_bits: int = _option(4, "Bits of the quantised weight: 4 (NF4) or 8 (int8).")
     loftq_iter: int = _option(1, "Rounds of quantising and decomposing what is left.")
 
 

@@ -6,7 +6,7 @@ of the target's own, so that its result does not depend on where the weight lies
 
 from __future__ import annotations
 
-from lorica.init import olora, pissa, random
+from lorica.init import corda, eva, loftq, lora_ga, olora, pissa, random
 from lorica.init.base import (
     INITS,
     Factors,
@@ -16,6 +16,7 @@ from lorica.init.base import (
     find,
     freezes,
     initialise,
+    leftover,
     register,
     subtracts,
     target_generator,
@@ -26,10 +27,15 @@ __all__ = [
     "Factors",
     "Init",
     "InitRequest",
+    "corda",
     "draw_seed",
+    "eva",
     "find",
     "freezes",
     "initialise",
+    "leftover",
+    "loftq",
+    "lora_ga",
     "olora",
     "pissa",
     "random",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class InitRequest:
             its device.
         number: the number at the end of the initialisation's name, where it has one.
         experts: how many experts get a pair each; the shapes and the weight then begin with that size.
+        options: the field of the configuration that has the initialisation's name, where there is one.
+        found: what calibration found out about the target: the statistic that the initialisation needs.
     """
 
     target: str
@@ -74,6 +76,8 @@ class InitRequest:
     weight: Callable[[], Tensor]
     number: int = 0
     experts: int = 0
+    options: Any = None
+    found: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Init = Callable[[InitRequest], Factors]
@@ -86,11 +90,17 @@ class Initialisation(NamedTuple):
         function: makes the logical factors.
         subtracts: whether the delta they make is taken out of the base weight, so that the model starts as it was.
             Loading an adapter that started so takes it out again (PEFT's meaning of such files).
+        leaves: where the base weight is not left as ``W - s·B·A``: makes what is left of it, ``[out, in]``.
+        needs: the statistic of :mod:`lorica.init.statistics` that it starts from; empty: it needs no data.
+        options: the field of ``LoraConfig`` with its options; empty: it has none.
         freezes: the factors that stay as they start: ``"a"``, ``"b"``.
     """
 
     function: Init
     subtracts: bool = False
+    leaves: Callable[[InitRequest], Tensor] | None = None
+    needs: str = ""
+    options: str = ""
     freezes: tuple[str, ...] = ()
 
 
@@ -99,12 +109,18 @@ INITS: dict[bool | str, Initialisation] = {}
 
 
 def register(
-    name: bool | str, *, subtracts: bool = False, freezes: tuple[str, ...] = ()
+    name: bool | str,
+    *,
+    subtracts: bool = False,
+    leaves: Callable[[InitRequest], Tensor] | None = None,
+    needs: str = "",
+    options: str = "",
+    freezes: tuple[str, ...] = (),
 ) -> Callable[[Init], Init]:
-    """Make an initialisation known under ``name`` to ``LoraConfig.init_lora_weights``."""
+    """Make an initialisation known under ``name`` to ``LoraConfig.init_lora_weights``; see :class:`Initialisation`."""
 
     def add(function: Init) -> Init:
-        INITS[name] = Initialisation(function, subtracts, freezes)
+        INITS[name] = Initialisation(function, subtracts, leaves, needs, options, freezes)
         return function
 
     return add
@@ -123,17 +139,30 @@ def initialise(name: bool | str, request: InitRequest) -> Factors:
     return INITS[_key(name)].function(replace(request, number=int(number[0]) if number else 0))
 
 
+def leftover(name: bool | str, request: InitRequest) -> Tensor | None:
+    """Return what the initialisation leaves of the base weight, ``[…, out, in]``; None: the weight without the delta.
+
+    An embedding keeps its weight.
+    """
+    leaves = INITS[_key(name)].leaves
+    if leaves is None or request.lookup:
+        return None
+    return torch.stack(list(map(leaves, _of_experts(request)))) if request.experts else leaves(request)
+
+
 def _each_expert(name: bool | str, request: InitRequest) -> Factors:
     """Return a stack of pairs, each as it would be for that expert's weight alone."""
+    made = [initialise(name, one) for one in _of_experts(request)]
+    return Factors(torch.stack([pair.a for pair in made]), torch.stack([pair.b for pair in made]))
+
+
+def _of_experts(request: InitRequest) -> Iterator[InitRequest]:
+    """Yield the request for every expert alone."""
     weights = functools.cache(request.weight)
     shape_a, shape_b = request.shape_a[1:], request.shape_b[1:]
-
-    def one(expert: int) -> Factors:
-        weight = lambda: weights()[expert]  # noqa: E731
-        return initialise(name, replace(request, experts=0, shape_a=shape_a, shape_b=shape_b, weight=weight))
-
-    made = [one(expert) for expert in range(request.experts)]
-    return Factors(torch.stack([pair.a for pair in made]), torch.stack([pair.b for pair in made]))
+    for expert in range(request.experts):
+        weight = lambda expert=expert: weights()[expert]  # noqa: E731
+        yield replace(request, experts=0, shape_a=shape_a, shape_b=shape_b, weight=weight)
 
 
 def subtracts(name: bool | str, *, lookup: bool) -> bool:

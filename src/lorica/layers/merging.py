@@ -177,15 +177,36 @@ class Merging(nn.Module):
         Raises:
             AdapterError: an adapter is merged into the weight, or the weight has no memory yet.
         """
+        self._check_change(name)
+        left, right = self._delta_at_rest(factors)
+        self._change([Term(left, right, -self.specs[name].scaling)], self.base_weight)
+        self.owed.discard(name)
+        self.notes.clear()
+
+    @torch.no_grad()
+    def rewrite(self, name: str, values: Tensor) -> None:
+        """Replace the base weight by what the start of an adapter leaves of it, for good.
+
+        Args:
+            name: the adapter.
+            values: what this rank computes with, in the shape of its weight.
+
+        Raises:
+            AdapterError: an adapter is merged into the weight, or the weight has no memory yet.
+        """
+        self._check_change(name)
+        held = at_rest(getattr(self.base_layer, self.op.weight_name).data, self.site)
+        storage_of(held.local, self.target_name).requantize(held.local, values[held.slices].to(held.local.device))
+        self.owed.discard(name)
+        self.notes.clear()
+
+    def _check_change(self, name: str) -> None:
+        """Refuse to change the base weight for good."""
         if self.merged_adapters or self.base_weight.is_meta:
             state = f"has {self.merged_adapters} merged into it" if self.merged_adapters else "has no memory yet"
             raise AdapterError(
                 f"{self.target_name}: the start of adapter {name!r} changes the base weight, which {state}"
             )
-        left, right = self._delta_at_rest(factors)
-        self._change([Term(left, right, -self.specs[name].scaling)], self.base_weight)
-        self.owed.discard(name)
-        self.notes.clear()
 
     @property
     def base_weight(self) -> Tensor:
