@@ -34,6 +34,10 @@ class RecipeError(LoricaError, ValueError):
     """A training recipe holds a wrong key, path, type or column."""
 
 
+class ExportError(LoricaError, ValueError):
+    """What is to be read by another program holds something that it would lose or misread."""
+
+
 class LayoutError(LoricaError, ValueError):
     """A weight cannot lie over ranks in the way that is described."""
 

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from lorica._version import __version__
-from lorica.cli import inspect, launch, merge, plan, state, use
+from lorica.cli import export, inspect, launch, merge, plan, state, use
 from lorica.cli.errors import note, quiet, readable
 
 app = typer.Typer(
     name="lorica",
-    help="LoRA fine-tuning: train, evaluate, merge and look into low-rank adapters.",
+    help="LoRA fine-tuning: train, evaluate, merge, export and look into low-rank adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -124,6 +124,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 app.command()(use.generate)
 app.command("eval")(use.evaluate)
 app.command()(merge.merge)
+app.command()(export.export)
 app.command("inspect")(inspect.inspect)
 app.command()(plan.plan)
 app.command()(state.consolidate)
