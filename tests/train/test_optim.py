@@ -68,3 +68,19 @@ def test_one_group_without_lora_plus() -> None:
     (group,) = optim.optimizer(adapted(target_modules="all-linear"), TrainingSection()).param_groups
     assert group["fused"]
     assert group["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("name", ["lora_fa", "riemannian"])
+def test_the_recipe_names_the_optimiser(name: str) -> None:
+    model = adapted(target_modules=["q_proj"])
+    settings = TrainingSection(optimizer=name, learning_rate=0.1, weight_decay=0.1)
+    optimiser = optim.optimizer(model, settings)
+    course = optim.schedule(optimiser, settings, 10)
+    before = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in key for key in before) == (name == "riemannian")
+    ids = torch.arange(6).view(1, 6)
+    for _ in range(2):  # the first step of B, from zero, gives A a gradient
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        course.step()
+    assert all(not torch.equal(p, before[key]) for key, p in model.named_parameters() if key in before)

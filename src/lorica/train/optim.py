@@ -7,37 +7,43 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lorica.optim import LoraFAOptimizer, freeze_one, kinds, preconditioned
 from lorica.train.recipe import TrainingSection
 
-# B, and both factors of an embedding (whose input is one-hot, so that no sum over a width shrinks A's updates).
-_FAST = ("lora_B", "lora_embedding_A", "lora_embedding_B")
+#: Of the Gram matrices of Riemannian preconditioning, PEFT's.
+DAMPING = 1e-2
 
 
 def groups(model: nn.Module, settings: TrainingSection) -> list[dict[str, Any]]:
     """Parameter groups: LoRA+ (arXiv:2402.12354, section 4) learning rates; weight decay on matrices only."""
     ratio = settings.loraplus_lr_ratio or 1.0
     found: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = settings.learning_rate * (ratio if any(part in _FAST for part in name.split(".")) else 1.0)
-            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            # One kernel steps either plain tensors or distributed ones.
-            found.setdefault((rate, decay, hasattr(parameter, "placements")), []).append((name, parameter))
+    for kind in kinds(model):
+        rate = settings.learning_rate * (ratio if kind.fast or kind.embedding else 1.0)
+        decay = settings.weight_decay if kind.parameter.ndim > 1 else 0.0
+        # One kernel steps either plain tensors or distributed ones.
+        key = (rate, decay, hasattr(kind.parameter, "placements"))
+        found.setdefault(key, []).append((kind.name, kind.parameter))
     return [
         {"params": [p for _, p in named], "names": [n for n, _ in named], "lr": rate, "weight_decay": decay}
         for (rate, decay, _), named in found.items()
     ]
 
 
-def optimizer(model: nn.Module, settings: TrainingSection) -> AdamW:
-    """AdamW over the trainable parameters, in one fused kernel where the devices have it."""
+def optimizer(model: nn.Module, settings: TrainingSection) -> Optimizer:
+    """The recipe's optimiser over the trainable parameters: AdamW, in one fused kernel where the devices have it."""
+    options: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps}
+    if settings.optimizer == "lora_fa":
+        projected = freeze_one(model)
+        return LoraFAOptimizer(groups(model, settings), projected=projected, **options)
     parameter_groups = groups(model, settings)
     parameters = [parameter for group in parameter_groups for parameter in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") and p.is_floating_point() for p in parameters)
-    return AdamW(parameter_groups, betas=settings.betas, eps=settings.eps, fused=fused)
+    make = AdamW if settings.optimizer == "adamw" else preconditioned(AdamW, model, reg=DAMPING)
+    return make(parameter_groups, fused=fused, **options)
 
 
 def warmup(settings: TrainingSection, steps: int) -> int:
@@ -65,7 +71,7 @@ def multiplier(settings: TrainingSection, steps: int) -> Callable[[int], float]:
     return at
 
 
-def schedule(optimiser: AdamW, settings: TrainingSection, steps: int) -> LambdaLR:
+def schedule(optimiser: Optimizer, settings: TrainingSection, steps: int) -> LambdaLR:
     """The scheduler of a run of ``steps`` optimiser steps."""
     return LambdaLR(optimiser, multiplier(settings, steps))
 

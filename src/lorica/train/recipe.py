@@ -130,6 +130,8 @@ class TrainingSection(_Section):
     gradient_accumulation: _Count = 1
     """Forward passes per optimiser step; the loss is the mean over the completion tokens of all of them."""
     learning_rate: _Positive = 2e-4
+    optimizer: Literal["adamw", "lora_fa", "riemannian"] = "adamw"
+    """AdamW; on B's projected gradients alone (arXiv:2308.03303); or on preconditioned ones (arXiv:2402.02347)."""
     loraplus_lr_ratio: _Positive | None = None
     """LoRA+ (arXiv:2402.12354): learning rate of B and of embedding factors, as a multiple of A's."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
