@@ -28,6 +28,7 @@ ROOMS = [
     "adapt",
     "checkpoint",
     "ranks",
+    "optim",
     "model",
     "parallel",
     "merge",

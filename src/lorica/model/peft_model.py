@@ -43,6 +43,8 @@ class PeftModel(nn.Module):
 
     #: The class for each task; subclasses enter themselves.
     by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
+    #: The class that holds the adapters.
+    tuner_class: ClassVar[type[LoraModel]] = LoraModel
 
     def __init_subclass__(cls, task: TaskType | None = None) -> None:
         if task is not None:
@@ -58,7 +60,7 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         config = self._own_config(model, peft_config)
-        self.base_model = LoraModel(
+        self.base_model = self.tuner_class(
             model,
             config,
             adapter_name,
@@ -309,7 +311,7 @@ class PeftModel(nn.Module):
 
         def wrap() -> PeftModel:
             found = loading.read_config(model_id, config, kwargs, is_trainable=is_trainable)
-            by_task = cls is PeftModel and found.task_type is not None
+            by_task = "by_task" in vars(cls) and found.task_type is not None
             kind = cls.by_task[TaskType(found.task_type)] if by_task else cls
             return kind(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict)
 

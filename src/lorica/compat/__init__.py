@@ -1,0 +1,1 @@
+"""Stand-ins for other libraries' interfaces, each thin over the core."""

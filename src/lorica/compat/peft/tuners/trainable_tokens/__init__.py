@@ -1,0 +1,1 @@
+"""peft.tuners.trainable_tokens."""
