@@ -119,7 +119,7 @@ def _factors(path: str, saved_as: str, layer: LoraLayer, adapter: str) -> dict[s
         return {}
     tensors = layer.factors(adapter).tensors()
     tied = adapter in layer.tied
-    device = layer.base_weight.device
+    device = layer.stored.device
     entries = {}
     roles = layer.factor_roles(adapter)
     for (name, live), tensor, role in zip(layer.factor_names(adapter).items(), tensors, roles, strict=True):

@@ -45,13 +45,13 @@ class Engines:
         data = {*self._storage, *DATA_AXES}
         self._data = tuple(name for name in self.axes if name in data)
 
-    def site(self, name: str, module: nn.Module, weight_name: str, roles: Roles) -> Site | None:
+    def site(self, name: str, module: nn.Module, weight: Any, roles: Roles) -> Site | None:
         """Return where a base layer lies, or None where nothing is divided.
 
         Args:
             name: its full name, for messages.
             module: the base layer.
-            weight_name: the parameter that is adapted.
+            weight: the parameter that is adapted, or what has its shape.
             roles: the role of each dimension of that parameter.
 
         Raises:
@@ -63,7 +63,6 @@ class Engines:
             return site
         if not self.axes:
             return None
-        weight = getattr(module, weight_name)
         layout, axes = self._layout(weight, roles, module, name), self._axes_of(weight)
         wrapped = layout.cuts or getattr(module, "_is_hooked", False)
         # A product of distributed tensors adds this rank's equal share of the bias to its partial sum.

@@ -16,7 +16,7 @@ from lorica.errors import AdapterError
 from lorica.init import Factors
 from lorica.layers.switch import Switch
 from lorica.ops import Op
-from lorica.storage import Term, add_low_rank_, storage_of
+from lorica.storage import MergeError, Packed, Term, add_low_rank_, storage_of, stored_weight
 from lorica.variants import VARIANTS
 
 
@@ -27,6 +27,8 @@ class Merging(nn.Module):
         merged_adapters: names of the adapters that are in the base weight, in the order in which they went in.
         owed: adapters whose initial delta is still to be taken out of the base weight (see :meth:`subtract`).
         notes: what variants keep from one forward to the next.
+        merge_error: what the last merge into a quantised weight cost; None: nothing is merged, or it is not quantised.
+        start_error: the same of the last start that changed the quantised weight (see :meth:`subtract`).
     """
 
     base_layer: Any
@@ -45,6 +47,9 @@ class Merging(nn.Module):
         self._gains: dict[str, Tensor | None] = {}
         # A list, since a bare parameter as an attribute would be registered as this module's own.
         self._untied_from: list[nn.Parameter] = []
+        self.merge_error: MergeError | None = None
+        self.start_error: MergeError | None = None
+        self._before: list[Packed] = []  # the quantised weight without what is merged
 
     def factors(self, name: str) -> Factors:
         """Return the factors of an adapter, attached to the graph."""
@@ -80,7 +85,7 @@ class Merging(nn.Module):
         left, right = self.op.delta(self.base_layer, factors)
         wide = torch.promote_types(left.dtype, torch.float32)
         delta = (left.to(wide) @ right.to(wide)) * self.specs[adapter].scaling
-        shape = self.base_weight.shape
+        shape = self.stored.shape
         if self.op.roles_weight[0] == "expert":
             return delta.expand(len(left) if left.dim() == 3 else shape[0], -1, -1).to(factors.b.dtype)
         return delta.view(*left.shape[:1], *shape[1:]).to(factors.b.dtype)
@@ -88,17 +93,40 @@ class Merging(nn.Module):
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Add the deltas of adapters to the base weight, in place.
 
+        A quantised weight is quantised anew, and a warning says what that cost (:attr:`merge_error`). What it was
+        before is kept, for as long as something is merged: unmerging gives it back bit for bit.
+
         Args:
             safe_merge: look for NaN and infinity in the result before the weight is touched.
             adapter_names: which adapters; None: the active ones. Those already merged are passed over.
 
         Raises:
-            AdapterError: the result is not finite (``safe_merge``), or B has a bias and the base layer none.
+            AdapterError: the result is not finite (``safe_merge``), B has a bias and the base layer none, or the base
+                weight is quantised in a form that cannot be written.
             TargetError: the delta of this layer has no place in its weight (a grouped convolution).
         """
         names = self.mergeable(self.switch.active if adapter_names is None else adapter_names)
         self.check_merge(names, finite=safe_merge)
-        self._change(self._terms(names, self.base_weight), self.base_weight)
+        self.merge_quietly(names)
+        if names and self.merge_error is not None:
+            warnings.warn(requantised_message([self]), stacklevel=2)
+
+    def merge_quietly(self, names: Sequence[str], *, keep: bool = True) -> None:
+        """Merge adapters that :meth:`check_merge` found nothing against, without a warning.
+
+        Args:
+            names: adapters of this layer that are not merged.
+            keep: keep a quantised weight as it is now, to be given back by unmerging.
+        """
+        stored = self.stored
+        if isinstance(stored, Packed) and names:
+            # From the weight as it was, with all that is merged: errors do not add up.
+            before = self._before[0] if self._before else stored.kept()
+            terms = self._terms([*self.merged_adapters, *names], before)
+            self.merge_error = add_low_rank_(stored, terms, stored.storage, source=before)
+            self._before = [before] if keep else []
+        elif names:
+            self._change(self._terms(names, stored), stored)
         self._add_biases(names)
         self.merged_adapters += names
         self.notes.clear()
@@ -117,7 +145,7 @@ class Merging(nn.Module):
         """
         layer: Any = self  # a LoraLayer
         for name in names:
-            storage_of(self.base_weight, self.target_name)
+            self._check_writable()
             if reason := VARIANTS[self.specs[name].variant].unmergeable:
                 raise AdapterError(f"{self.target_name}: adapter {name!r} cannot be merged: {reason}")
             self.op.delta(self.base_layer, self.plain_factors(name))
@@ -134,7 +162,7 @@ class Merging(nn.Module):
             self._gains[name] = gain
             if finite:
                 trial = self.base_weight.clone()
-                self._change(self._terms([name], self.base_weight), trial)
+                self._change(self._terms([name], self.stored), trial)
                 if not trial.isfinite().all():
                     raise AdapterError(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
@@ -145,41 +173,60 @@ class Merging(nn.Module):
         """Take every merged delta out of the base weight again.
 
         In float32 and float64 the weight comes back up to the rounding of one addition. A 16-bit weight was rounded
-        when the delta went in; then a warning says so.
+        when the delta went in; then a warning says so. A quantised weight comes back bit for bit.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         elif not self.unmerge_quietly():
-            warnings.warn(inexact_message(self.base_weight.dtype), stacklevel=2)
+            warnings.warn(inexact_message(self.stored.dtype), stacklevel=2)
 
     def unmerge_quietly(self) -> bool:
         """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding."""
-        exact = not self.merged or storage_of(self.base_weight, self.target_name).exact
-        self._change(self._terms(self.merged_adapters, self.base_weight), self.base_weight, undo=True)
+        stored = self.stored
+        exact = not self.merged or bool(self._before) or storage_of(stored, self.target_name).exact
+        if isinstance(stored, Packed) and self._before:
+            stored.restore(self._before.pop())
+        else:
+            self._change(self._terms(self.merged_adapters, stored), stored, undo=True)
+        self.merge_error = None
         self._add_biases(self.merged_adapters, sign=-1)
         self.merged_adapters = []
         self._gains.clear()
         self.notes.clear()
         return exact
 
-    def unmerged_weight(self) -> Tensor:
-        """Return what this rank has of the base weight without the adapters that are merged into it; do not write."""
-        weight = self.base_weight
-        if not self.merged_adapters:
-            return weight
-        plain = weight.clone()
-        self._change(self._terms(self.merged_adapters, weight), plain, undo=True)
+    def unmerged_weight(self) -> Tensor | Packed:
+        """Return what this rank has of the base weight without the adapters that are merged into it; do not write.
+
+        Of a quantised weight rows can be taken, each dequantised when it is asked for, where its form allows that.
+        """
+        stored = self._before[0] if self._before else self.stored
+        here = bool(self._before) or not self.merged_adapters
+        if isinstance(stored, Packed):
+            if here and stored.storage.chunked:
+                return stored
+            stored = stored.dequantize()
+        if here:
+            return stored
+        plain = stored.clone()
+        self._change(self._terms(self.merged_adapters, self.stored), plain, undo=True)
         return plain
 
-    def subtract(self, name: str, factors: Factors) -> None:
+    def subtract(self, name: str, factors: Factors, scale: float | None = None) -> None:
         """Take the delta of the factors that an adapter starts from out of the base weight, for good.
+
+        Args:
+            name: the adapter.
+            factors: of plain LoRA; of which rank does not matter.
+            scale: of their product; None: the adapter's.
 
         Raises:
             AdapterError: an adapter is merged into the weight, or the weight has no memory yet.
         """
         self._check_change(name)
         left, right = self._delta_at_rest(factors)
-        self._change([Term(left, right, -self.specs[name].scaling)], self.base_weight)
+        scale = self.specs[name].scaling if scale is None else scale
+        self.start_error = self._change([Term(left, right, -scale)], self.stored)
         self.owed.discard(name)
         self.notes.clear()
 
@@ -195,24 +242,43 @@ class Merging(nn.Module):
             AdapterError: an adapter is merged into the weight, or the weight has no memory yet.
         """
         self._check_change(name)
-        held = at_rest(getattr(self.base_layer, self.op.weight_name).data, self.site)
-        storage_of(held.local, self.target_name).requantize(held.local, values[held.slices].to(held.local.device))
+        stored = stored_weight(self.base_layer, self.op.weight_name)
+        if isinstance(stored, Packed):
+            stored.storage.requantize(stored, values.to(stored.device, torch.float32))
+        else:
+            held = at_rest(stored.data, self.site)
+            storage_of(held.local, self.target_name).requantize(held.local, values[held.slices].to(held.local.device))
         self.owed.discard(name)
         self.notes.clear()
 
     def _check_change(self, name: str) -> None:
         """Refuse to change the base weight for good."""
-        if self.merged_adapters or self.base_weight.is_meta:
+        self._check_writable()
+        if self.merged_adapters or self.stored.is_meta:
             state = f"has {self.merged_adapters} merged into it" if self.merged_adapters else "has no memory yet"
             raise AdapterError(
                 f"{self.target_name}: the start of adapter {name!r} changes the base weight, which {state}"
             )
 
     @property
+    def stored(self) -> Tensor | Packed:
+        """What this rank holds of the base layer's weight that the deltas belong to, detached, as it is stored."""
+        weight = stored_weight(self.base_layer, self.op.weight_name)
+        return weight if isinstance(weight, Packed) else at_rest(weight.data).local
+
+    @property
     def base_weight(self) -> Tensor:
-        """What this rank holds of the base layer's weight that the deltas belong to, detached."""
-        weight: Tensor = getattr(self.base_layer, self.op.weight_name)
-        return at_rest(weight.data).local
+        """The values of :attr:`stored`: itself, or those of a quantised weight, all of them, in float32."""
+        stored = self.stored
+        return stored.dequantize() if isinstance(stored, Packed) else stored
+
+    def _check_writable(self) -> None:
+        stored = self.stored
+        storage_of(stored, self.target_name)
+        if isinstance(stored, Packed) and stored.storage.reason:
+            raise AdapterError(
+                f"{self.target_name}: a weight stored as {stored.kind} cannot take a delta: {stored.storage.reason}"
+            )
 
     def whole_factors(self, name: str) -> Factors:
         """Return an adapter's factors as they are in a forward, detached: gathered where they are sharded at rest."""
@@ -224,10 +290,10 @@ class Merging(nn.Module):
         with torch.no_grad():
             return VARIANTS[self.specs[name].variant].plain(layer, self.whole_factors(name), self.specs[name])
 
-    def _terms(self, names: Sequence[str], weight: Tensor) -> list[Term]:
+    def _terms(self, names: Sequence[str], weight: Tensor | Packed) -> list[Term]:
         terms = []
         for name in names:
-            if name in self.tied and self.tied[name].base_weight.data_ptr() == weight.data_ptr():
+            if name in self.tied and self.tied[name].stored.data_ptr() == weight.data_ptr():
                 continue  # the same memory: the source's delta is this one's too
             left, right = self._delta_at_rest(self.plain_factors(name))
             gain = self._gains.get(name)
@@ -237,13 +303,16 @@ class Merging(nn.Module):
         return terms
 
     @torch.no_grad()
-    def _change(self, terms: Sequence[Term], weight: Tensor, *, undo: bool = False) -> None:
+    def _change(self, terms: Sequence[Term], weight: Tensor | Packed, *, undo: bool = False) -> MergeError | None:
         if not terms:
-            return
+            return None
+        if isinstance(weight, Packed):
+            return add_low_rank_(weight, terms, weight.storage, undo=undo)
         matrix = weight if self.op.roles_weight[0] == "expert" else weight.flatten(1)
         add_low_rank_(matrix, terms, storage_of(weight, self.target_name), undo=undo)
         if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
             weight.copy_(matrix.view(weight.shape))
+        return None
 
     def _delta_at_rest(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """Return the factors of the delta of the weight that this rank keeps between forwards."""
@@ -258,7 +327,10 @@ class Merging(nn.Module):
 
     def share_at_rest(self) -> tuple[slice, slice]:
         """Return which rows and columns of this rank's delta belong to the weight that it keeps between forwards."""
-        held = at_rest(getattr(self.base_layer, self.op.weight_name).data, self.site)
+        stored = stored_weight(self.base_layer, self.op.weight_name)
+        if isinstance(stored, Packed):
+            return slice(None), slice(None)
+        held = at_rest(stored.data, self.site)
         rows, *others = held.slices
         if len(others) > 1 and any(other != slice(None) for other in others):
             raise AdapterError(f"{self.target_name}: a kernel that is sharded along {held.slices} cannot take a delta")
@@ -278,4 +350,18 @@ def inexact_message(dtype: torch.dtype) -> str:
     return (
         f"Unmerged from weights stored as {dtype}: they were rounded when the delta went in, so the base weight is "
         "restored to within one rounding of that dtype, not bit for bit. Reload the base model where that matters."
+    )
+
+
+def requantised_message(layers: Sequence[Merging]) -> str:
+    """Return what is to be said when quantised weights were merged into; the errors are the largest of ``layers``."""
+    worst = max(layers, key=lambda layer: layer.merge_error.delta if layer.merge_error else 0.0)
+    stored, error = worst.stored, worst.merge_error
+    assert isinstance(stored, Packed)
+    assert error is not None
+    return (
+        f"Merged into {len(layers)} weight(s) stored as {stored.kind}, which were quantised anew. The stored weight is "
+        f"off the wanted one by up to {error.weight:.2%} of it, and by {error.delta:.0%} of what was to be added "
+        f"({worst.target_name}). Where outputs matter, leave the adapter unmerged, or merge into the model as it was "
+        "before it was quantised."
     )

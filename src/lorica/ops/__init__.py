@@ -12,7 +12,8 @@ from lorica.ops.conv import Conv
 from lorica.ops.embedding import Embedding
 from lorica.ops.experts import experts_op, matrix_op
 from lorica.ops.fused import FusedLinear, part_names
-from lorica.ops.linear import Linear, TransposedLinear
+from lorica.ops.linear import Beside, Linear, TransposedLinear
+from lorica.storage import LINEARS
 
 #: Class of a base layer, or its full name where lorica does not depend on its package → op.
 OPS: dict[type[nn.Module] | str, Op] = {
@@ -26,6 +27,9 @@ OPS: dict[type[nn.Module] | str, Op] = {
     ColumnParallelLinear: Linear(),
     RowParallelLinear: Linear(),
     ParallelEmbedding: Embedding(),
+    **dict.fromkeys(LINEARS, Linear()),
+    "transformer_engine.pytorch.module.linear.Linear": Linear(),
+    "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": Beside(),
 }
 _FUSED = FusedLinear()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lorica.config.spec import AdapterSpec
-from lorica.errors import TargetError
+from lorica.errors import AdapterError, TargetError
 from lorica.init import Factors
 from lorica.ops.base import FactorShapes, Host, Op, Running, autocast_off
 
@@ -23,13 +23,14 @@ class Attention(Op):
     """
 
     kind = "MultiheadAttention"
+    inward = True
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
     children = ("out_proj",)
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, d]``, B ``[3·d, r]``."""
-        rows, width = self.logical_weight(base).shape
+        rows, width = self.logical_shape(base)
         return FactorShapes(torch.Size((r, width)), torch.Size((rows, r)))
 
     def check(self, base: Any, spec: AdapterSpec, where: str) -> None:
@@ -48,6 +49,29 @@ class Attention(Op):
         """Not used: the delta goes into the weights, see :meth:`forward`."""
         raise AssertionError("attention has no output to add to")
 
+    def by_rows(
+        self, layer: Host, args: tuple[Any, ...], kwargs: dict[str, Any], *, back: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Query, key and value have their rows first or second; a mask may have them before its heads, in one."""
+        module = layer.base_layer
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        if given["query"].dim() != 3:
+            raise AdapterError(
+                f"{layer.target_name}: adapter_names needs a batch, got a query {tuple(given['query'].shape)}"
+            )
+        if not module.batch_first:
+            # One tensor three times stays one: the module takes a faster way then.
+            turned = {id(given[name]): given[name].transpose(0, 1) for name in _ARGUMENTS[:3]}
+            given |= {name: turned[id(given[name])] for name in _ARGUMENTS[:3]}
+        if (mask := given.get("attn_mask")) is not None:
+            given["attn_mask"] = mask.flatten(0, 1) if back else _mask_by_rows(mask, len(given["query"]), module)
+        return (), given
+
+    def output_by_rows(self, layer: Host, output: Any) -> Any:
+        """The attended values have their rows first or second, the weights always first."""
+        values, weights = output
+        return (values if layer.base_layer.batch_first else values.transpose(0, 1)), weights
+
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Call the base module with the deltas in its weights."""
         module = layer.base_layer
@@ -57,6 +81,20 @@ class Attention(Op):
             inner = projection.running()
             weights |= _adapted(projection, projection.op, projection.base_layer, inner, "out_proj.base_layer.")
         return functional_call(module, weights, args, kwargs)
+
+
+#: The parameters of the module's forward, in their order.
+_ARGUMENTS = (
+    *("query", "key", "value", "key_padding_mask"),
+    *("need_weights", "attn_mask", "average_attn_weights", "is_causal"),
+)
+
+
+def _mask_by_rows(mask: Tensor, rows: int, module: Any) -> Tensor:
+    """Return a mask ``[rows, heads, to, from]``."""
+    if mask.dim() == 2:
+        return mask.expand(rows, module.num_heads, -1, -1)
+    return mask.unflatten(0, (rows, module.num_heads))
 
 
 def _adapted(layer: Host, op: Op, base: Any, running: Running, prefix: str) -> dict[str, Tensor]:

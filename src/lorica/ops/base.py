@@ -18,6 +18,7 @@ from lorica.errors import TargetError
 from lorica.init import Factors
 from lorica.layout import Roles
 from lorica.ops.dropout import drop
+from lorica.storage import Packed, stored_weight
 
 Running = Iterable[tuple[Factors, AdapterSpec]]
 
@@ -68,6 +69,10 @@ class Op(ABC):
         lookup: whether A is looked up by index rather than multiplied.
         transposed: whether the base weight is stored ``[in, out]`` (``fan_in_fan_out``).
         children: modules inside the base layer that are adapted along with it.
+        tokenwise: whether each token's output depends on that token's input alone, so that a part of them can be left
+            out. Otherwise :meth:`add` works on whole rows.
+        inward: whether the deltas go into the weights of a call rather than into its output; then a batch of several
+            adapters takes a call for each.
         roles_weight: role of each dimension of the base weight (see :mod:`lorica.layout`).
         roles_a: role of each dimension of A.
         roles_b: role of each dimension of B.
@@ -86,6 +91,8 @@ class Op(ABC):
     lookup: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
     children: ClassVar[tuple[str, ...]] = ()
+    tokenwise: ClassVar[bool] = False
+    inward: ClassVar[bool] = False
 
     @abstractmethod
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
@@ -97,6 +104,11 @@ class Op(ABC):
 
         On a layer that is cut, all of them are this rank's, and the part is in the parallel state of ``y``.
         """
+
+    def matrices(self, layer: Host, factors: Factors) -> tuple[Tensor, Tensor] | None:
+        """Return the ``[r, in]`` and ``[out, r]`` that tokens are multiplied with, one after the other; None where
+        :meth:`add` does something else with them."""
+        return None
 
     def product(self, x: Tensor, layer: Host) -> Tensor:
         """Return the base layer's output for ``x``, without its bias, on this rank."""
@@ -113,8 +125,13 @@ class Op(ABC):
 
     def logical_weight(self, base: Any) -> Tensor:
         """Return the base weight as ``[out, in, …]``."""
-        weight: Tensor = getattr(base, self.weight_name)
-        return self.orient(weight.detach())
+        weight = stored_weight(base, self.weight_name)
+        return self.orient(weight.dequantize() if isinstance(weight, Packed) else weight.detach())
+
+    def logical_shape(self, base: Any) -> torch.Size:
+        """Return the shape of :meth:`logical_weight`; nothing is dequantised for it."""
+        weight = stored_weight(base, self.weight_name)
+        return self.orient(torch.empty(weight.shape, device="meta")).shape
 
     def orient(self, weight: Tensor) -> Tensor:
         """Return a weight in the base layer's orientation as ``[out, in, …]``."""
@@ -125,9 +142,13 @@ class Op(ABC):
         return []
 
     def windows(
-        self, path: str, factor: str, spec: AdapterSpec, base: Any, shape: torch.Size
+        self, path: str, factor: str, spec: AdapterSpec, base: Any, shape: torch.Size, roles: Roles
     ) -> list[tuple[str, tuple[slice, ...] | None]]:
-        """Return the names of a factor tensor in a file, and the part of the logical tensor that each name means."""
+        """Return the names of a factor tensor in a file, and the part of the logical tensor that each name means.
+
+        Where projections are fused, each has rows of its own of a tensor that goes by the layer's outputs, and an equal
+        share of any other.
+        """
         return [(f"{path}.{factor}", None)]
 
     def check(self, base: Any, spec: AdapterSpec, where: str) -> None:  # noqa: B027 (a hook, not a duty)
@@ -144,7 +165,27 @@ class Op(ABC):
             LayoutError: it is cut in a way that cannot be described.
             TargetError: it is cut in a way that this op cannot work with.
         """
-        return engines.site(name, base, self.weight_name, self.roles_weight)
+        weight = stored_weight(base, self.weight_name)
+        if isinstance(weight, Packed):
+            weight.check_whole(name)
+        return engines.site(name, base, weight, self.roles_weight)
+
+    def by_rows(
+        self, layer: Host, args: tuple[Any, ...], kwargs: dict[str, Any], *, back: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call with the rows of the batch in the first dimension of the tensors with rows.
+
+        Args:
+            layer: the adapted layer.
+            args: of the base layer's forward.
+            kwargs: of the base layer's forward.
+            back: undo it.
+        """
+        return args, kwargs
+
+    def output_by_rows(self, layer: Host, output: Any) -> Any:
+        """Return an output with the rows in the first dimension, or undo that."""
+        return output
 
     def forward(self, layer: Host, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
         """Run ``base``, the base layer's own forward, then add each running adapter's part into its output."""

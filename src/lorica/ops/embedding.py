@@ -23,12 +23,13 @@ class Embedding(Op):
 
     kind = "Embedding"
     lookup = True
+    tokenwise = True
     roles_weight = ("in", "out")
     roles_magnitude = ("out",)
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, V]``, B ``[d, r]``."""
-        rows, width = self.logical_weight(base).shape
+        rows, width = self.logical_shape(base)
         return FactorShapes(torch.Size((r, rows)), torch.Size((width, r)))
 
     def check(self, base: Any, spec: AdapterSpec, where: str) -> None:

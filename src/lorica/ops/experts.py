@@ -30,13 +30,14 @@ class Parameter(Op):
     """A parameter ``[out, in]`` of a module that is no linear layer (a router)."""
 
     kind = "ParamWrapper"
+    inward = True
 
     def __init__(self, name: str) -> None:
         self.weight_name = name
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, in]``, B ``[out, r]``."""
-        *_, out_features, in_features = self.logical_weight(base).shape
+        *_, out_features, in_features = self.logical_shape(base)
         return FactorShapes(torch.Size((r, in_features)), torch.Size((out_features, r)))
 
     def check(self, base: Any, spec: AdapterSpec, where: str) -> None:
@@ -98,7 +99,7 @@ class Experts(Parameter):
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[E, r, in]``, B ``[E, out, r]``."""
         a, b = super().factor_shapes(base, r)
-        count = self.logical_weight(base).shape[:1]
+        count = self.logical_shape(base)[:1]
         return FactorShapes(count + a, count + b)
 
     def orient(self, weight: Tensor) -> Tensor:

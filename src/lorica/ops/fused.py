@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lorica.config.spec import AdapterSpec
 from lorica.init import Factors
-from lorica.layout import Layout
+from lorica.layout import Layout, Roles
 from lorica.ops.base import FactorShapes, Host
-from lorica.ops.linear import Linear
+from lorica.ops.linear import Linear, Product
 
 
 class FusedLinear(Linear):
@@ -33,23 +33,30 @@ class FusedLinear(Linear):
         layout: Layout = base.layout
         return layout.part_bounds()
 
-    def add(self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec) -> Tensor:
+    def add(
+        self, y: Tensor, x: Tensor, layer: Host, factors: Factors, spec: AdapterSpec, product: Product = F.linear
+    ) -> Tensor:
         """Add the parts of all projections in one product."""
-        return super().add(y, x, layer, spread(factors, layer.base_layer), spec)
+        return super().add(y, x, layer, spread(factors, layer.base_layer), spec, product)
+
+    def matrices(self, layer: Host, factors: Factors) -> tuple[Tensor, Tensor]:
+        """A, and B spread over the parts' columns."""
+        return super().matrices(layer, spread(factors, layer.base_layer))
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A`` with B spread over the parts' columns."""
         return super().delta(base, spread(factors, base))
 
     def windows(
-        self, path: str, factor: str, spec: AdapterSpec, base: Any, shape: torch.Size
+        self, path: str, factor: str, spec: AdapterSpec, base: Any, shape: torch.Size, roles: Roles
     ) -> list[tuple[str, tuple[slice, ...] | None]]:
         """Each part under its own name beside the fused layer, as if the projections had never been fused."""
         parent = path.rpartition(".")[0]
         rest = tuple(slice(0, size) for size in shape[1:])
+        each = shape[0] // len(base.layout.parts)
         found: list[tuple[str, tuple[slice, ...] | None]] = []
         for index, (name, first, last) in enumerate(base.layout.part_bounds()):
-            rows = slice(index * spec.r, (index + 1) * spec.r) if factor.startswith("lora_A") else slice(first, last)
+            rows = slice(first, last) if roles[0] == "out" else slice(index * each, (index + 1) * each)
             if not spec.parts or name in spec.parts:
                 found.append((f"{parent}.{name}.{factor}", (rows, *rest)))
         return found

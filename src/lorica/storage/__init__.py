@@ -1,73 +1,24 @@
 """How a base weight is stored, and how a low-rank delta gets into it.
 
 A storage answers two questions, ``dequantize`` and ``requantize``; merging is written once, here, over any of them.
-Adding a storage is one class and one line in ``STORAGES``.
+:mod:`lorica.storage.kinds` finds the storage of a layer's weight; each kind is one file.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorica.errors import AdapterError
+from lorica.storage.base import Packed, Quantised, Storage
+from lorica.storage.dense import STORAGES, Dense
+from lorica.storage.kinds import KINDS, LINEARS, kind_of, storage_of, stored_weight
 
 #: Elements of a row chunk while merging: the only extra memory is that many float32 values.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
-
-
-class Storage(Protocol):
-    """What merging needs to know of a way to store a weight ``[rows, cols]``."""
-
-    #: Whether a merged delta can be taken out again up to the rounding of float32.
-    exact: bool
-
-    def dequantize(self, stored: Tensor) -> Tensor:
-        """Return the values as float32 (float64 stays). May share memory with ``stored``."""
-
-    def requantize(self, stored: Tensor, values: Tensor) -> None:
-        """Write ``values`` over ``stored``, rounding once."""
-
-
-class Dense:
-    """A weight stored as plain floating-point numbers."""
-
-    def __init__(self, compute: torch.dtype, *, exact: bool) -> None:
-        self.compute = compute
-        self.exact = exact
-
-    def dequantize(self, stored: Tensor) -> Tensor:
-        """Return ``stored`` itself where its dtype is the one computed in, else a copy."""
-        return stored.to(self.compute)
-
-    def requantize(self, stored: Tensor, values: Tensor) -> None:
-        """Copy, unless ``values`` already is ``stored``."""
-        if values.data_ptr() != stored.data_ptr():
-            stored.copy_(values)
-
-
-STORAGES: dict[torch.dtype, Storage] = {
-    torch.float64: Dense(torch.float64, exact=True),
-    torch.float32: Dense(torch.float32, exact=True),
-    torch.bfloat16: Dense(torch.float32, exact=False),
-    torch.float16: Dense(torch.float32, exact=False),
-}
-
-
-def storage_of(weight: Tensor, where: str) -> Storage:
-    """Return the storage of ``weight``.
-
-    Raises:
-        AdapterError: no storage is known for its dtype; ``where`` names the module.
-    """
-    try:
-        return STORAGES[weight.dtype]
-    except KeyError:
-        raise AdapterError(
-            f"{where}: a base weight stored as {weight.dtype} cannot take a delta; known: {[*map(str, STORAGES)]}"
-        ) from None
 
 
 class Term(NamedTuple):
@@ -91,30 +42,104 @@ class Term(NamedTuple):
         return self._replace(left=left, right=right)
 
 
+class MergeError(NamedTuple):
+    """What storing a changed weight in a quantised form cost: relative sizes (Frobenius norm) of the error.
+
+    Attributes:
+        weight: of the stored weight against the wanted one, ``‖Q(W + Δ) - (W + Δ)‖ / ‖W + Δ‖``.
+        delta: the same error against what was to be added, ``‖Q(W + Δ) - (W + Δ)‖ / ‖Δ‖``. Where it is near 1 or
+            above, little of the adapter is left.
+    """
+
+    weight: float
+    delta: float
+
+
 @torch.no_grad()
-def add_low_rank_(weight: Tensor, terms: Sequence[Term], storage: Storage, *, undo: bool = False) -> None:
+def add_low_rank_(
+    weight: Tensor | Packed,
+    terms: Sequence[Term],
+    storage: Storage,
+    *,
+    undo: bool = False,
+    source: Packed | None = None,
+) -> MergeError | None:
     """Change ``weight`` in place by every term in turn, in chunks of rows, rounding each element once.
+
+    A quantised weight is written all at once, from all its values in float32.
 
     Args:
         weight: ``[rows, cols]``, any strides, or a stack ``[E, rows, cols]`` of them.
         terms: the changes, in the order in which they are made.
         storage: how ``weight`` is stored.
         undo: take the changes back, the last one first.
+        source: the quantised weight that is to be changed, where ``weight`` has changed since; None: ``weight`` itself.
+
+    Returns:
+        How far the stored weight is from the wanted one, of a quantised weight; None of others.
+
+    Raises:
+        AdapterError: the quantised form cannot take a delta.
     """
     if weight.dim() == 3:
-        for e, matrix in enumerate(weight.unbind(0)):
+        for e, matrix in enumerate(weight.unbind(0)):  # type: ignore[union-attr]
             add_low_rank_(matrix, [term.of(e) for term in terms], storage, undo=undo)
-        return
+        return None
+    if isinstance(weight, Packed):
+        return _rewrite(weight, terms, storage, weight if source is None else source, undo=undo)
     rows, cols = weight.shape
     step = max(1, CHUNK_ELEMENTS // max(1, cols))
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
         values = storage.dequantize(weight[chunk])
-        for left, right, scale, gain in reversed(terms) if undo else terms:
-            gain = gain if gain is None or len(gain) == 1 else gain[chunk]
-            if undo and gain is not None:
-                values.div_(gain)
-            values.addmm_(left[chunk].to(values), right.to(values), alpha=-scale if undo else scale)
-            if not undo and gain is not None:
-                values.mul_(gain)
+        _apply(values, terms, chunk, undo=undo)
         storage.requantize(weight[chunk], values)
+    return None
+
+
+def _apply(values: Tensor, terms: Sequence[Term], rows: slice, *, undo: bool) -> None:
+    for left, right, scale, gain in reversed(terms) if undo else terms:
+        gain = gain if gain is None or len(gain) == 1 else gain[rows]
+        if undo and gain is not None:
+            values.div_(gain)
+        values.addmm_(left[rows].to(values), right.to(values), alpha=-scale if undo else scale)
+        if not undo and gain is not None:
+            values.mul_(gain)
+
+
+def _rewrite(weight: Packed, terms: Sequence[Term], storage: Storage, source: Packed, *, undo: bool) -> MergeError:
+    """Write a quantised weight anew: what a number is stored as depends on its neighbours, so it goes all at once."""
+    values = storage.dequantize(source)
+    _apply(values, terms, slice(None), undo=undo)
+    size, changed = float(values.norm()), _distance(source, values)
+    storage.requantize(weight, values)
+    error = _distance(weight, values)
+    return MergeError(error / size if size else error, error / changed if changed else 0.0)
+
+
+def _distance(stored: Packed, values: Tensor) -> float:
+    rows, cols = values.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, cols)) if stored.storage.chunked else rows
+    square = 0.0
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        square += float((stored[chunk].dequantize() - values[chunk]).square().sum(dtype=torch.float64))
+    return math.sqrt(square)
+
+
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "KINDS",
+    "LINEARS",
+    "STORAGES",
+    "Dense",
+    "MergeError",
+    "Packed",
+    "Quantised",
+    "Storage",
+    "Term",
+    "add_low_rank_",
+    "kind_of",
+    "storage_of",
+    "stored_weight",
+]

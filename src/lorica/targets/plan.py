@@ -16,6 +16,7 @@ from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import freezes, subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
+from lorica.storage import Packed, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
 from lorica.targets.match import Names, entry_matches, excluded, matches, pattern_value, selected, shortest_names
 from lorica.targets.parameters import Found, find_parameters, rank_per_expert
@@ -132,7 +133,13 @@ def _check_start(model: nn.Module, config: LoraConfig, targets: Iterable[Target]
                     f"{target.name}: {cause} changes the base weight, which "
                     f"{[name for name in shared if name != target.name]} would see; untie the model's weights first"
                 )
-            if not getattr(target.base, target.op.weight_name).is_floating_point():
+            weight = stored_weight(target.base, target.op.weight_name)
+            if isinstance(weight, Packed) and weight.storage.reason:
+                raise TargetError(
+                    f"{target.name}: {cause} changes the base weight, which is stored as {weight.kind}: "
+                    f"{weight.storage.reason}"
+                )
+            if not weight.is_floating_point():
                 raise TargetError(f"{target.name}: {cause} needs a floating-point base weight")
 
 

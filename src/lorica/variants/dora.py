@@ -26,6 +26,7 @@ from lorica.init import Factors
 from lorica.ops import Op
 from lorica.ops.base import autocast_off
 from lorica.ops.dropout import drop
+from lorica.storage import Packed, stored_weight
 from lorica.variants.base import Extra, Hosting, Variant
 
 #: Name of the magnitudes in a file, below the layer.
@@ -114,7 +115,10 @@ def norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         held = layer.share_at_rest()
         plain = Factors(factors.a.detach(), factors.b.detach())
         left, right = layer.op.delta(layer.base_layer, plain)
-        matrices = (layer.unmerged_weight().flatten(1), left[held[0]], right[:, held[1]])
+        weight: Any = layer.unmerged_weight().flatten(1)
+        if isinstance(weight, Packed) and torch.compiler.is_compiling():
+            weight = weight.dequantize()  # a graph's nodes pass tensors only
+        matrices = (weight, left[held[0]], right[:, held[1]])
         outputs, kept = (left.shape[0], held[0])
         if _out_dim(layer.op) == 1:
             matrices = (matrices[0].T, matrices[2].T, matrices[1].T)
@@ -182,7 +186,7 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
     Where norms are collective, all ranks have to come to the same answer. So it depends there on nothing that is a
     rank's own, such as where in memory a gathered weight happens to lie.
     """
-    weight = getattr(layer.base_layer, layer.op.weight_name)
+    weight: Any = stored_weight(layer.base_layer, layer.op.weight_name)
     sources: tuple[Tensor, ...] = (weight, factors.a, factors.b)
     if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
         return norms(layer, factors, spec)
@@ -190,7 +194,7 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
     place: tuple[int, ...] = ()
     if not _axes_of_terms(layer):
         # Engines hand the forward a new object around the same memory.
-        place = (layer.base_weight.data_ptr(), id(factors.a), id(factors.b))
+        place = (layer.stored.data_ptr(), id(factors.a), id(factors.b))
     state = (_steps, spec.scaling, place, *(tensor._version for tensor in sources))
     kept = layer.notes.get(adapter)
     if kept is None or kept[0] != state:
@@ -203,7 +207,8 @@ def _axes_of_terms(layer: Hosting) -> list[Axis]:
     """Return the axes over which this rank's outputs and their squared norms are divided."""
     site = layer.site
     cut = None if site is None else site.layout.cut_of("in")
-    stored = storage_axes(getattr(layer.base_layer, layer.op.weight_name), site)
+    weight: Any = stored_weight(layer.base_layer, layer.op.weight_name)
+    stored = storage_axes(weight, site)
     return [*([site.axes[cut.axis]] if site and cut else []), *(axis for _, axis in stored)]
 
 

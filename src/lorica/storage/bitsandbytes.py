@@ -1,0 +1,153 @@
+"""bitsandbytes: 8-bit rows (LLM.int8(), https://arxiv.org/abs/2208.07339) and 4-bit blocks (QLoRA, 2305.14314).
+
+Written against bitsandbytes 0.50; its CPU backend runs all of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorica.storage.base import Quantised
+
+_LEVELS = 127.0
+
+
+class Int8Rows(Quantised):
+    """``Int8Params``: one scale for every row, the largest magnitude in it; ``w = number · scale / 127``."""
+
+    fields = ("weight", "state")
+
+    def holds(self, base: Any, name: str) -> bool:
+        """A layer with ``has_fp16_weights`` keeps plain numbers and quantises in every forward."""
+        return not getattr(base, name).dtype.is_floating_point
+
+    def title(self, base: Any, name: str) -> str:
+        """The package's name and the format's."""
+        return "bitsandbytes int8"
+
+    def shape(self, base: Any, name: str) -> torch.Size:
+        """That of the numbers."""
+        shape: torch.Size = getattr(base, name).shape
+        return shape
+
+    def read(self, base: Any, name: str, rows: slice) -> Tensor:
+        """Rows are independent."""
+        numbers = getattr(base, name).data[rows]
+        scales = _scales(base, name).to(numbers.device)[rows]
+        values: Tensor = numbers * (scales.view(-1, 1) * (1 / _LEVELS))
+        return values
+
+    def write(self, base: Any, name: str, values: Tensor) -> None:
+        """Scales are found in float32; the package's own way goes through float16 first, which overflows at 65504."""
+        scales = values.abs().amax(1)
+        steps = torch.where(scales > 0, _LEVELS / scales, 0)
+        numbers = (values * steps.view(-1, 1)).round_().to(torch.int8)
+        old = getattr(base, name)
+        new = type(old)(numbers, requires_grad=False, has_fp16_weights=False, CB=numbers, SCB=scales)
+        setattr(base, name, new)
+        if hasattr(base, "state"):
+            base.state.reset_grads()  # the next forward takes the numbers from the weight
+
+    def part(self, shadow: Any) -> None:
+        """The state object is emptied when a weight is written."""
+        if hasattr(shadow, "state"):
+            shadow.__dict__["state"] = copy.copy(shadow.state)
+
+
+def _scales(base: Any, name: str) -> Tensor:
+    # They are with the weight until the first forward, and in the layer's state from then on.
+    scales: Tensor | None = getattr(base, name).SCB
+    found: Tensor = base.state.SCB if scales is None else scales
+    return found
+
+
+class FourBit(Quantised):
+    """``Params4bit``: blocks of 64 numbers in NF4 or FP4, with a scale each, which may be quantised in turn."""
+
+    def holds(self, base: Any, name: str) -> bool:
+        """Before the layer is on its device, the numbers are plain ones."""
+        return getattr(getattr(base, name), "quant_state", None) is not None
+
+    def title(self, base: Any, name: str) -> str:
+        """The package's name and the format's."""
+        return f"bitsandbytes {getattr(base, name).quant_state.quant_type}"
+
+    def shape(self, base: Any, name: str) -> torch.Size:
+        """The packed tensor is a column of bytes; the state knows the shape."""
+        return torch.Size(getattr(base, name).quant_state.shape)
+
+    def read(self, base: Any, name: str, rows: slice) -> Tensor:
+        """Of the blocks that hold these rows, in the dtype that the layer computes its weight in."""
+        from bitsandbytes import functional
+
+        numbers, state = _plain(getattr(base, name))
+        count, columns = state.shape
+        start, stop, _ = rows.indices(count)
+        if (start, stop) == (0, count):
+            whole: Tensor = functional.dequantize_4bit(numbers, state)
+            return whole
+        size = state.blocksize
+        first, last = start * columns // size, -(-stop * columns // size)
+        scales = state.absmax
+        if state.nested:
+            scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+        bytes_ = numbers.view(torch.uint8).view(-1)[first * size // 2 : (last * size + 1) // 2]
+        length = min(last * size, count * columns) - first * size
+        out = torch.empty(length, dtype=state.dtype, device=numbers.device)
+        functional.dequantize_4bit(
+            bytes_.view(-1, 1),
+            absmax=scales[first:last].float(),
+            out=out,
+            blocksize=size,
+            quant_type=state.quant_type,
+        )
+        skipped = start * columns - first * size
+        return out[skipped : skipped + (stop - start) * columns].view(stop - start, columns)
+
+    def write(self, base: Any, name: str, values: Tensor) -> None:
+        """With the block size, the format and the double quantisation that the weight has."""
+        from bitsandbytes import functional
+
+        old = getattr(base, name)
+        state = old.quant_state
+        numbers, new = functional.quantize_4bit(
+            values.contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        new.dtype = state.dtype  # what the forward computes in; it was found from more than that
+        weight = type(old)(
+            numbers,
+            requires_grad=False,
+            quant_state=new,
+            blocksize=state.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=state.quant_type,
+            quant_storage=old.quant_storage,
+            module=old.module,
+            bnb_quantized=True,
+        )
+        setattr(base, name, weight)
+        if hasattr(base, "quant_state"):
+            base.quant_state = new
+
+
+def _plain(weight: Any) -> tuple[Tensor, Any]:
+    """Return the numbers and their state in the order in which they are stored in files."""
+    state = weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight.data, state
+    # A forward in inference on some CPUs packed them otherwise, in the layer itself; here in a copy.
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    numbers, state = _convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))
+    return numbers, state
+
+
+INT8_ROWS, FOUR_BIT = Int8Rows(), FourBit()
