@@ -23,9 +23,11 @@ from lorica.engines.site import Site
 from lorica.errors import AdapterError, LayoutError
 from lorica.init import Factors
 from lorica.layers.merging import Merging
+from lorica.layers.mixed import add_by_rows, refuse_merged
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
+from lorica.routing import Rows
 from lorica.variants import VARIANTS, Extra
 
 #: Adapters that take part in a forward.
@@ -226,7 +228,8 @@ class LoraLayer(Merging):
             adapter: whose.
             shape: its logical shape.
         """
-        return self.op.windows(path, factor, self.specs[adapter], self.base_layer, shape)
+        roles = dict(zip(self.factor_names(adapter), self.factor_roles(adapter), strict=True))[factor]
+        return self.op.windows(path, factor, self.specs[adapter], self.base_layer, shape, roles)
 
     def factor_roles(self, name: str) -> list[Roles]:
         """Return the role of each dimension of each factor tensor, in the order of :meth:`factor_names`."""
@@ -298,26 +301,39 @@ class LoraLayer(Merging):
 
     def running(self) -> Running:
         """Return the adapters that take part in a forward: active, of this layer, and not merged."""
+        return self.pairs(self._names())
+
+    def _names(self, place: Site | None = None) -> list[str]:
+        """Return the adapters that take part in a forward, and that are added at a place if one is given."""
         if not self.switch.enabled:
             if self.merged_adapters:
                 self.unmerge()
             return []
-        merged, specs = self.merged_adapters, self.specs
-        return [(self.factors(n), specs[n]) for n in self.switch.active if n in specs and n not in merged]
+        specs, rows, active = self.specs, self.switch.rows, self.switch.active
+        if rows is not None and rows.names is not None:
+            refuse_merged(self)
+            active = tuple(rows.adapters)
+        merged = self.merged_adapters
+        names = [name for name in active if name in specs and name not in merged]
+        return names if place is None else [name for name in names if self.site_of(specs[name]) is place]
+
+    def pairs(self, names: Iterable[str]) -> Running:
+        """Return factors and spec of each of the named adapters."""
+        return [(self.factors(name), self.specs[name]) for name in names]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base layer's output plus the parts of the running adapters."""
+        """Return the base layer's output plus the parts of the running adapters (of those in ``adapter_names``, one for
+        each row of the input, where they are given)."""
         if "adapter_names" in kwargs:
-            raise NotImplementedError("adapter_names: batches that mix adapters are not implemented in this version")
+            with self.switch.routed(Rows(kwargs.pop("adapter_names"))):
+                return self.forward(*args, **kwargs)
         base = self.base_layer
         if self.site is not None:
             if self.site.opening is not None:
                 return base(*args, **kwargs)  # whose engine calls _inside, between its collectives
-            return self._around(self, base, self.running(), *args, **kwargs)
-        running = self.running()
-        if not running:
-            return base(*args, **kwargs)
-        if self.training and is_distributed(base._parameters.get(self.op.weight_name)):
+            return self._around(self, base, self._names(), *args, **kwargs)
+        names = self._names()
+        if names and self.training and is_distributed(base._parameters.get(self.op.weight_name)):
             raise LayoutError(
                 f"{self.target_name}: the model was cut after the adapter was added; cut it inside "
                 "`with lorica.parallel.cutting(model) as base:`, so that the adapter is cut with it"
@@ -327,8 +343,7 @@ class LoraLayer(Merging):
     def _inside(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         assert site.opening is not None
         layer = self if site is self.site else Across(self, site)
-        running = [(factors, spec) for factors, spec in self.running() if self.site_of(spec) is site]
-        return self._around(layer, site.opening.original, running, *args, **kwargs)
+        return self._around(layer, site.opening.original, self._names(site), *args, **kwargs)
 
     def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output ``y`` with the part that an adapter, of whichever variant, adds for the input ``x``."""
@@ -347,6 +362,20 @@ class LoraLayer(Merging):
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
         return output
+
+    def _with(
+        self, layer: LoraLayer | Across, base: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.switch.rows is not None and self.switch.rows.names is not None:
+            return add_by_rows(layer, base, self.switch.rows, names, *args, **kwargs)
+        if not names:
+            return base(*args, **kwargs)
+        return self.op.forward(layer, base, self.pairs(names), *args, **kwargs)
+
+    @property
+    def rows(self) -> Rows | None:
+        """Which adapter each row of the batch has, while a forward runs that says so."""
+        return self.switch.rows
 
     def site_of(self, spec: AdapterSpec) -> Site | None:
         """Return where an adapter's part is added: inside the base layer's collectives, or across them."""

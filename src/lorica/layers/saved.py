@@ -8,6 +8,7 @@ from torch import nn
 
 from lorica.engines.duplicate import duplicate
 from lorica.layers.switch import Switch
+from lorica.routing import BASE, Rows, each_group
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -55,5 +56,18 @@ class ModulesToSaveWrapper(nn.Module):
         return self._modules["original_module"]  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module that is in use."""
-        return self.in_use()(*args, **kwargs)
+        """Run the module that is in use, or for each row of a batch the copy of the row's adapter."""
+        rows = self.switch.rows
+        if rows is None or rows.names is None or not self.switch.enabled:
+            return self.in_use()(*args, **kwargs)
+
+        copies = self.modules_to_save
+        mine = Rows([name if name in copies else BASE for name in rows.names])
+        if len(mine.adapters) == 1:
+            return self.of(mine.adapters[0])(*args, **kwargs)
+        return each_group(mine, mine.adapters, lambda name, *a, **k: self.of(name)(*a, **k), args, kwargs)
+
+    def of(self, name: str) -> nn.Module:
+        """Return an adapter's copy, or the original where it has none."""
+        copies = self.modules_to_save
+        return copies[name] if name in copies else self._modules["original_module"]  # type: ignore[return-value]

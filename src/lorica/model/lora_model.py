@@ -16,7 +16,8 @@ from lorica.config import LoraConfig
 from lorica.engines import fsdp
 from lorica.errors import AdapterError, suggest
 from lorica.layers import ModulesToSaveWrapper, Switch
-from lorica.layers.merging import inexact_message
+from lorica.layers.merging import inexact_message, requantised_message
+from lorica.model.rows import has_rows, rows_of_call
 from lorica.ranks import watch
 from lorica.targets import make_plan
 from lorica.targets.plan import config_of
@@ -75,8 +76,29 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the adapted model."""
-        return self.model(*args, **kwargs)
+        """Run the adapted model.
+
+        Args:
+            args: of the base model.
+            kwargs: of the base model, and ``adapter_names``: an adapter for each row of the batch, ``"__base__"`` for
+                none; ``alora_offsets``: for each row how many tokens, from the end, an adapter sees that tokens
+                activate (otherwise its invocation is looked for in ``input_ids``).
+
+        Raises:
+            AdapterError: there are not as many rows as names, an adapter does not exist, or the model trains.
+        """
+        if not has_rows(self, kwargs):
+            return self.model(*args, **kwargs)
+        with rows_of_call(self, args, kwargs) as left:
+            return self.model(*args, **left)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the adapted model: the base model's ``generate``, with ``adapter_names`` as in a forward."""
+        generate: Any = self.model.generate
+        if not has_rows(self, kwargs):
+            return generate(*args, **kwargs)
+        with rows_of_call(self, args, kwargs, generates=True) as left:
+            return generate(*args, **left)
 
     # ---- adding and removing ----------------------------------------------------------------------------------------
 

@@ -98,8 +98,8 @@ class PeftModel(nn.Module):
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the adapted model; see the base model's ``generate``."""
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        """Generate with the adapted model; see :meth:`LoraModel.generate`."""
+        return self.base_model.generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """Return the model that is adapted."""

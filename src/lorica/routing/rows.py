@@ -1,0 +1,126 @@
+"""The rows of one batch, grouped by adapter.
+
+Layers see the rows of a batch in several forms: one item each, several (beams, or tokens laid one below the other
+before experts), or some of them. In all of these the items of a row stand together and the rows keep their order, so
+item ``i`` of ``n`` belongs to row ``i // (n / rows)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica.errors import AdapterError
+
+#: The name of a row without an adapter.
+BASE = "__base__"
+
+
+class Run(NamedTuple):
+    """Neighbouring items of one adapter: ``[start, stop)`` along the first dimension."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Rows:
+    """Which adapter each row of a batch has; lives as long as one forward, or one call of ``generate``.
+
+    Args:
+        names: an adapter for each row, ``"__base__"`` for none; None: every row has the active ones.
+        offsets: adapter → for each row how many tokens, counted from the end, it sees (``[rows]``, whole numbers). One
+            that is not here sees all; see :mod:`lorica.variants.alora`.
+
+    Attributes:
+        kept: room for what layers make of their factors for these rows and want to find again in the next step.
+    """
+
+    def __init__(self, names: Sequence[str] | None, offsets: Mapping[str, Tensor] | None = None) -> None:
+        self.names = None if names is None else tuple(names)
+        self.offsets = dict(offsets or {})
+        self.kept: dict[Any, Any] = {}
+        self._runs = [] if self.names is None else _runs(self.names)
+        self._indices: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names that occur, the base model's among them, in the order of their first rows."""
+        return list(dict.fromkeys(self.names or ()))
+
+    def runs(self, items: int) -> list[Run]:
+        """Return the runs of neighbours among ``items`` items, from first to last.
+
+        Raises:
+            AdapterError: the rows do not divide the items.
+        """
+        each = self.items_per_row(items)
+        return [Run(name, start * each, stop * each) for name, start, stop in self._runs]
+
+    def items_per_row(self, items: int) -> int:
+        """Return how many of ``items`` items belong to each row.
+
+        Raises:
+            AdapterError: the rows do not divide the items.
+        """
+        assert self.names is not None
+        if not self.names or items % len(self.names):
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {items} respectively."
+            )
+        return items // len(self.names)
+
+    def places(self, name: str, items: int, device: torch.device) -> slice | Tensor:
+        """Return where the items of one adapter are: a slice where they stand together, or an index."""
+        runs = [run for run in self.runs(items) if run.name == name]
+        if len(runs) == 1:
+            return slice(runs[0].start, runs[0].stop)
+        return self.index((name,), items, device)
+
+    def index(self, names: Sequence[str], items: int, device: torch.device) -> Tensor:
+        """Return the places of the items of the adapters ``names``, one adapter after the other."""
+        key = (*names, items, device)
+        if key not in self._indices:
+            runs: dict[str, list[int]] = {name: [] for name in names}
+            for name, start, stop in self.runs(items):
+                if name in runs:
+                    runs[name] += range(start, stop)
+            places = [place for name in names for place in runs[name]]
+            self._indices[key] = torch.tensor(places, dtype=torch.long, device=device)
+        return self._indices[key]
+
+    def reach(self, name: str) -> int:
+        """Return the longest of an adapter's offsets."""
+        key = ("reach", name)
+        if key not in self.kept:
+            self.kept[key] = int(self.offsets[name].amax()) if self.offsets[name].numel() else 0
+        found: int = self.kept[key]
+        return found
+
+    def only(self, name: str) -> Rows:
+        """Return the rows of one adapter, for a call that gets these alone."""
+        assert self.names is not None
+        key = ("only", name)
+        if key not in self.kept:
+            mine = [row for row, other in enumerate(self.names) if other == name]
+            offsets = {a: o[torch.tensor(mine, device=o.device)] for a, o in self.offsets.items() if a == name}
+            self.kept[key] = Rows((name,), offsets)
+        found: Rows = self.kept[key]
+        return found
+
+
+def _runs(names: Sequence[str]) -> list[Run]:
+    runs: list[Run] = []
+    for row, name in enumerate(names):
+        if runs and runs[-1].name == name:
+            runs[-1] = runs[-1]._replace(stop=row + 1)
+        else:
+            runs.append(Run(name, row, row + 1))
+    return runs
+
+
+__all__ = ["BASE", "Rows", "Run"]
