@@ -221,10 +221,12 @@ class PeftModel(nn.Module):
         embedding's output is made to.
         """
         model = self.get_base_model()
-        # transformers 5.23 renamed it; older releases know only the second name.
-        newer = hasattr(model, "activation_checkpointing_enable")
-        enable: Any = getattr(model, "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable")
-        enable(*args, **kwargs)
+        # transformers 5.23 renamed method and argument; older releases know only the second name, callers know either.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        spellings = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        options = {f"{kind}_checkpointing_kwargs" if name in spellings else name: kwargs[name] for name in kwargs}
+        enable: Any = getattr(model, f"{kind}_checkpointing_enable")
+        enable(*args, **options)
         let_inputs_require_grad(model)
 
     gradient_checkpointing_enable = activation_checkpointing_enable
