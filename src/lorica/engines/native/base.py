@@ -66,8 +66,8 @@ class Native(nn.Module):
 
     def site(self, layout: Layout, axes: Mapping[str, Axis]) -> Site:
         """Return where this layer lies, given what is known of it from outside: its layout and all axes."""
-        # The product leaves the bias to be added after the sum of a layer that is cut by its inputs.
-        bias = 1.0 if layout.shares() == 1 else 0.0
+        # The product leaves the bias to be added after the sum of a layer that is cut by its inputs, be it for one rank.
+        bias = 1.0 if layout.cut_of("in") is None else 0.0
         across = None
         if getattr(self, "sequence_parallel_enabled", False):
             apart = replace(layout, sequence=tuple(dict.fromkeys((*layout.sequence, *self.axes))))
