@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorica.adapt.parts import each_part, left_of_parts
+from lorica.adapt.parts import each_part, left_of_parts, taken_of_parts
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
 from lorica.engines.rest import at_rest
 from lorica.errors import AdapterError
-from lorica.init import Factors, InitRequest, draw_seed, find, initialise, leftover, subtracts, target_generator
+from lorica.init import Factors, InitRequest, draw_seed, find, initialise, leftover, made_by, subtracts, target_generator
 from lorica.init.statistics import Found, forget, kept
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.ops import FactorShapes, Op
-from lorica.targets.plan import Plan, Target
+from lorica.targets.plan import Plan, Target, changes_base
 from lorica.targets.walk import bare
 from lorica.variants import VARIANTS
 
@@ -110,6 +111,11 @@ def inject(
         for target in plan.targets
         if target.tied_to is None
     }
+    taken = {
+        target.name: _taken(target, config)
+        for target in plan.targets
+        if VARIANTS[target.spec.variant].subtracts and not factors[target.name].b.is_meta
+    }
     layers: dict[str, LoraLayer] = {}
     places = Places(model)
     _refuse_merged(places, plan, config)
@@ -118,11 +124,15 @@ def inject(
         layers[target.name] = layer
         if target.tied_to is None:
             made = factors[target.name]
-            changes_base = subtracts(config.init_lora_weights, lookup=target.op.lookup)
-            left = _left(target, config) if changes_base and not made.b.is_meta else None
+            starts = subtracts(config.init_lora_weights, lookup=target.op.lookup)
+            left = _left(target, config) if starts and not made.b.is_meta else None
             if left is not None:
                 layer.rewrite(adapter, left)
-            layer.add_adapter(adapter, target.spec, made, subtract=changes_base and left is None, seed=seed)
+            layer.add_adapter(adapter, target.spec, made, subtract=starts and left is None, seed=seed)
+            if target.name in taken:
+                layer.subtract(adapter, taken[target.name], 1.0)
+            elif VARIANTS[target.spec.variant].subtracts:
+                layer.owed.add(adapter)
             _used_up(target, config, made)
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
@@ -142,13 +152,16 @@ def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
     targets = [target_at(layer, adapter) for layer in owing]
     starts: list[Factors | None] = []
     for layer, target in zip(owing, targets, strict=True):
+        if VARIANTS[target.spec.variant].subtracts:
+            starts.append(_taken(target, config))
+            continue
         rewritten = leaves_of(config) is not None  # then the factors in the file say nothing of the weight
         dtype = layer.factors(adapter).b.dtype
         starts.append(None if rewritten else _start(target, config, 0, layer.base_weight.device, dtype))
     for layer, target, start in zip(owing, targets, starts, strict=True):
         left = _left(target, config) if start is None else None
         if start is not None:
-            layer.subtract(adapter, start)
+            layer.subtract(adapter, start, 1.0 if VARIANTS[target.spec.variant].subtracts else None)
             _used_up(target, config, start)
         elif left is not None:
             layer.rewrite(adapter, left)
@@ -178,6 +191,21 @@ def _left(target: Target, config: LoraConfig) -> Tensor | None:
     return op.orient(left) if site is None else site.layout.take(op.orient(left), op.roles_weight, site.at)
 
 
+def _taken(target: Target, config: LoraConfig) -> Factors:
+    """Return what a variant takes out of the base weight, as this rank's plain factors (scale 1)."""
+    request, op, site = _request(target, config, 0), target.op, target.site
+    take, parts, roles = VARIANTS[target.spec.variant].taken, op.parts(target.base), (op.roles_a, op.roles_b)
+    if "expert" in op.roles_weight and not request.experts:  # one adapter for all, but each has a weight of its own
+        count = len(op.logical_weight(target.base)) if site is None else site.layout.sizes["expert"]
+        shapes = (torch.Size((count, *request.shape_a)), torch.Size((count, *request.shape_b)))
+        request = replace(request, experts=count, shape_a=shapes[0], shape_b=shapes[1])
+        roles = (("expert", *op.roles_a), ("expert", *op.roles_b))
+    made = taken_of_parts(take, request, parts, target.spec) if parts else made_by(take, request)
+    if site is None:
+        return made
+    return Factors(site.layout.take(made.a, roles[0], site.at), site.layout.take(made.b, roles[1], site.at))
+
+
 def _used_up(target: Target, config: LoraConfig, made: Factors) -> None:
     """Forget what calibration found out, now that the adapter has started from it."""
     found = find(config.init_lora_weights)
@@ -188,10 +216,11 @@ def _used_up(target: Target, config: LoraConfig, made: Factors) -> None:
 def _refuse_merged(places: Places, plan: Plan, config: LoraConfig) -> None:
     for target in plan.targets:
         layer = places.layer_at(target)
-        if layer is not None and layer.merged and subtracts(config.init_lora_weights, lookup=target.op.lookup):
+        cause = changes_base(config, target.op)
+        if layer is not None and layer.merged and cause:
             raise AdapterError(
-                f"{target.name}: init_lora_weights={config.init_lora_weights!r} changes the base weight, which has "
-                f"{layer.merged_adapters} merged into it; unmerge first"
+                f"{target.name}: {cause} changes the base weight, which has {layer.merged_adapters} merged into it; "
+                "unmerge first"
             )
 
 
@@ -307,7 +336,7 @@ def check_adapter_name(name: Any) -> None:
 
 def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, autocast: bool) -> Factors:
     op, site = target.op, target.site
-    shapes = logical_shapes(op, target.base, target.spec, site)
+    shapes = logical_shapes(op, target.base, target.spec, site, target.name)
     weight = at_rest(getattr(target.base, op.weight_name).detach()).local
     dtype = _factor_dtype(weight, config, autocast=autocast)
     device = torch.device("meta") if on_meta else weight.device
@@ -328,7 +357,7 @@ def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, 
 
 def _request(target: Target, config: LoraConfig, seed: int) -> InitRequest:
     op, site, init = target.op, target.site, find(config.init_lora_weights)
-    shapes = logical_shapes(op, target.base, target.spec, site)
+    shapes = logical_shapes(op, target.base, target.spec, site, target.name)
     return InitRequest(
         target=target.name,
         r=target.spec.r,
@@ -351,7 +380,7 @@ def _found(target: Target, config: LoraConfig) -> Found:
     return {} if init is None or not init.needs else kept(target.base, target.op.weight_name, init.needs)
 
 
-def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None) -> FactorShapes:
+def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None, where: str = "") -> FactorShapes:
     """Return the shapes of A and B as they are in a file, whatever part of the base layer is here."""
     shapes = op.factor_shapes(base, spec.r)
     if site is not None:
@@ -361,7 +390,7 @@ def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None
             for roles, shape in ((op.roles_a, shapes.a), (op.roles_b, shapes.b))
         )
         shapes = FactorShapes(*whole)
-    return VARIANTS[spec.variant].shapes(shapes, op, spec)
+    return VARIANTS[spec.variant].shapes(shapes, op, spec, where)
 
 
 def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:

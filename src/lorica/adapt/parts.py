@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorica.config import AdapterSpec, LoraConfig
-from lorica.init import Factors, InitRequest, initialise, leftover, target_generator
+from lorica.init import Factors, Init, InitRequest, initialise, leftover, target_generator
 from lorica.init.statistics import Found
 
 #: Name, first row and last row (exclusive) of each projection in a fused weight.
@@ -63,6 +63,16 @@ def left_of_parts(config: LoraConfig, whole: InitRequest, parts: Parts, spec: Ad
     return torch.cat(rows)
 
 
+def taken_of_parts(take: Init, whole: InitRequest, parts: Parts, spec: AdapterSpec) -> Factors:
+    """Return what a variant takes out of projections fused in one weight: out of each what it would take out of it
+    alone, and nothing out of those that are not adapted."""
+    made = [
+        take(request) if not spec.parts or name in spec.parts else _nothing(request)
+        for name, request in _requests(whole, parts, spec, 0, {})
+    ]
+    return Factors(torch.cat([one.a for one in made]), torch.cat([one.b for one in made]))
+
+
 def _requests(
     whole: InitRequest, parts: Parts, spec: AdapterSpec, seed: int, found: Found
 ) -> Iterator[tuple[str, InitRequest]]:
@@ -76,7 +86,7 @@ def _requests(
                 whole,
                 target=target,
                 shape_a=torch.Size((spec.r, whole.shape_a[1])),
-                shape_b=torch.Size((last - first, spec.r)),
+                shape_b=torch.Size((last - first, whole.shape_b[1])),
                 generator=target_generator(seed, target),
                 weight=partial(_rows, weight, first, last),
                 found=found.get(name, {}),
@@ -86,6 +96,11 @@ def _requests(
 
 def _rows(weight: Callable[[], Tensor], first: int, last: int) -> Tensor:
     return weight()[first:last]
+
+
+def _nothing(request: InitRequest) -> Factors:
+    device = request.weight().device
+    return Factors(torch.zeros(request.shape_a, device=device), torch.zeros(request.shape_b, device=device))
 
 
 def _zero(made: Factors) -> Factors:

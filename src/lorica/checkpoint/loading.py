@@ -173,12 +173,12 @@ def _materialised(entry: Entry) -> Entry:
     if entry.owner is None or not entry.tensor.is_meta:
         return entry
     leaf = entry.live.rpartition(".")[2]
-    parameter = entry.owner._parameters[leaf]
-    assert parameter is not None
-    if parameter.is_meta:
-        parameter = nn.Parameter(torch.zeros_like(parameter, device=entry.device), parameter.requires_grad)
-        entry.owner._parameters[leaf] = parameter
-    return replace(entry, tensor=parameter)
+    held: dict[str, Any] = entry.owner._parameters if leaf in entry.owner._parameters else entry.owner._buffers
+    tensor = held[leaf]
+    if tensor.is_meta:
+        made = torch.zeros_like(tensor, device=entry.device)
+        held[leaf] = tensor = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return replace(entry, tensor=tensor)
 
 
 @contextmanager

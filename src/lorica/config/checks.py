@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
 
 #: Initialisations that PEFT has and this version does not.
-LATER_INITS: tuple[str, ...] = ("mica",)
+LATER_INITS: tuple[str, ...] = ()
 
+#: Fields that turn a variant on.
+VARIANT_FIELDS = (
+    *("use_dora", "kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config"),
+    *("arrow_config", "alora_invocation_tokens"),
+)
 #: Fields whose behaviour this version does not have → the values that ask for none.
 _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),
     "trainable_token_indices": (None,),
-    "velora_config": (None,),
     "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
-    "monteclora_config": (None,),
     "layer_replication": (None,),
-    "use_bdlora": (None, False),
     "arrow_config": (None,),
-    "kasa_config": (None,),
 }
 
 
@@ -107,7 +107,8 @@ def _check_flags(config: LoraConfig) -> None:
     flags = ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying", "inference_mode")
     for name in (*flags, "share_expert_adapters", "normalize_moe_lora", "a2a_experimental"):
         _need(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    _need(config.use_dora in (True, False, None), "use_dora", config.use_dora, "True or False")
+    for name in ("use_dora", "use_qalora"):
+        _need(getattr(config, name) in (True, False, None), name, getattr(config, name), "True or False")
     if config.use_dora and config.lora_bias:
         raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
     _need(config.bias in ("none", "all", "lora_only"), "bias", config.bias, "'none', 'all' or 'lora_only'")
@@ -142,6 +143,21 @@ def _check_init_options(config: LoraConfig) -> None:
                 stacklevel=5,
             )
             config.loftq_config = {} if found.options == "loftq_config" else config.loftq_config
+
+
+def _check_variant(config: LoraConfig) -> None:
+    """Refuse variants together, and starts that a variant has no room for."""
+    init = config.init_lora_weights
+    frozen = isinstance(init, str) and init.lower() == "mica"
+    asked = [name for name in VARIANT_FIELDS if getattr(config, name)]
+    if len(asked) + frozen > 1:
+        both = tuple(sorted([*asked, *(["mica"] if frozen else [])]))
+        raise ConfigError(f"Invalid or unsupported variant combination: {both}; an adapter has one variant at most")
+    found = find(init)
+    if asked == ["kasa_config"] and found is not None and found.subtracts:
+        raise ConfigError(
+            f"LoraConfig.init_lora_weights={init!r} and kasa_config both change the base weight; leave one of them out"
+        )
 
 
 def _check_dtype(config: LoraConfig) -> None:
@@ -215,6 +231,7 @@ _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_flags,
     _check_init,
     _check_init_options,
+    _check_variant,
     _check_dtype,
     _check_names,
     _check_layers,

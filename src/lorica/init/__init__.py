@@ -6,7 +6,7 @@ of the target's own, so that its result does not depend on where the weight lies
 
 from __future__ import annotations
 
-from lorica.init import corda, eva, loftq, lora_ga, olora, pissa, random
+from lorica.init import corda, eva, loftq, lora_ga, mica, olora, pissa, random
 from lorica.init.base import (
     INITS,
     Factors,
@@ -17,6 +17,7 @@ from lorica.init.base import (
     freezes,
     initialise,
     leftover,
+    made_by,
     register,
     subtracts,
     target_generator,
@@ -36,6 +37,8 @@ __all__ = [
     "leftover",
     "loftq",
     "lora_ga",
+    "made_by",
+    "mica",
     "olora",
     "pissa",
     "random",

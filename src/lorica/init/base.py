@@ -150,10 +150,17 @@ def leftover(name: bool | str, request: InitRequest) -> Tensor | None:
     return torch.stack(list(map(leaves, _of_experts(request)))) if request.experts else leaves(request)
 
 
+def made_by(function: Init, request: InitRequest) -> Factors:
+    """Return the logical factors that a function makes; of stacked experts, those that it makes of each alone."""
+    if not request.experts:
+        return function(request)
+    made = [function(one) for one in _of_experts(request)]
+    return Factors(torch.stack([pair.a for pair in made]), torch.stack([pair.b for pair in made]))
+
+
 def _each_expert(name: bool | str, request: InitRequest) -> Factors:
     """Return a stack of pairs, each as it would be for that expert's weight alone."""
-    made = [initialise(name, one) for one in _of_experts(request)]
-    return Factors(torch.stack([pair.a for pair in made]), torch.stack([pair.b for pair in made]))
+    return made_by(lambda one: initialise(name, one), request)
 
 
 def _of_experts(request: InitRequest) -> Iterator[InitRequest]:

@@ -47,6 +47,20 @@ class Factor(nn.Module):
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
 
 
+class Tensors(nn.Module):
+    """Parameters or buffers by the names of adapters."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = getattr(self, name)
+        return tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters or name in self._buffers
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self, name)
+
+
 class LoraLayer(Merging):
     """A base layer and the factors of any number of adapters.
 
@@ -152,7 +166,7 @@ class LoraLayer(Merging):
         """Make a tensor a parameter (or a buffer) under its live name."""
         container, _, tensor = extra.live.split(".", 2) if extra.live.count(".") > 1 else (*extra.live.split("."), "")
         if container not in self._modules:
-            self._modules[container] = nn.ModuleDict() if tensor else nn.ParameterDict()
+            self._modules[container] = nn.ModuleDict() if tensor else Tensors()
         held: Any = self._modules[container]
         if tensor and adapter not in held:
             held[adapter] = nn.Module()

@@ -8,6 +8,8 @@ default generators are in step: each layer draws once, whatever its shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,11 +57,23 @@ def generator_for(device: torch.device, spec: AdapterSpec, site: Site) -> torch.
 
 
 def _seed(site: Site, role: str) -> int:
-    seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
-    cuts = [cut.axis for dim in (role, "expert") if (cut := site.layout.cut_of(dim)) is not None]
-    apart = [*cuts, *site.layout.sequence, *site.layout.data]
+    return mixed(int(torch.randint(0, 2**62, (), dtype=torch.int64)), site, (role, "expert"), site.layout.sequence)
+
+
+def mixed(seed: int, site: Site | None, roles: Iterable[str], tokens: Iterable[str] = ()) -> int:
+    """Return a seed of their own for ranks that hold different values: of batches, of dimensions, of tokens.
+
+    Args:
+        seed: the same on all ranks of a batch.
+        site: where the layer lies.
+        roles: of the dimensions that values have; ranks among which one of them is divided draw apart.
+        tokens: axes that divide the tokens of a batch, where values go by token.
+    """
+    if site is None:
+        return seed
+    cuts = [cut.axis for dim in roles if (cut := site.layout.cut_of(dim)) is not None]
     place = 0
-    for name in dict.fromkeys(apart):
+    for name in dict.fromkeys([*cuts, *tokens, *site.layout.data]):
         axis = site.axes[name]
         place = place * axis.size + axis.rank
     return (seed + place * _MIX) % 2**63

@@ -19,6 +19,7 @@ from lorica.engines import Engines
 from lorica.engines.describe import DATA_AXES
 from lorica.engines.rest import at_rest
 from lorica.errors import RankError
+from lorica.variants import VARIANTS, variant_of
 
 #: Seconds within which every rank must have come to the comparison.
 TIMEOUT = 300.0
@@ -56,13 +57,13 @@ def _wait_for_all(timeout: float) -> None:
 
 def _description(model: nn.Module) -> dict[str, Any]:
     configs = getattr(base_of(model), "peft_config", {})
-    dropout = any(config.lora_dropout for config in configs.values())
+    drawing = any(config.lora_dropout or VARIANTS[variant_of(config)].random for config in configs.values())
     axes = Engines(base_of(model)).axes
     return {
         "lorica": __version__,
         "configuration": {name: _text(config.to_dict()) for name, config in configs.items()},
         "batch": [axes[name].rank for name in sorted(axes) if name in DATA_AXES],
-        "random state": _digest(torch.get_rng_state()) if dropout else "",
+        "random state": _digest(torch.get_rng_state()) if drawing else "",
         "tensors": {
             f"{adapter}/{name}": _tensor(entry)
             for adapter, config in configs.items()
@@ -106,12 +107,12 @@ def _compare(everyone: list[Mapping[str, Any]]) -> None:
 
 
 def _compare_random_states(everyone: list[Mapping[str, Any]]) -> None:
-    # Dropout's masks agree only where the generators do.
+    # Masks of dropout, and a variant's samples, agree only where the generators do.
     states: dict[str, tuple[int, str]] = {}
     for rank, other in enumerate(everyone):
         holder, state = states.setdefault(str(other["batch"]), (rank, other["random state"]))
         if state != other["random state"]:
-            field = "random state (dropout needs the same one on all ranks that share a batch)"
+            field = "random state (dropout and sampling need the same one on all ranks that share a batch)"
             _refuse(rank, field, state, other["random state"], holder)
 
 

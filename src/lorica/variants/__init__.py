@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from lorica.variants.base import Extra, Hosting, Variant
+from lorica.variants.bdlora import BdLora
 from lorica.variants.dora import Dora
+from lorica.variants.kasa import Kasa
+from lorica.variants.monteclora import Monteclora
+from lorica.variants.velora import Velora
 
 #: The field of ``LoraConfig`` that turns a variant on → the variant. Empty: plain LoRA.
-VARIANTS: dict[str, Variant] = {"": Variant(), "use_dora": Dora()}
+VARIANTS: dict[str, Variant] = {
+    "": Variant(),
+    "use_dora": Dora(),
+    "kasa_config": Kasa(),
+    "use_bdlora": BdLora(),
+    "velora_config": Velora(),
+    "monteclora_config": Monteclora(),
+}
 
 
 def variant_of(config: Any) -> str:

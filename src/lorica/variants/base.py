@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
-from lorica.init import Factors, InitRequest
+from lorica.init import Factors, InitRequest, target_generator
 from lorica.layout import Roles
 from lorica.ops import FactorShapes, Op
 from lorica.ops.base import Host
+from lorica.routing import Rows
+from lorica.storage import Packed
 
 
 class Hosting(Host, Protocol):
@@ -29,7 +31,18 @@ class Hosting(Host, Protocol):
     specs: dict[str, AdapterSpec]
     notes: dict[Any, Any]
 
-    def unmerged_weight(self) -> Tensor:
+    @property
+    def rows(self) -> Rows | None:
+        """Which adapter each row of the batch has, while a forward runs that says so."""
+
+    def factors(self, name: str) -> Factors:
+        """Return the factors of an adapter, attached to the graph."""
+
+    @property
+    def stored(self) -> Tensor | Packed:
+        """What this rank has of the base weight, as it is stored."""
+
+    def unmerged_weight(self) -> Tensor | Packed:
         """Return what this rank has of the base weight, without the adapters that are merged into it."""
 
     def share_at_rest(self) -> tuple[slice, slice]:
@@ -95,8 +108,12 @@ class Variant:
         """Return the role of each dimension of A and of B."""
         return op.roles_a, op.roles_b
 
-    def shapes(self, shapes: FactorShapes, op: Op, spec: AdapterSpec) -> FactorShapes:
-        """Return the logical shapes of A and B, given those of plain LoRA."""
+    def shapes(self, shapes: FactorShapes, op: Op, spec: AdapterSpec, where: str = "") -> FactorShapes:
+        """Return the logical shapes of A and B, given those of plain LoRA.
+
+        Raises:
+            TargetError: they cannot be had for these sizes; ``where`` names the module.
+        """
         return shapes
 
     def extras(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Sequence[Extra]:
@@ -128,3 +145,42 @@ class Variant:
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor | None:
         """Return what multiplies ``W + s·B·A``, one number for every output that this rank keeps; None: nothing."""
         return None
+
+
+def drawn(layer: Hosting, extra: Extra, seed: int, draw: Callable[[Tensor, torch.Generator], object]) -> Tensor:
+    """Return this rank's slice of a random start. The logical tensor is drawn, from a generator of the target's own (of
+    each fused projection's own), so that it does not depend on the layout.
+
+    Args:
+        layer: the adapted layer.
+        extra: which tensor.
+        seed: of the adapter.
+        draw: fills a tensor on the CPU.
+    """
+    site, parts = layer.site, layer.op.parts(layer.base_layer)
+    parent = layer.target_name.rpartition(".")[0]
+    names = [f"{parent}.{part}" for part, _, _ in parts] or [layer.target_name]
+    sizes = {} if site is None else site.layout.sizes
+    first, *others = (sizes.get(role, size) for role, size in zip(extra.roles, extra.shape, strict=True))
+    pieces = []
+    for name in names:
+        pieces.append(torch.empty(first // len(names), *others))
+        draw(pieces[-1], target_generator(seed, f"{name}.{extra.name}"))
+    whole = torch.cat(pieces)
+    return whole if site is None else site.layout.take(whole, extra.roles, site.at)
+
+
+def cut_along(layer: Hosting, tensor: Tensor, dim: int, role: str) -> Tensor:
+    """Return what this rank's layer needs of a tensor that is whole along one dimension, cut as the layer is.
+
+    Args:
+        layer: the adapted layer.
+        tensor: its other dimensions are this rank's already.
+        dim: the dimension.
+        role: what it is to the layer.
+    """
+    site = layer.site
+    if site is None or site.layout.cut_of(role) is None:
+        return tensor
+    roles = tuple(role if index == dim else "" for index in range(tensor.dim()))
+    return site.layout.take(tensor, roles, site.at)
