@@ -27,6 +27,7 @@ ROOMS = [
     "targets",
     "adapt",
     "checkpoint",
+    "combine",
     "ranks",
     "optim",
     "model",

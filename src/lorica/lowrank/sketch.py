@@ -20,8 +20,8 @@ def sketched_svd(matrix: Tensor, rank: int, generator: torch.Generator, *, round
     """Return the leading ``rank`` values and vectors, by subspace iteration from random directions.
 
     What is left, ``matrix - U·S·V``, is at most 1.003 times (Frobenius norm) what the exact decomposition leaves:
-    measured on flat, slowly and fast decaying spectra and on steps, with at least :data:`LEAST_ROUNDS` rounds. ``U·S·V``
-    is ``U·Uᵀ·matrix``, so what is left is known exactly: ``‖matrix‖² - ‖S‖²``.
+    measured on flat, slowly and fast decaying spectra and on steps, with :data:`LEAST_ROUNDS` rounds at least.
+    ``U·S·V`` is ``U·Uᵀ·matrix``, so what is left is known exactly: ``‖matrix‖² - ‖S‖²``.
 
     Block Krylov methods were measured beside it (three to four blocks of the rank, or eight more): at an equal
     residual they are as fast to within a tenth, and they lose their lead where the rank grows.

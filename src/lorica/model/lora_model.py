@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lorica import combine
 from lorica.adapt import inject, trainable
 from lorica.adapt.tying import forget_tie, retie, untie
 from lorica.config import LoraConfig
@@ -227,6 +228,56 @@ class LoraModel(nn.Module):
                     stacklevel=3,
                 )
         self.switch.enabled = False
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Put a combination ``Σ w·ΔW`` of adapters in as a new one, plain LoRA of scale 1; it is not active.
+
+        Args:
+            adapters: their names.
+            weights: one of each, negative ones too.
+            adapter_name: the new adapter's name; one that is there stays as it is, with a warning.
+            combination_type: ``"svd"`` is the nearest matrix of its rank, exact, by way of the stacked factors alone.
+                ``"cat"`` is the sum itself, of the sum of the ranks. ``"linear"`` adds A's and B's, so that products of
+                one adapter's and another's come in. ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and
+                ``"magnitude_prune"`` do what their papers do to A's and B's; with ``"_svd"`` behind, to the deltas,
+                which are dense then: one target at a time. A single adapter is always combined by ``"linear"``.
+            svd_rank: the rank after a decomposition; None: the largest rank of the adapters.
+            svd_clamp: quantile of the entries of the factors after a decomposition, to which all are cut.
+            svd_full_matrices: accepted; vectors that are left out anyway are not computed.
+            svd_driver: of ``torch.linalg.svd`` on CUDA.
+            density: the share of entries that pruning keeps.
+            majority_sign_method: signs are elected by the sum of the entries (``"total"``) or of their signs
+                (``"frequency"``).
+
+        Raises:
+            AdapterError: a name is unknown, an argument impossible, or the adapters have no such combination; the
+                layer is named. The model is as it was.
+        """
+        combine.add_weighted_adapter(
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            svd_full_matrices,
+            svd_driver,
+            density,
+            majority_sign_method,
+        )
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
