@@ -33,12 +33,14 @@ NAMES = [
     "VeloraConfig",
     "__version__",
     "cast_mixed_precision_params",
+    "create_arrow_model",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "route_rows",
     "set_peft_model_state_dict",
 ]
 

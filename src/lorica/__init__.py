@@ -29,10 +29,12 @@ from lorica.model import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
+    create_arrow_model,
     get_layer_status,
     get_model_status,
     get_peft_model,
     inject_adapter_in_model,
+    route_rows,
 )
 
 __all__ = [
@@ -60,11 +62,13 @@ __all__ = [
     "VeloraConfig",
     "__version__",
     "cast_mixed_precision_params",
+    "create_arrow_model",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "route_rows",
     "set_peft_model_state_dict",
 ]

@@ -30,10 +30,7 @@ VARIANT_FIELDS = (
 _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
     "layer_replication": (None,),
-    "arrow_config": (None,),
 }
 
 
@@ -160,6 +157,16 @@ def _check_variant(config: LoraConfig) -> None:
         )
 
 
+def _check_invocation(config: LoraConfig) -> None:
+    tokens = config.alora_invocation_tokens
+    if tokens is None:
+        return
+    wanted = "the ids of the tokens that activate the adapter: a list of whole numbers"
+    _need(isinstance(tokens, list | tuple) and all(map(_is_int, tokens)), "alora_invocation_tokens", tokens, wanted)
+    if config.task_type != "CAUSAL_LM":
+        warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=2)
+
+
 def _check_dtype(config: LoraConfig) -> None:
     name: Any = config.lora_dtype
     if isinstance(name, torch.dtype):
@@ -213,6 +220,18 @@ def _check_layers(config: LoraConfig) -> None:
         _need(all(map(_is_int, numbers)), "layers_to_transform", layers, "a layer number or a list of them")
 
 
+def _check_tokens(config: LoraConfig) -> None:
+    given = config.trainable_token_indices
+    if given is None:
+        return
+    wanted = "a list of token ids, or a mapping from the names of modules to such lists"
+    _need(isinstance(given, list | tuple | dict), "trainable_token_indices", given, wanted)
+    for indices in given.values() if isinstance(given, dict) else [given]:
+        _need(isinstance(indices, list | tuple) and len(indices) > 0, "trainable_token_indices", given, wanted)
+        good = all(_is_int(token) and token >= 0 for token in indices) and len(set(indices)) == len(indices)
+        _need(good, "trainable_token_indices", given, "token ids are whole numbers from 0 on, each named once")
+
+
 def _check_patterns(config: LoraConfig) -> None:
     for name, good in (("rank_pattern", _is_int), ("alpha_pattern", _is_number)):
         value = getattr(config, name)
@@ -232,8 +251,10 @@ _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_init,
     _check_init_options,
     _check_variant,
+    _check_invocation,
     _check_dtype,
     _check_names,
     _check_layers,
     _check_patterns,
+    _check_tokens,
 )

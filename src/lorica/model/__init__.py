@@ -1,8 +1,10 @@
 """The adapted model as users hold it: injection, the wrappers with PEFT's interface, and their status."""
 
+from lorica.model.arrow import create_arrow_model
 from lorica.model.factory import get_peft_model, inject_adapter_in_model
 from lorica.model.lora_model import LoraModel
 from lorica.model.peft_model import PeftModel
+from lorica.model.rows import route_rows
 from lorica.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from lorica.model.tasks import (
     PeftModelForCausalLM,
@@ -24,8 +26,10 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "create_arrow_model",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "inject_adapter_in_model",
+    "route_rows",
 ]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorica.variants.alora import Alora
+from lorica.variants.arrow import Arrow
 from lorica.variants.base import Extra, Hosting, Variant
 from lorica.variants.bdlora import BdLora
 from lorica.variants.dora import Dora
 from lorica.variants.kasa import Kasa
 from lorica.variants.monteclora import Monteclora
+from lorica.variants.qalora import QaLora
 from lorica.variants.velora import Velora
 
 #: The field of ``LoraConfig`` that turns a variant on → the variant. Empty: plain LoRA.
@@ -17,8 +20,11 @@ VARIANTS: dict[str, Variant] = {
     "use_dora": Dora(),
     "kasa_config": Kasa(),
     "use_bdlora": BdLora(),
+    "use_qalora": QaLora(),
     "velora_config": Velora(),
     "monteclora_config": Monteclora(),
+    "alora_invocation_tokens": Alora(),
+    "arrow_config": Arrow(),
 }
 
 

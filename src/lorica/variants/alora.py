@@ -75,8 +75,8 @@ def _offsets(layer: Hosting, spec: AdapterSpec) -> tuple[Tensor, int]:
             )
         if layer.site is not None and STAGES in layer.site.axes:
             raise AdapterError(
-                f"{layer.target_name}: a pipeline's stages do not know the tokens that activate an adapter; run the step "
-                "inside `with lorica.route_rows(model, alora_offsets=…)`"
+                f"{layer.target_name}: a pipeline's stages do not know which tokens activate an adapter; run the "
+                "step inside `with lorica.route_rows(model, alora_offsets=…)`"
             )
         return torch.zeros(1, dtype=torch.long), 0
     name = next(name for name, known in layer.specs.items() if known is spec)
