@@ -31,6 +31,7 @@ ROOMS = [
     "ranks",
     "optim",
     "model",
+    "calibration",
     "parallel",
     "merge",
     "export",

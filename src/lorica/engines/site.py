@@ -93,6 +93,10 @@ class Opening:
         self._own = True
         self.original: Forward = getattr(owner, name)
 
+    def again(self) -> Opening:
+        """Return another one at the same place, for what goes around all that was put there until now."""
+        return Opening(self._owner, self._name)
+
     def put(self, forward: Forward) -> None:
         """Let the engine's wrapper call ``forward``, which may call :attr:`original`: what was there until now."""
         self._own = self._name in vars(self._owner) if isinstance(self._owner, nn.Module) else True
