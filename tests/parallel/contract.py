@@ -25,13 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorica
+from lorica.adapt.trainable import frozen_parameters
 from lorica.checkpoint.names import Entry, adapter_entries
 from lorica.checkpoint.pieces import piece_of
 from lorica.errors import AdapterError, ConfigError, TargetError
 from lorica.init import INITS
 from lorica.layers import LoraLayer
 from lorica.parallel import clip_grad_norm_, sum_gradients, verify
-from lorica.variants import VARIANTS
+from lorica.variants import VARIANTS, variant_of
 
 TOLERANCE = 1e-5
 #: Rows of the whole batch; the data groups have equal shares.
@@ -62,7 +63,12 @@ class Case:
 #: Initialisations that change the output from the start.
 CHANGING = {False, "orthogonal"}
 #: Variants that may talk of their own, with the reason.
-TALKING = {"use_dora": "norms of layers that are cut by their inputs are summed when the factors have changed"}
+TALKING = {
+    "use_dora": "norms of layers that are cut by their inputs are summed when the factors have changed",
+    "velora_config": "groups of features that lie across ranks are compressed together",
+}
+#: Variants whose forward in training is random, so that no two layouts draw the same.
+RANDOM = {"monteclora_config"}
 #: Variants without a meaning in divisions whose names hold a word, with the reason; an empty word: in none.
 NOT_IN = {
     "alora_invocation_tokens": ("pp2", "only the first stage of a pipeline sees tokens"),
@@ -70,6 +76,18 @@ NOT_IN = {
 }
 #: What turns a variant on where that is more than True; and fields that a variant cannot do without.
 EXAMPLES: dict[str, Mapping[str, Any]] = {
+    "kasa_config": {"kasa_config": {}},
+    "use_bdlora": {
+        "use_bdlora": {
+            "nblocks": 2,
+            "target_modules_bd_a": ["o_proj", "down_proj", "lm_head", "conv1d"],
+            "target_modules_bd_b": ["q_", "k_", "v_", "up_proj", "gate_proj", "embed", "turned", "attention"],
+            "match_strict": False,
+        }
+    },
+    "use_qalora": {"use_qalora": True, "qalora_group_size": 4},
+    "velora_config": {"velora_config": {"num_groups": 4, "scale": 0.9, "init_type": "random"}},
+    "monteclora_config": {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.1}},
     "alora_invocation_tokens": {"alora_invocation_tokens": [16], "task_type": "CAUSAL_LM"},
 }
 
@@ -83,9 +101,12 @@ def cases(division: str = "native tp2 sp", subject: str = "llama") -> dict[str, 
         "dropout post": Case({"lora_dropout": 0.25, "dropout_position": "post"}, oracle=False),
         "a2a": Case({"a2a_experimental": True}, collectives=True, within="native sp"),
         "shared experts": Case({"share_expert_adapters": True}),
+        "mica": Case({"init_lora_weights": "mica"}),
     }
     found |= {
-        f"variant {name or 'lora'}": Case(EXAMPLES.get(name, {name: True} if name else {}), collectives=name in TALKING)
+        f"variant {name or 'lora'}": Case(
+            EXAMPLES.get(name, {name: True} if name else {}), oracle=name not in RANDOM, collectives=name in TALKING
+        )
         for name in VARIANTS
         if not (name in NOT_IN and NOT_IN[name][0] in division)
     }
@@ -197,8 +218,9 @@ def compare(mine: Mapping[str, Entry], whole: Mapping[str, Tensor], what: str, t
 def gradients(model: nn.Module) -> dict[str, Entry]:
     """The gradients of an adapter, as entries."""
     found = {}
+    still = frozen_parameters(model, "default")
     for name, entry in entries(model).items():
-        if not entry.tied:
+        if not entry.tied and isinstance(entry.tensor, nn.Parameter) and id(entry.tensor) not in still:
             assert entry.tensor.grad is not None, f"{name} has no gradient"
             found[name] = dataclasses.replace(entry, tensor=entry.tensor.grad)
     return found
@@ -298,6 +320,10 @@ def check_all(place: Place, case: Case, oracle: nn.Module, cut: nn.Module) -> No
         optimizer = sgd(model)  # its parameters are others now
         with model.disable_adapter():
             before = run.logits(mine)
+    if VARIANTS[variant_of(place.config(case))].subtracts:
+        with model.disable_adapter(), oracle.disable_adapter():
+            before = run.logits(mine)
+            near(before, Plain(oracle).logits(mine), "I1: the base model that is left")
     if case.off:
         # Sums over ranks in the start and in a forward may differ in their order.
         ordered = place.division.exact and (not case.collectives or place.division.ranks == 1)

@@ -11,6 +11,7 @@ from lorica.adapt.inject import adapter_modules, adapter_parameters
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.variants import VARIANTS, variant_of
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -115,3 +116,19 @@ def check_one_bias(configs: Mapping[str, LoraConfig]) -> None:
             "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
             "adapters."
         )
+
+
+def check_one_base(configs: Mapping[str, LoraConfig], new: str) -> None:
+    """Refuse an adapter that changes the base weights for good beside one that does not (KaSA).
+
+    Raises:
+        AdapterError: names the other adapter.
+    """
+    uses = VARIANTS[variant_of(configs[new])].subtracts
+    for name, config in configs.items():
+        if VARIANTS[variant_of(config)].subtracts != uses:
+            raise AdapterError(
+                "KaSA cannot be combined with adapters that don't use KaSA, since KaSA modifies the base weights: the "
+                f"new adapter {'uses' if uses else 'does not use'} KaSA but adapter '{name}' "
+                f"{'does not' if uses else 'does'}."
+            )

@@ -15,14 +15,16 @@ from lorica.adapt import inject, trainable
 from lorica.adapt.tying import forget_tie, retie, untie
 from lorica.config import LoraConfig
 from lorica.engines import fsdp
-from lorica.errors import AdapterError, suggest
-from lorica.layers import ModulesToSaveWrapper, Switch
+from lorica.engines.stages import axis_of_stages
+from lorica.errors import AdapterError, LayoutError, suggest
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.layers.merging import inexact_message, requantised_message
 from lorica.model.rows import has_rows, rows_of_call
 from lorica.ranks import watch
 from lorica.targets import make_plan
 from lorica.targets.plan import config_of
 from lorica.targets.walk import targets_of_keys
+from lorica.variants.losses import kasa_loss, monteclora_loss
 
 
 class LoraModel(nn.Module):
@@ -123,6 +125,7 @@ class LoraModel(nn.Module):
             raise AdapterError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
         config = copy.copy(peft_config)
         trainable.check_one_bias({**self.peft_config, adapter_name: config})
+        trainable.check_one_base({**self.peft_config, adapter_name: config}, adapter_name)
         plan = make_plan(self.model, config, exactly=None if state_dict is None else targets_of_keys(state_dict))
         inject.inject(
             self.model,
@@ -355,6 +358,37 @@ class LoraModel(nn.Module):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+    # ---- losses of variants -----------------------------------------------------------------------------------------
+
+    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """Return the two penalties that KaSA trains with, to be added to the loss; 0 without such adapters.
+
+        Args:
+            adapter_names: which ones; None: the active ones.
+
+        Raises:
+            LayoutError: the model is divided into pipeline stages, of which each knows its own layers only.
+        """
+        return kasa_loss(*self._losing(adapter_names))
+
+    def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """Return MonteCLoRA's variational loss after a training forward, to be added to the loss; 0 without such
+        adapters.
+
+        Args:
+            adapter_names: which ones; None: the active ones.
+
+        Raises:
+            LayoutError: the model is divided into pipeline stages, of which each knows its own layers only.
+        """
+        return monteclora_loss(*self._losing(adapter_names))
+
+    def _losing(self, names: str | Sequence[str] | None) -> tuple[list[LoraLayer], list[str]]:
+        if axis_of_stages(self.model) is not None:
+            raise LayoutError("a variant's loss is summed over all layers, and a pipeline stage has only its own")
+        chosen = self.switch.active if names is None else [names] if isinstance(names, str) else names
+        return inject.lora_layers(self.model), list(chosen)
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 

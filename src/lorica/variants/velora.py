@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,8 +44,8 @@ class Velora(Variant):
         """The input must be vectors of features that A is multiplied with, in the layer's forward."""
         if op.kind != "Linear":
             raise TargetError(
-                f"{where}: velora_config is not supported for a layer of the kind {op.kind}: it compresses the input of "
-                "linear layers"
+                f"{where}: velora_config is not supported for a layer of the kind {op.kind}: it compresses the input "
+                "of linear layers"
             )
 
     def extras(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> list[Extra]:
@@ -67,10 +68,12 @@ class Velora(Variant):
             return super().add(y, x, layer, factors, spec)
         op: Any = layer.op
         product = partial(_product, layer=layer, kept=factors.extras[DIRECTION], spec=spec)
-        return op.add(y, x, layer, Factors(factors.a, factors.b, factors.bias), spec, product)
+        added: Tensor = op.add(y, x, layer, Factors(factors.a, factors.b, factors.bias), spec, product)
+        return added
 
 
-class _Groups(NamedTuple):
+@dataclass(frozen=True)
+class _Groups:
     """How a layer's input features fall into groups.
 
     Attributes:
@@ -108,7 +111,9 @@ def _product(x_TI: Tensor, a_RI: Tensor, *, layer: Hosting, kept: Tensor, spec: 
     """``x Aᵀ``, of whose input the backward has the compressed form."""
     groups = _Groups.of(layer, x_TI.shape[1], spec.options, x_TI.device)
     directions_PD = _directions(x_TI.detach(), groups, layer, kept.view(-1, groups.length), spec)
-    product: Tensor = _Compressed.apply(x_TI, a_RI, directions_PD.to(x_TI.dtype), groups, layer.site, spec.options.scale)
+    product: Tensor = _Compressed.apply(
+        x_TI, a_RI, directions_PD.to(x_TI.dtype), groups, layer.site, spec.options.scale
+    )
     return product
 
 
