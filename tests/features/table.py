@@ -1,0 +1,111 @@
+"""The table layer × feature: every cell from a check that ran."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from checks import FEATURES, Feature, NoMeaning
+from layers import LAYERS, Layer
+
+from lorica.errors import AdapterError, ConfigError, TargetError
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "features.md"
+YES, NO, NONE, FAULT = "✓", "✗", "–", "!"
+_REFUSALS = (AdapterError, ConfigError, TargetError, NotImplementedError)
+_HEAD = """# Layers and features
+
+Every cell is the result of a check that ran (`tests/features/`); this page is written by `python
+docs/make_features.py`, and a test compares it with what the checks say today. ✓: works, judged by dense float64
+arithmetic where the layer can be had so. ✗: refused by name. –: has no meaning there. A number leads to the reason, or
+to a remark.
+
+The same features on every layout of many ranks are the contract of `tests/parallel/test_contract.py`.
+"""
+
+
+def cell(feature: Feature, layer: Layer) -> tuple[str, str]:
+    """What a check says: a mark, and a reason or a remark, or what went wrong."""
+    torch.manual_seed(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return YES, feature.check(layer) or ""
+    except NoMeaning as why:
+        return NONE, str(why)
+    except _REFUSALS as refusal:
+        return NO, reason(refusal)
+    except Exception as error:
+        return FAULT, f"{type(error).__name__}: {error}"
+
+
+def reason(refusal: Exception) -> str:
+    """The words of a refusal, without the name of the module."""
+    text = " ".join(str(refusal).split())
+    text = re.sub(r"^(?:[\w.]*\b(?:target|qkv_proj|gate|experts)\b[\w.]*: )+", "", text)
+    text = re.sub(r"\b(?:model\.layers\.0\.)[\w.]+", "the parameter", text)
+    text = text.replace("|", "\\|")
+    return text if len(text) <= 220 else f"{text[:217].rsplit(' ', 1)[0]} …"
+
+
+def run(
+    layers: Iterable[Layer] = LAYERS, features: Iterable[Feature] = FEATURES
+) -> dict[tuple[str, str], tuple[str, str]]:
+    """All cells, by the names of feature and layer.
+
+    Raises:
+        AssertionError: checks fail; all of them are named.
+    """
+    found, faults = {}, []
+    there = [layer for layer in layers if layer.there]
+    with one_rank():
+        for feature, layer in itertools.product(features, there):
+            mark, note = cell(feature, layer)
+            if mark == FAULT:
+                faults.append(f"{feature.name} on {layer.name}: {note}")
+            found[feature.name, layer.name] = mark, note
+    assert not faults, "\n".join(faults)
+    return found
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone, for what native layers would send."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def render(cells: dict[tuple[str, str], tuple[str, str]]) -> str:
+    """The page."""
+    notes: dict[str, int] = {}
+    lines = [_HEAD]
+    names = list(dict.fromkeys(layer for _, layer in cells))
+    groups = dict.fromkeys(feature.group for feature in FEATURES)
+    for group in groups:
+        rows = [feature.name for feature in FEATURES if feature.group == group]
+        lines += [f"## {group}", ""]
+        lines.append("| layer | " + " | ".join(rows) + " |")
+        lines.append("|---|" + ":-:|" * len(rows))
+        for name in names:
+            marks = [_mark(*cells[row, name], notes) for row in rows]
+            lines.append(f"| {name} | " + " | ".join(marks) + " |")
+        lines.append("")
+    lines += ["## Reasons and remarks", ""]
+    lines += [f"{number}. {note}" for note, number in notes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _mark(mark: str, note: str, notes: dict[str, int]) -> str:
+    if not note:
+        assert mark == YES
+        return mark
+    return f"{mark} {notes.setdefault(note, len(notes) + 1)}"
