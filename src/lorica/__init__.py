@@ -1,6 +1,13 @@
 """lorica: LoRA for every layout. One configuration, one API, one adapter file."""
 
 from lorica._version import __version__
+from lorica.calibration import (
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+    replace_lora_weights_loftq,
+)
 from lorica.checkpoint.loading import set_peft_model_state_dict
 from lorica.checkpoint.saving import get_peft_model_state_dict
 from lorica.config import (
@@ -63,12 +70,17 @@ __all__ = [
     "__version__",
     "cast_mixed_precision_params",
     "create_arrow_model",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "route_rows",
     "set_peft_model_state_dict",
 ]

@@ -199,8 +199,6 @@ class _Run:
 
 def _decomposed(target: Target, covariance: Tensor, options: CordaConfig) -> Found:
     weight = logical_weight(target.op, target.base, target.site)
-    if not weight.is_floating_point():
-        raise AdapterError(f"{target.name}: CorDA takes its start out of the base weight, which is {weight.dtype}")
     fixed, parts = invertible(covariance.to(weight.device)), target.op.parts(target.base)
     rows = {name: weight[first:last] for name, first, last in parts} or {"": weight}
     decompose = partial(decomposed, covariance=fixed, r=target.spec.r, method=options.corda_method)

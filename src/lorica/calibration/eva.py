@@ -144,7 +144,7 @@ def _features(target: Target) -> int:
     site = target.site
     if site is not None:
         return site.layout.sizes["in"]
-    return int(target.op.logical_weight(target.base).shape[1])
+    return int(target.op.logical_shape(target.base)[1])
 
 
 def _prepared(

@@ -99,7 +99,7 @@ def _logical_shape(target: Target) -> tuple[int, int]:
     if target.site is not None:
         sizes = target.site.layout.sizes
         return sizes["out"], sizes["in"]
-    out_features, in_features = target.op.logical_weight(target.base).shape
+    out_features, in_features = target.op.logical_shape(target.base)
     return out_features, in_features
 
 
