@@ -11,22 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from lorica.adapt.parts import each_part, left_of_parts, taken_of_parts
+from lorica.adapt.places import Places
+from lorica.adapt.rows import first_rows, train_rows
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
 from lorica.engines.rest import at_rest
 from lorica.errors import AdapterError
-from lorica.init import Factors, InitRequest, draw_seed, find, initialise, leftover, made_by, subtracts, target_generator
+from lorica.init import (
+    Factors,
+    InitRequest,
+    draw_seed,
+    find,
+    initialise,
+    leftover,
+    made_by,
+    subtracts,
+    target_generator,
+)
 from lorica.init.statistics import Found, forget, kept
-from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch, TrainableTokensLayer, TrainableTokensWrapper
 from lorica.ops import FactorShapes, Op
+from lorica.storage import Packed, stored_weight
 from lorica.targets.plan import Plan, Target, changes_base
+from lorica.targets.tokens import Tokens
 from lorica.targets.walk import bare
 from lorica.variants import VARIANTS
 
-AdapterModule = LoraLayer | ModulesToSaveWrapper
-_BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+AdapterModule = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -41,12 +54,14 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if isinstance(module, LoraLayer | ModulesToSaveWrapper):
+        if isinstance(module, AdapterModule):
             yield name, module
             names = module.op.children if isinstance(module, LoraLayer) else ()
             children = [(f"base_layer.{child}", module.base_layer._modules[child]) for child in reversed(names)]
             if isinstance(module, LoraLayer) and isinstance(module.base_layer, LoraLayer):
                 children = [("base_layer", module.base_layer)]
+            if isinstance(module, TrainableTokensWrapper) and isinstance(module.original_module, LoraLayer):
+                children = [("token_adapter.base_layer", module.original_module)]
         else:
             children = [*reversed(module._modules.items())]
         prefix = f"{name}." if name else ""
@@ -72,6 +87,12 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for _, module in adapter_modules(model) if isinstance(module, LoraLayer)]
 
 
+def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
+    """Return every layer of ``model`` of which rows train, in its order; those with rows of their own first."""
+    found = [module.token_adapter for _, module in adapter_modules(model) if isinstance(module, TrainableTokensWrapper)]
+    return sorted(found, key=lambda layer: layer.tied_adapter is not None)
+
+
 def switch_of(model: nn.Module) -> Switch | None:
     """Return the switch that the layers of an adapted model share."""
     return next((module.switch for _, module in adapter_modules(model)), None)
@@ -83,6 +104,9 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]
         if isinstance(module, ModulesToSaveWrapper):
             if adapter in module.modules_to_save:
                 yield from module.modules_to_save[adapter].parameters()
+        elif isinstance(module, TrainableTokensWrapper):
+            if adapter in module.token_adapter.token_indices and module.token_adapter.tied_adapter is None:
+                yield module.token_adapter.trainable_tokens_delta[adapter]
         elif adapter in module.specs and adapter not in module.tied:
             yield from (t for t in module.factors(adapter).tensors() if isinstance(t, nn.Parameter))
 
@@ -111,6 +135,11 @@ def inject(
         for target in plan.targets
         if target.tied_to is None
     }
+    rows = {
+        tokens.name: first_rows(tokens, _dtype_of(tokens, config, autocast=autocast), on_meta=on_meta)
+        for tokens in plan.tokens
+        if tokens.tied_to is None
+    }
     taken = {
         target.name: _taken(target, config)
         for target in plan.targets
@@ -137,6 +166,7 @@ def inject(
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
     _save_whole(model, plan, adapter, switch, places)
+    train_rows(model, plan.tokens, rows, adapter, switch, places)
     _keep_from_fast_path(places)
 
 
@@ -157,7 +187,7 @@ def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
             continue
         rewritten = leaves_of(config) is not None  # then the factors in the file say nothing of the weight
         dtype = layer.factors(adapter).b.dtype
-        starts.append(None if rewritten else _start(target, config, 0, layer.base_weight.device, dtype))
+        starts.append(None if rewritten else _start(target, config, 0, layer.stored.device, dtype))
     for layer, target, start in zip(owing, targets, starts, strict=True):
         left = _left(target, config) if start is None else None
         if start is not None:
@@ -232,67 +262,17 @@ def take_out(model: nn.Module, adapter: str) -> None:
     """
     layers = list(adapter_modules(model))
     for _, module in layers:
-        if isinstance(module, LoraLayer) and adapter in module.merged_adapters:
+        merged = () if isinstance(module, ModulesToSaveWrapper) else _writes(module).merged_adapters
+        if adapter in merged:
             raise AdapterError(f"{module.target_name}: adapter {adapter!r} is merged; unmerge it before deleting it")
     for _, module in layers:
         module.remove_adapter(adapter)
     places = Places(model)
     for _, module in reversed(layers):
-        if not (module.specs if isinstance(module, LoraLayer) else module.modules_to_save):
+        if not adapters_of(module):
             _leave(module)
             places.put(module, _under(module))
     _give_back_fast_path(places)
-
-
-class Places:
-    """Where in a model each module stands. One module can stand in several places (a shared embedding).
-
-    Attributes:
-        bypassing: modules that compute from their children's weights without calling them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
-        self._owners: dict[int, list[LoraLayer]] = {}
-        self.bypassing: list[nn.Module] = []
-        for parent in model.modules():
-            if isinstance(parent, _BYPASSING):
-                self.bypassing.append(parent)
-            if isinstance(parent, LoraLayer):
-                self._owners.setdefault(id(parent.get_base_layer()), []).append(parent)
-            for name, child in parent._modules.items():
-                self._slots.setdefault(id(child), []).append((parent, name))
-
-    def put(self, old: nn.Module, new: nn.Module) -> None:
-        """Put ``new`` wherever ``old`` stood; one of the two stands around the other."""
-        slots = self._slots.pop(id(old))
-        for parent, name in slots:
-            parent._modules[name] = new
-        within = [(new, name) for name, child in new._modules.items() if child is old]
-        if within:
-            self._slots[id(old)] = within
-        self._slots[id(new)] = slots
-
-    def layer_at(self, target: Target) -> LoraLayer | None:
-        """Return the adapted layer that there is on a target, or None."""
-        return next((layer for layer in self._owners.get(id(target.base), ()) if layer.op is target.op), None)
-
-    def stand_around(self, target: Target, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Put a new layer around the target's base layer.
-
-        Layers on several parameters of one module stand around one another, the module's last parameter outermost
-        (as in PEFT, whose files tell them apart by that).
-        """
-        order = [*target.base._parameters]
-        inside: nn.Module = target.base
-        owners = self._owners.setdefault(id(target.base), [])
-        for owner in sorted(owners, key=lambda layer: order.index(layer.op.weight_name)):
-            if order.index(owner.op.weight_name) <= order.index(target.op.weight_name):
-                inside = owner
-        layer = make(inside)
-        owners.append(layer)
-        self.put(inside, layer)
-        return layer
 
 
 def unload(model: nn.Module, merged: Sequence[str]) -> None:
@@ -314,12 +294,24 @@ def unload(model: nn.Module, merged: Sequence[str]) -> None:
 
 def _under(module: AdapterModule) -> nn.Module:
     """Return what an adapted module stands around: the base layer, or a layer on another of its parameters."""
-    return bare(module) if isinstance(module, ModulesToSaveWrapper) else module.base_layer
+    return bare(module) if isinstance(module, ModulesToSaveWrapper) else _writes(module).base_layer
 
 
 def _leave(module: AdapterModule) -> None:
-    if isinstance(module, LoraLayer):
-        module.leave()
+    if not isinstance(module, ModulesToSaveWrapper):
+        _writes(module).leave()
+
+
+def _writes(module: LoraLayer | TrainableTokensWrapper) -> LoraLayer | TrainableTokensLayer:
+    """Return what merges into the weight."""
+    return module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
+
+
+def adapters_of(module: AdapterModule) -> list[str]:
+    """Return the names of the adapters that an adapted module has."""
+    if isinstance(module, TrainableTokensWrapper):
+        return list(module.token_adapter.token_indices)
+    return list(module.specs if isinstance(module, LoraLayer) else module.modules_to_save)
 
 
 def check_adapter_name(name: Any) -> None:
@@ -337,7 +329,8 @@ def check_adapter_name(name: Any) -> None:
 def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, autocast: bool) -> Factors:
     op, site = target.op, target.site
     shapes = logical_shapes(op, target.base, target.spec, site, target.name)
-    weight = at_rest(getattr(target.base, op.weight_name).detach()).local
+    stored = stored_weight(target.base, op.weight_name)
+    weight = stored if isinstance(stored, Packed) else at_rest(stored.detach()).local
     dtype = _factor_dtype(weight, config, autocast=autocast)
     device = torch.device("meta") if on_meta else weight.device
     if device.type == "meta":
@@ -395,7 +388,7 @@ def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None
 
 def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:
     """Return the base weight as ``[out, in, …]``, gathered where it is cut."""
-    if site is None:
+    if site is None or isinstance(stored_weight(base, op.weight_name), Packed):
         return op.logical_weight(base)
     weight = gather_parameter(getattr(base, op.weight_name).detach(), site, op.roles_weight)
     return op.orient(weight)
@@ -410,7 +403,12 @@ def _slices(factors: Factors, target: Target) -> Factors:
     return factors.renewed(mine)
 
 
-def _factor_dtype(weight: Tensor, config: LoraConfig, *, autocast: bool) -> torch.dtype:
+def _dtype_of(tokens: Tokens, config: LoraConfig, *, autocast: bool) -> torch.dtype:
+    weight = getattr(tokens.base, tokens.op.weight_name)
+    return _factor_dtype(at_rest(weight.detach()).local, config, autocast=autocast)
+
+
+def _factor_dtype(weight: Tensor | Packed, config: LoraConfig, *, autocast: bool) -> torch.dtype:
     if (chosen := factor_dtype(config)) is not None:
         return chosen
     if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:

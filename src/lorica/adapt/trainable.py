@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorica.adapt.inject import adapter_modules, adapter_parameters
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError
-from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from lorica.variants import VARIANTS, variant_of
 
 
@@ -85,6 +85,8 @@ def _own_prefixes(model: nn.Module) -> tuple[str, ...]:
     for name, module in adapter_modules(model):
         if isinstance(module, ModulesToSaveWrapper):
             inside.append(f"{name}.")
+        elif isinstance(module, TrainableTokensWrapper):
+            inside.append(f"{name}.token_adapter.trainable_tokens_delta.")
         else:
             inside += [f"{name}.{child}." for child in module._modules if child != "base_layer"]
     return tuple(inside)

@@ -23,7 +23,7 @@ from lorica.config import LoraConfig
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.stages import is_elsewhere
 from lorica.errors import AdapterError, suggest
-from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer, TrainableTokensWrapper
 from lorica.layout import Roles
 from lorica.ops import op_of
 
@@ -89,6 +89,9 @@ def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[
             # Of layers around one another, those without this adapter leave no trace in the names of a file.
             inside[id(module.base_layer)] = f"{saved_as}.base_layer" if adapter in module.specs else saved_as
             entries.update(_factors(path, saved_as, module, adapter))
+        elif isinstance(module, TrainableTokensWrapper):
+            inside[id(module.original_module)] = path
+            entries.update(_rows(path, module.token_adapter, adapter))
         elif adapter in module.modules_to_save:
             engines = engines or Engines(base_of(model))
             prefix = f"{path}.modules_to_save.{adapter}"
@@ -130,6 +133,16 @@ def _factors(path: str, saved_as: str, layer: LoraLayer, adapter: str) -> dict[s
     return entries
 
 
+def _rows(path: str, layer: TrainableTokensLayer, adapter: str) -> dict[str, Entry]:
+    if adapter not in layer.token_indices or layer.tied_adapter is not None:
+        return {}
+    name, rows = f"{path}.token_adapter.trainable_tokens_delta", layer.trainable_tokens_delta
+    device = layer.bare._parameters[layer.op.weight_name].device  # type: ignore[union-attr]
+    return {
+        name: Entry(f"{name}.{adapter}", rows[adapter], owner=rows, device=device, roles=layer.roles, site=layer.site)
+    }
+
+
 def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[str, Entry]:
     """Return the weights of the base model's input and output embeddings, under the names PEFT saves them by.
 
@@ -143,6 +156,8 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
     for path, module in model.named_modules():
         if not any(module is end for end in ends) or isinstance(module, ModulesToSaveWrapper):
             continue
+        if isinstance(module, TrainableTokensWrapper):
+            path, module = f"{path}.token_adapter.base_layer", module.original_module
         if isinstance(module, LoraLayer):
             path = f"{path}.base_layer"
         elif adapted_only or ".modules_to_save." in path or path.endswith(".original_module"):
@@ -188,7 +203,7 @@ def saved_entries(model: nn.Module, adapter: str, save_embedding_layers: bool | 
     """
     config = config_of_adapter(model, adapter)
     entries = adapter_entries(model, adapter, config)
-    targeted = _embeddings_targeted(model, adapter)
+    targeted = config.trainable_token_indices is None and _embeddings_targeted(model, adapter)
     reason = "embedding layers found in `target_modules`" if targeted else "the vocabulary was resized"
     if save_embedding_layers == "auto":
         save_embedding_layers = targeted or _resized(model, config)

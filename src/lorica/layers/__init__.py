@@ -3,5 +3,6 @@
 from lorica.layers.layer import Factor, LoraLayer
 from lorica.layers.saved import ModulesToSaveWrapper
 from lorica.layers.switch import Switch
+from lorica.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
 
-__all__ = ["Factor", "LoraLayer", "ModulesToSaveWrapper", "Switch"]
+__all__ = ["Factor", "LoraLayer", "ModulesToSaveWrapper", "Switch", "TrainableTokensLayer", "TrainableTokensWrapper"]

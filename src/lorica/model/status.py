@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorica.adapt.inject import AdapterModule, adapter_modules, base_of, tuner_of
+from lorica.adapt.inject import AdapterModule, adapter_modules, adapters_of, base_of, tuner_of
 from lorica.errors import AdapterError
-from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.layers import ModulesToSaveWrapper, TrainableTokensWrapper
 
 
 @dataclass(frozen=True)
@@ -105,26 +105,25 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
-    own = {adapter: _parameters(module, adapter) for adapter in _adapters(module)}
+    own = {adapter: _parameters(module, adapter) for adapter in adapters_of(module)}
+    merges = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
     return TunerLayerStatus(
-        name=name,
-        module_type=module._get_name(),
+        name=name if merges is module else f"{name}.token_adapter",
+        module_type=merges._get_name(),
         enabled=module.switch.enabled,
         active_adapters=[*module.switch.active],
-        merged_adapters=list(module.merged_adapters) if isinstance(module, LoraLayer) else [],
+        merged_adapters=list(merges.merged_adapters) if not isinstance(merges, ModulesToSaveWrapper) else [],
         requires_grad={a: _common(p.requires_grad for p in parameters) for a, parameters in own.items() if parameters},
         available_adapters=sorted(own),
         devices={a: sorted({p.device.type for p in parameters}) for a, parameters in own.items()},
     )
 
 
-def _adapters(module: AdapterModule) -> list[str]:
-    return list(module.specs if isinstance(module, LoraLayer) else module.modules_to_save)
-
-
 def _parameters(module: AdapterModule, adapter: str) -> list[nn.Parameter]:
     if isinstance(module, ModulesToSaveWrapper):
         return list(module.modules_to_save[adapter].parameters())
+    if isinstance(module, TrainableTokensWrapper):
+        return [module.token_adapter.trainable_tokens_delta[adapter]]
     source = module.tied.get(adapter, module)
     return [tensor for tensor in source.factors(adapter).tensors() if isinstance(tensor, nn.Parameter)]
 

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lorica.adapt.inject import Places, adapter_modules, base_of
+from lorica.adapt.inject import AdapterModule, adapter_modules, base_of
+from lorica.adapt.places import Places
 from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter
 from lorica.checkpoint.pieces import piece_of
 from lorica.engines import Engines
 from lorica.engines.duplicate import duplicate
 from lorica.engines.kinds import is_distributed
 from lorica.errors import AdapterError, LayoutError
-from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.layers import ModulesToSaveWrapper, TrainableTokensWrapper
 from lorica.ops import op_of
 from lorica.ranks import watch
 from lorica.targets.walk import bare
@@ -44,15 +45,18 @@ def cutting(model: nn.Module) -> Iterator[nn.Module]:
     base = base_of(model)
     layers = list(adapter_modules(base))
     for name, module in layers:
-        if isinstance(module, LoraLayer) and module.merged:
-            raise AdapterError(f"{name}: {module.merged_adapters} are merged; unmerge them before the model is cut")
-        if isinstance(module, LoraLayer) and module.site is not None and module.site.layout.cuts:
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        layer = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
+        if layer.merged:
+            raise AdapterError(f"{name}: {layer.merged_adapters} are merged; unmerge them before the model is cut")
+        if layer.site is not None and layer.site.layout.cuts:
             raise LayoutError(f"{name} lies over ranks already; a model is cut once")
     before = _values(base)
     places = Places(base)
     for _, module in layers:
-        if isinstance(module, LoraLayer):
-            module.leave()
+        if not isinstance(module, ModulesToSaveWrapper):
+            (module.token_adapter if isinstance(module, TrainableTokensWrapper) else module).leave()
         places.put(module, bare(module))
     try:
         yield base
@@ -64,7 +68,7 @@ def cutting(model: nn.Module) -> Iterator[nn.Module]:
     watch(base)
 
 
-def _cover(base: nn.Module, layers: list[tuple[str, LoraLayer | ModulesToSaveWrapper]]) -> None:
+def _cover(base: nn.Module, layers: list[tuple[str, AdapterModule]]) -> None:
     """Put the adapted layers back, around what now stands in the places of their base layers."""
     engines = Engines(base)
     for name, module in layers:
@@ -74,6 +78,12 @@ def _cover(base: nn.Module, layers: list[tuple[str, LoraLayer | ModulesToSaveWra
             for adapter, old in list(module.modules_to_save.items()):
                 module.modules_to_save[adapter] = new = duplicate(cut)
                 new.requires_grad_(any(parameter.requires_grad for parameter in old.parameters()))
+        elif isinstance(module, TrainableTokensWrapper):
+            rows, op = module.token_adapter, op_of(cut)
+            if op is None or op.lookup != rows.op.lookup:
+                raise LayoutError(f"{name}: after the cut it is a {type(cut).__name__}, whose rows cannot train so")
+            rows.base_layer, rows.op = cut, op
+            rows.settle(op.place(engines, rows.target_name, cut))
         else:
             op = module.op if module.op.weight_name in cut._parameters and op_of(cut) is None else op_of(cut)
             if op is None or op.lookup != module.op.lookup:

@@ -13,13 +13,14 @@ from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.stages import axis_of_stages, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
-from lorica.init import freezes, subtracts
-from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.init import find, freezes, subtracts
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.storage import Packed, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
 from lorica.targets.match import Names, entry_matches, excluded, matches, pattern_value, selected, shortest_names
 from lorica.targets.parameters import Found, find_parameters, rank_per_expert
+from lorica.targets.tokens import Tokens, plan_tokens, refuse_factors
 from lorica.targets.walk import bare, base_modules, tied_with_embedding
 from lorica.variants import VARIANTS, variant_of
 
@@ -64,12 +65,14 @@ class Plan:
         targets: in the order of the model; tied ones last.
         saved: full names of the modules to train fully → None, or the name of the one whose weight each shares.
         fan_in_fan_out: whether the adapted weights are stored ``[in, out]``.
+        tokens: modules of which rows train; tied ones last.
     """
 
     names: Names | None
     targets: tuple[Target, ...]
     saved: dict[str, str | None]
     fan_in_fan_out: bool
+    tokens: tuple[Tokens, ...] = ()
 
 
 def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] | None = None) -> Plan:
@@ -102,7 +105,8 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     _check_variant(targets)
     _check_start(model, config, targets)
     _check_copies(model, saved)
-    return Plan(names, _placed(model, targets), saved, _orientation(config, targets))
+    tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
+    return Plan(names, _placed(model, targets), saved, _orientation(config, targets), tokens)
 
 
 def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
@@ -141,6 +145,12 @@ def _check_start(model: nn.Module, config: LoraConfig, targets: Iterable[Target]
                 )
             if not weight.is_floating_point():
                 raise TargetError(f"{target.name}: {cause} needs a floating-point base weight")
+            init = find(config.init_lora_weights)
+            if isinstance(weight, Packed) and init is not None and init.leaves is not None:
+                raise TargetError(
+                    f"{target.name}: {cause} quantises the base weight, which is stored as {weight.kind} already; "
+                    "start by default and call lorica.replace_lora_weights_loftq then"
+                )
 
 
 def changes_base(config: LoraConfig, op: Op) -> str:
@@ -282,6 +292,8 @@ def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _op(module: nn.Module) -> Op | None:
+    if isinstance(module, TrainableTokensWrapper):
+        return _op(module.original_module)
     return module.op if isinstance(module, LoraLayer) else op_of(module)
 
 
@@ -293,10 +305,11 @@ def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names) -
     op, base = _op(module), bare(module)
     if op is None:
         raise TargetError(
-            f"Target module {key} of type {type(module).__name__} is not supported. Currently, only the following "
-            f"modules are supported: {', '.join(supported_layers())}."
+            f"Target module {str(module).splitlines()[0]} is not supported. Currently, only the following modules are "
+            f"supported: {', '.join(supported_layers())}. It is {key}."
         )
     spec = _spec_of_parts(config, names, key, base) if op.parts(base) else spec_for(config, key)
+    refuse_factors(key, module, op)
     op.check(base, spec, key)
     targets = [Target(key, base, op, spec)]
     for child_name in op.children:
@@ -377,11 +390,12 @@ def _tying(
         return {**saved, source: None, **dict.fromkeys(others, source)}, names, {}
     if in_targets:
         return saved, _with_name(names, source), dict.fromkeys(others, source)
-    warnings.warn(
-        "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
-        "`target_modules`",
-        stacklevel=4,
-    )
+    if config.trainable_token_indices is None:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+            "`target_modules`",
+            stacklevel=4,
+        )
     return saved, names, {}
 
 
@@ -413,7 +427,7 @@ def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[st
             raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, _endings(modules))}")
     found = [key for key in named if not is_elsewhere(modules[key])]
     for key in found:
-        if isinstance(modules[key], (*_CONTAINERS, LoraLayer)):
+        if isinstance(modules[key], (*_CONTAINERS, LoraLayer, TrainableTokensWrapper)):
             raise TargetError(
                 f"{key}: modules_to_save cannot be applied to modules of type {type(modules[key])}; name modules that "
                 "have a forward and that no adapter is on"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 
 _FACTOR = re.compile(r"^(?P<target>.+)\.(?:lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])$")
 
@@ -33,7 +33,7 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
         return
     seen.add(id(module))
     yield name, module
-    if isinstance(module, LoraLayer | ModulesToSaveWrapper):
+    if isinstance(module, LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper):
         return
     for child_name, child in module._modules.items():
         if child is not None:
@@ -42,6 +42,8 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
 
 def bare(module: nn.Module) -> nn.Module:
     """Return the module that was there before it was adapted."""
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.bare
     if isinstance(module, LoraLayer):
         return module.get_base_layer()
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module

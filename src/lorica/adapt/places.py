@@ -1,0 +1,66 @@
+"""Where in a model each module stands, and putting another one there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lorica.layers import LoraLayer
+from lorica.targets.plan import Target
+
+_BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+class Places:
+    """Where in a model each module stands. One module can stand in several places (a shared embedding).
+
+    Attributes:
+        bypassing: modules that compute from their children's weights without calling them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._owners: dict[int, list[LoraLayer]] = {}
+        self.bypassing: list[nn.Module] = []
+        for parent in model.modules():
+            if isinstance(parent, _BYPASSING):
+                self.bypassing.append(parent)
+            if isinstance(parent, LoraLayer):
+                self._owners.setdefault(id(parent.get_base_layer()), []).append(parent)
+            for name, child in parent._modules.items():
+                self._slots.setdefault(id(child), []).append((parent, name))
+
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` wherever ``old`` stood; one of the two stands around the other."""
+        slots = self._slots.pop(id(old))
+        for parent, name in slots:
+            parent._modules[name] = new
+        within = [(new, name) for name, child in new._modules.items() if child is old]
+        if within:
+            self._slots[id(old)] = within
+        self._slots[id(new)] = slots
+
+    def layer_at(self, target: Target) -> LoraLayer | None:
+        """Return the adapted layer that there is on a target, or None."""
+        return next((layer for layer in self._owners.get(id(target.base), ()) if layer.op is target.op), None)
+
+    def stand_around(self, target: Target, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
+        """Put a new layer around the target's base layer.
+
+        Layers on several parameters of one module stand around one another, the module's last parameter outermost
+        (as in PEFT, whose files tell them apart by that).
+        """
+        order = [*target.base._parameters]
+        inside: nn.Module = target.base
+        owners = self._owners.setdefault(id(target.base), [])
+        for owner in sorted(owners, key=lambda layer: order.index(layer.op.weight_name)):
+            if order.index(owner.op.weight_name) <= order.index(target.op.weight_name):
+                inside = owner
+        layer = make(inside)
+        owners.append(layer)
+        self.put(inside, layer)
+        return layer
+
+
+__all__ = ["Places"]
