@@ -16,7 +16,7 @@ from lorica.errors import AdapterError
 from lorica.init import Factors
 from lorica.layers.switch import Switch
 from lorica.ops import Op
-from lorica.storage import MergeError, Packed, Term, add_low_rank_, storage_of, stored_weight
+from lorica.storage import MergeError, Packed, Term, add_low_rank_, storage_of, stored_weight, write_values
 from lorica.variants import VARIANTS
 
 
@@ -244,7 +244,7 @@ class Merging(nn.Module):
         self._check_change(name)
         stored = stored_weight(self.base_layer, self.op.weight_name)
         if isinstance(stored, Packed):
-            stored.storage.requantize(stored, values.to(stored.device, torch.float32))
+            self.start_error = write_values(stored, values.to(stored.device, torch.float32))
         else:
             held = at_rest(stored.data, self.site)
             storage_of(held.local, self.target_name).requantize(held.local, values[held.slices].to(held.local.device))
@@ -355,13 +355,29 @@ def inexact_message(dtype: torch.dtype) -> str:
 
 def requantised_message(layers: Sequence[Merging]) -> str:
     """Return what is to be said when quantised weights were merged into; the errors are the largest of ``layers``."""
-    worst = max(layers, key=lambda layer: layer.merge_error.delta if layer.merge_error else 0.0)
-    stored, error = worst.stored, worst.merge_error
+    return (
+        f"Merged into {len(layers)} weight(s) {_cost([(layer, layer.merge_error) for layer in layers])} Where outputs "
+        "matter, leave the adapter unmerged, or merge into the model as it was before it was quantised."
+    )
+
+
+def warn_of_starts(layers: Iterable[Merging]) -> None:
+    """Say what it cost that a start of an adapter changed quantised weights, if one did."""
+    changed = [(layer, layer.start_error) for layer in layers if layer.start_error is not None]
+    if changed:
+        warnings.warn(
+            f"The adapter's start was taken out of {len(changed)} weight(s) {_cost(changed)} So the model does not "
+            "start exactly as it was; starting before it is quantised costs less.",
+            stacklevel=4,
+        )
+
+
+def _cost(changed: Sequence[tuple[Merging, MergeError | None]]) -> str:
+    worst, error = max(changed, key=lambda pair: pair[1].delta if pair[1] is not None else 0.0)
+    stored = worst.stored
     assert isinstance(stored, Packed)
     assert error is not None
     return (
-        f"Merged into {len(layers)} weight(s) stored as {stored.kind}, which were quantised anew. The stored weight is "
-        f"off the wanted one by up to {error.weight:.2%} of it, and by {error.delta:.0%} of what was to be added "
-        f"({worst.target_name}). Where outputs matter, leave the adapter unmerged, or merge into the model as it was "
-        "before it was quantised."
+        f"stored as {stored.kind}, which were quantised anew. What is stored is off the wanted weight by up to "
+        f"{error.weight:.2%} of it, which is {error.delta:.0%} of the change ({worst.target_name})."
     )

@@ -86,7 +86,7 @@ def add_low_rank_(
             add_low_rank_(matrix, [term.of(e) for term in terms], storage, undo=undo)
         return None
     if isinstance(weight, Packed):
-        return _rewrite(weight, terms, storage, weight if source is None else source, undo=undo)
+        return _rewrite(weight, terms, weight if source is None else source, undo=undo)
     rows, cols = weight.shape
     step = max(1, CHUNK_ELEMENTS // max(1, cols))
     for start in range(0, rows, step):
@@ -107,12 +107,26 @@ def _apply(values: Tensor, terms: Sequence[Term], rows: slice, *, undo: bool) ->
             values.mul_(gain)
 
 
-def _rewrite(weight: Packed, terms: Sequence[Term], storage: Storage, source: Packed, *, undo: bool) -> MergeError:
-    """Write a quantised weight anew: what a number is stored as depends on its neighbours, so it goes all at once."""
-    values = storage.dequantize(source)
+def _rewrite(weight: Packed, terms: Sequence[Term], source: Packed, *, undo: bool) -> MergeError:
+    values = source.dequantize()
     _apply(values, terms, slice(None), undo=undo)
-    size, changed = float(values.norm()), _distance(source, values)
-    storage.requantize(weight, values)
+    return write_values(weight, values, source)
+
+
+@torch.no_grad()
+def write_values(weight: Packed, values: Tensor, source: Packed | None = None) -> MergeError:
+    """Quantise a weight anew: what a number is stored as depends on its neighbours, so it is written all at once.
+
+    Args:
+        weight: all rows of it.
+        values: ``[rows, cols]``, float32.
+        source: the weight that ``values`` was made from, for the comparison; None: ``weight`` as it is now.
+
+    Raises:
+        AdapterError: the form cannot be written.
+    """
+    size, changed = float(values.norm()), _distance(weight if source is None else source, values)
+    weight.storage.requantize(weight, values)
     error = _distance(weight, values)
     return MergeError(error / size if size else error, error / changed if changed else 0.0)
 
@@ -142,4 +156,5 @@ __all__ = [
     "kind_of",
     "storage_of",
     "stored_weight",
+    "write_values",
 ]

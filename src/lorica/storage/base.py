@@ -98,7 +98,7 @@ class Packed:
         """
         if is_distributed(self._tensor):
             raise LayoutError(
-                f"{where}: its weight is stored as {self.kind} and lies over several ranks ({self._tensor.placements}); "
+                f"{where}: its weight is stored as {self.kind} and divided over ranks ({self._tensor.placements}); "
                 "adapters need each rank to hold all of a quantised weight. Divide batches (DDP) instead, or load the "
                 "model without quantisation"
             )

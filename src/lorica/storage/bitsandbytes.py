@@ -95,16 +95,16 @@ class FourBit(Quantised):
         scales = state.absmax
         if state.nested:
             scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
-        bytes_ = numbers.view(torch.uint8).view(-1)[first * size // 2 : (last * size + 1) // 2]
+        part = numbers.view(torch.uint8).view(-1)[first * size // 2 : (last * size + 1) // 2]
         length = min(last * size, count * columns) - first * size
-        out = torch.empty(length, dtype=state.dtype, device=numbers.device)
-        functional.dequantize_4bit(
-            bytes_.view(-1, 1),
+        blocks = functional.QuantState(
             absmax=scales[first:last].float(),
-            out=out,
+            shape=torch.Size((length,)),
+            dtype=state.dtype,
             blocksize=size,
             quant_type=state.quant_type,
         )
+        out: Tensor = functional.dequantize_4bit(part.view(-1, 1), blocks).view(-1)
         skipped = start * columns - first * size
         return out[skipped : skipped + (stop - start) * columns].view(stop - start, columns)
 

@@ -54,8 +54,22 @@ class Fixed(Quantised):
         return torch.get_default_dtype()
 
 
+class Aqlm(Fixed):
+    """``QuantizedLinear``: every block of the weight is a sum of entries of codebooks (https://arxiv.org/abs/2401.06118)."""
+
+    def read(self, base: Any, name: str, rows: slice) -> Tensor:
+        """``W = s·Σ_c codebook_c[code_c]``; the layer's own CPU kernel adds in threads that overwrite each other."""
+        codes, books = base.codes.detach(), base.codebooks.detach()
+        if base.gemv_op is not None and not codes.is_cuda and base.codebook_size == 256:
+            codes = codes.permute(1, 0, 2)  # its first forward turned them round
+        index = codes.to(torch.int64) % base.codebook_size
+        blocks = sum(books[c][index[..., c]] for c in range(base.num_codebooks)) * base.scales.detach()
+        values: Tensor = blocks.permute(0, 2, 1, 3).reshape(base.out_features, base.in_features)
+        return values[rows]
+
+
 GPTQ = Fixed("GPTQ", "qweight")
 AWQ = Fixed("AWQ", "qweight")
-AQLM = Fixed("AQLM", "codes")
+AQLM = Aqlm("AQLM", "codes")
 EETQ = Fixed("EETQ int8", "weight")
 INC = Fixed("Intel neural compressor fp8", "weight")

@@ -34,6 +34,8 @@ class Hqq(Quantised):
 
     def write(self, base: Any, name: str, values: Tensor) -> None:
         """With the width, the group size and the axis that the layer was made with."""
+        del base.W_q  # a parameter, in whose place the layer's own code puts a tensor first
+        base.W_q = None
         base.quantize(values, **base.quant_config)
 
 

@@ -78,13 +78,10 @@ def _granularity(block: Any, shape: torch.Size) -> Any:
 
 
 def _int8(old: Any, values: Tensor) -> Tensor:
-    from torchao.quantization.quant_primitives import MappingType
-
-    symmetric = old.zero_point is None
     made: Tensor = type(old).from_hp(
         values,
         _granularity(old.block_size, values.shape),
-        mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
+        mapping_type=_mapping(old),
         **_those(old, "act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale"),
     )
     return made
@@ -101,17 +98,21 @@ def _float8(old: Any, values: Tensor) -> Tensor:
 
 
 def _intx(old: Any, values: Tensor) -> Tensor:
-    from torchao.quantization.quant_primitives import MappingType
-
-    symmetric = not old.zero_point.any()
     made: Tensor = type(old).from_hp(
         values,
         tuple(old.block_size),
         old.target_dtype,
-        mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
+        mapping_type=_mapping(old),
         **_those(old, "activation_quantization"),
     )
     return made
+
+
+def _mapping(old: Any) -> Any:
+    from torchao.quantization.quant_primitives import MappingType
+
+    centred = old.zero_point is None or not old.zero_point.any()
+    return MappingType.SYMMETRIC if centred else MappingType.ASYMMETRIC
 
 
 def _those(old: Any, *names: str) -> dict[str, Any]:
