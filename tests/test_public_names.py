@@ -33,6 +33,7 @@ NAMES = [
     "VeloraConfig",
     "__version__",
     "cast_mixed_precision_params",
+    "convert_to_lora",
     "create_arrow_model",
     "get_eva_state_dict",
     "get_layer_status",
@@ -41,11 +42,14 @@ NAMES = [
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "intruder_dimensions",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "reduce_intruder_dimension",
     "replace_lora_weights_loftq",
     "route_rows",
+    "save_as_lora",
     "set_peft_model_state_dict",
 ]
 

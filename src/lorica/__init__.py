@@ -10,6 +10,7 @@ from lorica.calibration import (
 )
 from lorica.checkpoint.loading import set_peft_model_state_dict
 from lorica.checkpoint.saving import get_peft_model_state_dict
+from lorica.combine import convert_to_lora, intruder_dimensions, reduce_intruder_dimension, save_as_lora
 from lorica.config import (
     ArrowConfig,
     BdLoraConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "VeloraConfig",
     "__version__",
     "cast_mixed_precision_params",
+    "convert_to_lora",
     "create_arrow_model",
     "get_eva_state_dict",
     "get_layer_status",
@@ -77,10 +79,13 @@ __all__ = [
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "intruder_dimensions",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "reduce_intruder_dimension",
     "replace_lora_weights_loftq",
     "route_rows",
+    "save_as_lora",
     "set_peft_model_state_dict",
 ]

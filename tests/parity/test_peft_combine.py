@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import twins
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from twins import peft
 
@@ -183,3 +186,81 @@ def test_the_same_errors(wrong: str):
     with pytest.raises(ValueError) as ours:  # noqa: PT011
         ERRORS[wrong](pair[1])
     assert str(ours.value).startswith(str(theirs.value).rstrip("."))
+
+
+# ---- the start taken away ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True}, {"rank_pattern": {"lin1": 3}, "alpha_pattern": {"lin0": 5}}]
+)
+def test_the_same_file_without_the_start(init: str, fields: dict[str, Any], tmp_path: Path):
+    pair = twins.adapt(MLP(), mlp(init_lora_weights=init, **fields))
+    with twins.quiet():
+        pair[0].save_pretrained(tmp_path / "initial")
+    twins.share_factors(pair)
+    for model, side in zip(pair, ("theirs", "ours"), strict=True):
+        with twins.quiet():
+            model.save_pretrained(tmp_path / side, path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    theirs, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    twins.assert_same_tensors(ours, theirs, 1e-6)
+    expected, found = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("theirs", "ours"))
+    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_rslora"):
+        assert found[key] == expected[key], key
+    with twins.quiet():
+        loaded = peft.PeftModel.from_pretrained(MLP().eval(), tmp_path / "ours")
+    assert loaded.peft_config["default"].r == 8
+
+
+# ---- conversions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q_proj|down_proj)"], ids=["list", "expression"])
+def test_the_same_conversion(rank: Any, targets: Any, tmp_path: Path):
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": targets, "init_lora_weights": False}
+    pair = twins.adapted(tiny_llama(), fields)
+    with twins.quiet():
+        expected_config, expected = peft.convert_to_lora(pair[0], rank)
+    with pytest.warns(UserWarning, match="already a LoRA adapter"):
+        config, found = lorica.convert_to_lora(pair[1], rank)
+    assert found.keys() == expected.keys()
+    for name in (name for name in found if "lora_A" in name):
+        other = name.replace("lora_A", "lora_B")
+        assert (found[name].shape, found[other].shape) == (expected[name].shape, expected[other].shape), name
+        twins.assert_close(found[other] @ found[name], expected[other] @ expected[name], 1e-5, name)
+    assert (config.r, config.lora_alpha) == (expected_config.r, expected_config.lora_alpha)
+    with twins.quiet():
+        lorica.save_as_lora(tmp_path, pair[1], rank)
+        loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        read = peft.get_peft_model_state_dict(loaded)
+    twins.assert_same_tensors(found, read)
+
+
+@pytest.mark.parametrize("rank", [0, 0.0, 1.2, 17])
+def test_the_same_refusals_of_ranks(rank: Any):
+    fields = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
+    pair = twins.adapted(tiny_llama(), fields)
+    with twins.quiet(), pytest.raises(ValueError) as theirs:  # noqa: PT011
+        peft.convert_to_lora(pair[0], rank)
+    with twins.quiet(), pytest.raises(ValueError) as ours:  # noqa: PT011
+        lorica.convert_to_lora(pair[1], rank)
+    assert str(theirs.value) in str(ours.value)
+
+
+# ---- intruder dimensions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"top_k": 4, "threshold_epsilon": 0.9, "mitigation_lambda": 0.2}], ids=str)
+def test_the_same_intruders_and_the_same_reduced_adapter(arguments: dict[str, Any]):
+    pair = twins.adapted(MLP(), mlp())
+    intruders = importlib.import_module("peft.tuners.lora.intruders")
+    said: list[list[str]] = [[], []]
+    with twins.quiet():
+        intruders.reduce_intruder_dimension(pair[0], logging_sink=said[0].append, **arguments)
+    lorica.reduce_intruder_dimension(pair[1], logging_sink=said[1].append, **arguments)
+    assert said[1] == said[0]
+    assert any("Intruders: " in line for line in said[1])
+    assert_same_deltas(pair, "intruder_reduced", 2e-5)
+    assert pair[1].active_adapters == pair[0].active_adapters

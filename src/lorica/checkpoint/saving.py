@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from lorica.adapt.inject import base_of
 from lorica.checkpoint import card
 from lorica.checkpoint.names import WEIGHTS_NAME, saved_entries
 from lorica.checkpoint.pieces import collect, here, lie_over_ranks, pieces
+from lorica.config import LoraConfig
 from lorica.engines import Engines
 from lorica.errors import AdapterError, CheckpointError, suggest
 from lorica.files.atomic import write_tensors
@@ -70,8 +71,13 @@ def save_adapters(
     save_embedding_layers: str | bool,
     write: bool,
     state_dict: Mapping[str, Tensor] | None,
+    convert: Callable[[str, dict[str, Tensor]], tuple[dict[str, Tensor], LoraConfig]] | None = None,
 ) -> None:
-    """Write adapters; see :meth:`PeftModel.save_pretrained`."""
+    """Write adapters; see :meth:`PeftModel.save_pretrained`.
+
+    ``convert`` is given an adapter's name and tensors, and returns the tensors and the configuration to be written; all
+    ranks call it.
+    """
     directory = Path(directory)
     if directory.is_file():
         raise CheckpointError(f"Provided path ({directory}) should be a directory, not a file")
@@ -91,12 +97,15 @@ def save_adapters(
         tensors = get_peft_model_state_dict(
             model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
         )
+        config = model.peft_config[name]
+        if convert is not None:
+            tensors, config = convert(name, tensors)
         if write:
             folder = directory if name == "default" else directory / name
             folder.mkdir(parents=True, exist_ok=True)
             # Tensors that share memory are written apart: the format does not know sharing.
             write_tensors(folder / WEIGHTS_NAME, _apart(tensors), {"format": "pt"})
-            _write_config(model, name, folder)
+            _write_config(model, config, folder)
     if write:
         directory.mkdir(parents=True, exist_ok=True)
         write_model_card(model, directory)
@@ -114,8 +123,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _write_config(model: PeftModel, name: str, folder: Path) -> None:
-    config = model.peft_config[name]
+def _write_config(model: PeftModel, config: LoraConfig, folder: Path) -> None:
     base = model.get_base_model()
     mapping = None
     if config.task_type is None:

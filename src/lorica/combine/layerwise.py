@@ -104,8 +104,17 @@ def combined(layer: LoraLayer, recipe: Recipe) -> Factors:
 
 
 def _taken(layer: LoraLayer, recipe: Recipe, adapter: str, weight: float) -> list[Share]:
+    _check_spec(layer, adapter, layer.specs[adapter], recipe)
+    return shares_of(layer, adapter, weight)
+
+
+def shares_of(layer: LoraLayer, adapter: str, weight: float) -> list[Share]:
+    """Return the units of an adapter on a layer, with the given weight.
+
+    Raises:
+        AdapterError: the base weight is needed and something is merged into it.
+    """
     spec = layer.specs[adapter]
-    _check_spec(layer, adapter, spec, recipe)
     taken = units(layer, plain_factors(layer, adapter), spec)
     if not has_gain(spec):
         return [Share(unit, weight, spec.scaling) for unit in taken]
@@ -212,4 +221,4 @@ def _bias(shares: Sequence[Share], recipe: Recipe, generator: torch.Generator) -
     return (recipe.rule or Rule("", False)).combine(biases, [share.weight for share in shares], generator)
 
 
-__all__ = ["Recipe", "combined"]
+__all__ = ["Recipe", "Share", "combined", "shares_of", "widened"]

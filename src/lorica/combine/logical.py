@@ -24,7 +24,6 @@ from lorica.layers import LoraLayer
 from lorica.layout import Layout, Roles
 from lorica.lowrank import Pair
 from lorica.ops import Op
-from lorica.storage import storage_of
 from lorica.variants import VARIANTS, Variant
 
 
@@ -160,24 +159,18 @@ def check_shapes(layer: LoraLayer, factors: Factors, spec: AdapterSpec) -> None:
 
 
 def weight_of(layer: LoraLayer) -> Tensor:
-    """Return the logical base weight in its own precision, oriented as its op has it: ``[…, out, in, *k]``, and
-    ``[words, width]`` of an embedding.
+    """Return the logical base weight in its own precision (of a quantised one: float32), oriented as its op has it:
+    ``[…, out, in, *k]``, and ``[words, width]`` of an embedding.
 
     Raises:
-        AdapterError: adapters are merged into it, or it is stored in a way that it cannot be read whole.
+        AdapterError: adapters are merged into it.
     """
     if layer.merged:
         raise AdapterError(
             f"{layer.target_name}: this needs the base weight, and {layer.merged_adapters} are merged into it; unmerge "
             "first"
         )
-    parameter = getattr(layer.base_layer, layer.op.weight_name)
-    if parameter.is_floating_point() and parameter.element_size() > 1:
-        return logical_weight(layer.op, layer.base_layer, layer.site).detach()
-    if layer.site is not None:
-        raise AdapterError(f"{layer.target_name}: this needs the base weight, which is quantised and lies over ranks")
-    stored = layer.base_weight
-    return layer.op.orient(storage_of(stored, layer.target_name).dequantize(stored))
+    return logical_weight(layer.op, layer.base_layer, layer.site).detach()
 
 
 def matrix_of(layer: LoraLayer, unit: Unit, weight: Tensor) -> Tensor:

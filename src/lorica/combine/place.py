@@ -22,6 +22,7 @@ from lorica.targets import make_plan
 from lorica.targets.match import shortest_names
 from lorica.targets.plan import Plan
 from lorica.targets.walk import base_modules
+from lorica.variants import VARIANTS
 
 
 class Tuner(Protocol):
@@ -224,33 +225,33 @@ def as_injected(config: LoraConfig) -> LoraConfig:
     return replace_config(config, **_OF_THE_START)
 
 
+def plain(config: LoraConfig, *, keep: str = "", **fields: Any) -> LoraConfig:
+    """Return a configuration with other values and without a variant, except for ``keep``."""
+    off: dict[str, Any] = dict.fromkeys((field for field in VARIANTS if field and field != keep), None)
+    off |= {name: False for name in ("use_dora", "use_qalora") if name in off}
+    return replace_config(config, **off, **fields)
+
+
 @contextmanager
-def passing(
-    model: nn.Module,
-    config: LoraConfig,
-    made: Mapping[str, Factors],
-    dtypes: Mapping[str, torch.dtype],
-    sources: list[str],
-) -> Iterator[str]:
-    """Have a computed adapter in a model for the length of a block; yield its name.
+def passing(model: nn.Module, config: LoraConfig) -> Iterator[str]:
+    """Have a further adapter in a model for the length of a block, on the meta device; yield its name.
 
     Args:
-        model: a base model, adapted.
-        config: see :func:`add_filled`; so are the others.
+        model: an adapted model, with or without its wrappers.
+        config: the adapter's.
     """
-    configs: dict[str, LoraConfig] = model.peft_config  # type: ignore[assignment]
+    base = inject.base_of(model)
+    configs: dict[str, LoraConfig] = base.peft_config  # type: ignore[assignment]
     name = "passing"
     while name in configs:
         name += "_"
-    switch = inject.switch_of(model)
+    switch = inject.switch_of(base)
     assert switch is not None
     injected = as_injected(config)
-    inject.inject(model, make_plan(model, injected), injected, name, switch, on_meta=True)
+    inject.inject(base, make_plan(base, injected), injected, name, switch, on_meta=True)
     configs[name] = injected
     try:
-        fill(model, name, made, dtypes)
-        copy_whole_modules(model, name, sources)
         yield name
     finally:
-        inject.take_out(model, name)
+        inject.take_out(base, name)
         del configs[name]

@@ -196,12 +196,9 @@ def _config(tuner: Any, adapters: Sequence[str], rank: int, kept: str) -> LoraCo
     configs: list[LoraConfig] = [tuner.peft_config[name] for name in adapters]
     parameters = sorted({name for config in configs for name in config.target_parameters or ()})
     saved = sorted({name for config in configs for name in config.modules_to_save or ()})
-    off: dict[str, Any] = dict.fromkeys((field for field in VARIANTS if field), None)
-    off |= {"use_dora": False, "use_qalora": False}
-    off.pop(kept, None)
-    return place.replace_config(
+    return place.plain(
         configs[0],
-        **off,
+        keep=kept,
         r=rank,
         lora_alpha=rank,
         target_modules=_target_modules(adapters, configs),

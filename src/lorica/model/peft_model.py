@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lorica import combine
 from lorica.adapt.trainable import let_inputs_require_grad
 from lorica.checkpoint import loading, saving
 from lorica.checkpoint.reading import LoadResult
@@ -252,16 +253,17 @@ class PeftModel(nn.Module):
             save_embedding_layers: write the embedding and output weights of the base model too. ``"auto"``: where they
                 are targets or the vocabulary was resized.
             is_main_process: only then is anything written.
-            path_initial_model_for_weight_conversion: not implemented in this version.
+            path_initial_model_for_weight_conversion: directory of the adapter as it was before it was trained, where
+                its start was taken out of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA). What is written then is
+                plain LoRA for the base model that everybody has, of twice the rank, exactly as it was trained.
             kwargs: ``state_dict``: take the tensors from it, under their live names.
 
         Raises:
             AdapterError: a selected adapter does not exist.
-            CheckpointError: the directory is a file, or ``safe_serialization`` is false.
-            NotImplementedError: ``path_initial_model_for_weight_conversion`` is given.
+            CheckpointError: the directory is a file, ``safe_serialization`` is false, or the initial adapter is no
+                start of this one.
         """
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion is not implemented in this version")
+        initial = path_initial_model_for_weight_conversion
         saving.save_adapters(
             self,
             save_directory,
@@ -270,6 +272,7 @@ class PeftModel(nn.Module):
             save_embedding_layers=save_embedding_layers,
             write=is_main_process,
             state_dict=kwargs.get("state_dict"),
+            convert=None if initial is None else combine.converter(self, initial),
         )
 
     @classmethod
