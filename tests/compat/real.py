@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -57,7 +58,7 @@ def preferences(count: int) -> list[dict[str, str]]:
     rows = demo_rows(count + 1)
     return [
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
-        for row, other in zip(rows, rows[1:], strict=False)
+        for row, other in itertools.pairwise(rows)
     ]
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("peft", reason="the comparison is with peft")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
 import real
+
 from lorica.compat.peft.peft_model import PeftModelForCausalLM
 
 pytestmark = [real.needs_stories, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

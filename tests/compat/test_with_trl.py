@@ -14,9 +14,8 @@ pytest.importorskip("peft", reason="the comparison is with peft")
 pytest.importorskip("trl", reason="the trainers are TRL's")
 
 import datasets
-import trl
-
 import real
+import trl
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -117,7 +116,7 @@ def test_sft_resumes_and_keeps_its_configuration(tmp_path):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_dpo(tmp_path, route):
-    """A ready model is copied into a frozen adapter "ref", by names of live parameters; a new one turns adapters off."""
+    """A ready model is copied into a frozen adapter "ref", by names of parameters; a new one turns adapters off."""
     trained = {}
     for name in real.LIBRARIES:
         trainer = trl.DPOTrainer(
@@ -184,7 +183,7 @@ def test_configurations_of_others_are_refused_by_name(tmp_path):
     """TRL takes peft's classes; the core's own configuration is not one."""
     import lorica
 
-    with pytest.raises(TypeError, match="must be a `peft.PeftConfig` instance"):
+    with pytest.raises(TypeError, match=r"must be a `peft\\.PeftConfig` instance"):
         trl.SFTTrainer(
             model=real.demo_model(),
             peft_config=lorica.LoraConfig(**FIELDS),

@@ -445,7 +445,7 @@ def _explain_no_match(config: LoraConfig, names: Names, modules: dict[str, nn.Mo
             "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
             "`modules_to_save` configuration."
         )
-    shown = names if isinstance(names, str) else sorted(names)
+    shown = names if isinstance(names, str) else "{" + ", ".join(map(repr, sorted(names))) + "}"
     hint = ""
     for name in [names] if isinstance(names, str) else sorted(names):
         hint += suggest(name.rpartition(".")[2] or name, _endings(modules))

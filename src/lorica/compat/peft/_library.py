@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import nn
 
-library: ModuleType | None
 try:
-    import peft as library
-    import peft.tuners.tuners_utils
+    import peft as _peft
 except ImportError:  # everything but the integrations works without
-    library = None
+    _peft = None
+
+library: ModuleType | None = _peft
 
 #: What a class says of itself or of its subclasses, not of its instances.
 _OF_THE_CLASS = {"__module__", "__doc__", "__dict__", "__new__", "__init_subclass__", "__subclasshook__", "_abc_impl"}

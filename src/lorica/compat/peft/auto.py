@@ -22,8 +22,7 @@ from lorica.compat.peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 #: Task → the class of the adapted model. Tasks are strings, so that both spellings find theirs.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
-    task.value: cls
-    for task, cls in PeftModel.by_task.items()  # type: ignore[misc]
+    task.value: cls for task, cls in PeftModel.by_task.items()
 }
 
 
@@ -77,7 +76,9 @@ class _Auto:
             ValueError: the adapter is for another task, or its base model's class is unknown or not allowed.
         """
         saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **_hub(kwargs))
-        base_class = cls._base_class(saved, get_default_import_allowlist() if import_allowlist is None else import_allowlist)
+        base_class = cls._base_class(
+            saved, get_default_import_allowlist() if import_allowlist is None else import_allowlist
+        )
         base = base_class.from_pretrained(saved.base_model_name_or_path, revision=saved.revision, **kwargs)
         _make_room(base, pretrained_model_name_or_path, revision, kwargs)
         return cls._target_peft_class.from_pretrained(  # type: ignore[no-any-return]

@@ -24,7 +24,8 @@ class PeftConfig(core.PeftConfig, *_THEIRS):  # type: ignore[misc]
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> core.PeftConfig:
         """Build the configuration class that ``peft_type`` names, or this one; see :class:`lorica.PeftConfig`."""
-        return ours(super().from_peft_type(**kwargs))
+        made: core.PeftConfig = ours(super().from_peft_type(**kwargs))
+        return made
 
     @classmethod
     def from_pretrained(

@@ -24,8 +24,8 @@ def get_peft_model(
 ) -> PeftModel:
     """Adapt ``model`` in place and return it wrapped; see :func:`lorica.get_peft_model` for the arguments.
 
-    ``peft_config`` may be a configuration of this package, of lorica or of peft. As with PEFT, the base model's name and
-    the revision are written into it.
+    ``peft_config`` may be a configuration of this package, of lorica or of peft. As with PEFT, the base model's name
+    and the revision are written into it.
 
     Raises:
         TargetError: the configuration does not fit the model. The model is then as it was.

@@ -26,7 +26,7 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
     Loading warns of missing and unexpected tensors, as PEFT does, unless ``strict`` is true.
     """
 
-    by_task: ClassVar[dict[TaskType, type[core.PeftModel]]] = {}
+    by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}  # type: ignore[assignment]
     tuner_class: ClassVar[type[core.LoraModel]] = LoraModel
 
     def __init__(
@@ -93,8 +93,8 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
         config = args[2] if len(args) > 2 else kwargs.get("config")
         if config is not None and not hasattr(config, "peft_type"):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
-        parent = super()
-        loaded = _leniently(lambda strict: parent.from_pretrained(model, model_id, *args, strict=strict, **kwargs), kwargs)
+        load: Callable[..., Any] = super().from_pretrained
+        loaded = _leniently(load, model, model_id, *args, **kwargs)
         is_trainable = args[1] if len(args) > 1 else kwargs.get("is_trainable", False)
         return loaded if is_trainable else loaded.eval()
 
@@ -110,10 +110,8 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
 
         Unless it is to train, the model goes into evaluation mode.
         """
-        parent = super()
-        loaded: LoadResult = _leniently(
-            lambda strict: parent.load_adapter(model_id, adapter_name, is_trainable, *args, strict=strict, **kwargs), kwargs
-        )
+        load: Callable[..., LoadResult] = super().load_adapter
+        loaded: LoadResult = _leniently(load, model_id, adapter_name, is_trainable, *args, **kwargs)
         if not is_trainable:
             self.eval()
         return loaded
@@ -125,15 +123,14 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
         return model
 
 
-def _leniently(load: Callable[[bool], Any], options: dict[str, Any]) -> Any:
+def _leniently(load: Callable[..., Any], *args: Any, strict: bool | None = None, **kwargs: Any) -> Any:
     """Load strictly, which makes no factors that a file replaces; where that fails and was not asked for, once more."""
-    strict = options.pop("strict", None)
-    if strict is not None:
-        return load(bool(strict))
     try:
-        return load(True)
+        return load(*args, strict=strict is not False, **kwargs)
     except CheckpointError:  # the model is as it was
-        return load(False)
+        if strict is not None:
+            raise
+        return load(*args, strict=False, **kwargs)
 
 
 def warn_of_name(adapter_name: str) -> None:
@@ -147,13 +144,17 @@ def warn_of_name(adapter_name: str) -> None:
 
 
 class PeftModelForCausalLM(
-    core.PeftModelForCausalLM, PeftModel, *beneath("PeftModelForCausalLM")  # type: ignore[misc]
+    core.PeftModelForCausalLM,
+    PeftModel,
+    *beneath("PeftModelForCausalLM"),  # type: ignore[misc]
 ):
     """A decoder that generates text."""
 
 
 class PeftModelForSeq2SeqLM(
-    core.PeftModelForSeq2SeqLM, PeftModel, *beneath("PeftModelForSeq2SeqLM")  # type: ignore[misc]
+    core.PeftModelForSeq2SeqLM,
+    PeftModel,
+    *beneath("PeftModelForSeq2SeqLM"),  # type: ignore[misc]
 ):
     """An encoder and a decoder that generates text."""
 

@@ -81,9 +81,7 @@ class BufferDict(nn.Module):
         pairs: Any = buffers.items() if isinstance(buffers, Mapping | BufferDict) else buffers
         for number, pair in enumerate(pairs):
             if len(pair) != 2:
-                raise ValueError(
-                    f"BufferDict update sequence element #{number} has length {len(pair)}; 2 is required"
-                )
+                raise ValueError(f"BufferDict update sequence element #{number} has length {len(pair)}; 2 is required")
             self[pair[0]] = pair[1]
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from lorica.storage import storage_of
 from lorica.targets.match import excluded, selected
 
 
-class BaseTuner(ABC):
+class BaseTuner(nn.Module, ABC):
     """What holds the adapters of a model. There is one, :class:`lorica.LoraModel`, which is an instance."""
 
     prefix: ClassVar[str] = "lora_"

@@ -38,6 +38,12 @@ class IncrementalPCA:
         ValueError: the arguments contradict each other, or a batch has fewer rows or features than components.
     """
 
+    components_: Tensor
+    singular_values_: Tensor
+    mean_: Tensor
+    var_: Tensor
+    n_samples_seen_: int
+
     def __init__(
         self,
         n_components: int | None = None,
@@ -116,7 +122,8 @@ class IncrementalPCA:
 
     def transform(self, X: Tensor) -> Tensor:
         """Return the coordinates ``[rows, n_components]`` of rows along the components."""
-        return (X.to(self.components_.dtype) - self.mean_.to(self.components_.dtype)) @ self.components_.T
+        rows: Tensor = X.to(self.components_.dtype) - self.mean_
+        return rows @ self.components_.T
 
     def _begin(self, rows: Tensor) -> None:
         self.n_features_ = rows.shape[1]

@@ -38,7 +38,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
 
     nn.Module.register_parameter = empty_parameter  # type: ignore[assignment]
     if include_buffers:
-        nn.Module.register_buffer = empty_buffer  # type: ignore[method-assign]
+        nn.Module.register_buffer = empty_buffer  # type: ignore[assignment]
     try:
         with torch.device("meta") if include_buffers else nullcontext():
             yield

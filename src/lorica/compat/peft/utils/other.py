@@ -91,7 +91,9 @@ class AuxiliaryTrainingWrapper(nn.Module, ABC):
 
 
 class ModulesToSaveWrapper(
-    AuxiliaryTrainingWrapper, Core, *beneath("utils.other.ModulesToSaveWrapper")  # type: ignore[misc]
+    AuxiliaryTrainingWrapper,
+    Core,
+    *beneath("utils.other.ModulesToSaveWrapper"),  # type: ignore[misc]
 ):
     """A module that trains fully, in a copy per adapter; see :class:`lorica.layers.ModulesToSaveWrapper`."""
 

@@ -24,3 +24,26 @@ from lorica.compat.peft.tuners.lora.layer import (
     ParamWrapper,
 )
 from lorica.compat.peft.tuners.lora.model import LoraModel
+
+__all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "CordaConfig",
+    "Embedding",
+    "EvaConfig",
+    "KasaConfig",
+    "Linear",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "MultiheadAttention",
+    "ParamWrapper",
+    "VeloraConfig",
+]

@@ -1,7 +1,7 @@
 """peft.tuners.lora.layer: the adapted layers, told apart by what they adapt.
 
-lorica has one class of layers and one mathematics (op) for each kind of base layer. Here each kind has PEFT's class, and
-:func:`adopt` makes the layers of a model instances of theirs.
+lorica has one class of layers and one mathematics (op) for each kind of base layer. Here each kind has PEFT's class,
+and :func:`adopt` makes the layers of a model instances of theirs.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class ParamWrapper(LoraLayer, metaclass=_ByKind):
 
 
 _KINDS: list[type[LoraLayer]] = [Linear, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper]
-_BY_KIND = {kind: cls for cls in _KINDS for kind in cls.kinds}  # type: ignore[attr-defined]
+_BY_KIND = {kind: cls for cls in _KINDS for kind in cls.kinds}
 
 
 def adopt(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """peft.tuners.lora.variants: which variant of LoRA an adapter is.
 
-In lorica a variant is an object of :data:`lorica.variants.VARIANTS` and works on every kind of layer. PEFT has a class for
-each pair of variant and layer; here these classes say which variant it is (``layer.lora_variant["default"]``), and
+In lorica a variant is an object of :data:`lorica.variants.VARIANTS` and works on every kind of layer. PEFT has a class
+for each pair of variant and layer; here these classes say which variant it is (``layer.lora_variant["default"]``), and
 compute nothing.
 """
 
@@ -102,4 +102,20 @@ def variants_of(layer: LoraLayer) -> dict[str, LoraVariant]:
     return found
 
 
-__all__ = [cls.__name__ for cls in (LoraVariant, *dict.fromkeys(_OF_LAYER.values()))]
+__all__ = [
+    "ALoraLinearVariant",
+    "ArrowLinearVariant",
+    "BdLoraLinearVariant",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
+    "DoraEmbeddingVariant",
+    "DoraLinearVariant",
+    "KasaLinearVariant",
+    "LoraVariant",
+    "MiCAEmbeddingVariant",
+    "MiCALinearVariant",
+    "MontecloraLinearVariant",
+    "QALoraLinearVariant",
+    "VeloraLinearVariant",
+]
