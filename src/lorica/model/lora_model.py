@@ -193,7 +193,7 @@ class LoraModel(nn.Module):
         for name in names:
             self._need(name)
         self._refuse_two_copies(names)
-        if any(layer.merged for layer in inject.lora_layers(self.model)):
+        if any(layer.merged for layer in (*inject.lora_layers(self.model), *inject.token_layers(self.model))):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge_adapter()
         self.switch.active = names
@@ -314,6 +314,9 @@ class LoraModel(nn.Module):
     ) -> None:
         """Add the deltas of adapters to the base weights; all of them or, on an error, none.
 
+        Quantised weights are quantised anew, and a warning says what that cost. What they were before is kept besides
+        (as much memory again as the quantised weights take), so that unmerging gives it back bit for bit.
+
         Args:
             adapter_names: which ones; None: the active ones.
             safe_merge: look for NaN and infinity in each result before its weight is touched.
@@ -323,6 +326,9 @@ class LoraModel(nn.Module):
             AdapterError: a name is unknown, or a result is not finite (``safe_merge``).
             TargetError: a delta has no place in its weight (a grouped convolution).
         """
+        self._merge(adapter_names, safe_merge, progressbar=progressbar, keep=True)
+
+    def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, *, progressbar: bool, keep: bool) -> None:
         names = list(self.switch.active if adapter_names is None else adapter_names)
         for name in names:
             self._need(name)
@@ -330,9 +336,16 @@ class LoraModel(nn.Module):
         layers = inject.lora_layers(self.model)
         for layer in tqdm(layers, disable=not (progressbar and safe_merge), desc="Checking"):
             layer.check_merge(layer.mergeable(names), finite=safe_merge)
+        rows = inject.token_layers(self.model)
+        for tokens in rows:
+            tokens.check_merge(names, finite=safe_merge)
         untie(self.model, names)
+        for tokens in rows:
+            tokens.merge(adapter_names=names)
         for layer in tqdm(layers, disable=not progressbar, desc="Merging"):
-            layer.merge(adapter_names=layer.mergeable(names))
+            layer.merge_quietly(layer.mergeable(names), keep=keep)
+        if requantised := [layer for layer in layers if layer.merge_error is not None]:
+            warnings.warn(requantised_message(requantised), stacklevel=3)
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas out again; a warning says so where a weight's dtype could not keep it exactly."""
@@ -340,7 +353,8 @@ class LoraModel(nn.Module):
         fsdp.reshard(self.model)
         for layer in inject.lora_layers(self.model):
             if layer.merged and not layer.unmerge_quietly():
-                inexact = layer.base_weight.dtype
+                inexact = layer.stored.dtype
+        self._unmerge_rows()
         retie(self.model)
         if inexact is not None:
             warnings.warn(inexact_message(inexact), stacklevel=3)
@@ -359,7 +373,7 @@ class LoraModel(nn.Module):
             AdapterError: a name is unknown, or a result is not finite (``safe_merge``). Nothing was changed.
         """
         if self.switch.active or adapter_names:
-            self.merge_adapter(adapter_names, safe_merge, progressbar=progressbar)
+            self._merge(adapter_names, safe_merge, progressbar=progressbar, keep=False)
         names = self.switch.active if adapter_names is None else tuple(adapter_names)
         return self._unload(names)
 
@@ -368,8 +382,13 @@ class LoraModel(nn.Module):
         fsdp.reshard(self.model)
         for layer in inject.lora_layers(self.model):
             layer.unmerge_quietly()
+        self._unmerge_rows()
         retie(self.model)
         return self._unload(())
+
+    def _unmerge_rows(self) -> None:
+        for layer in inject.token_layers(self.model)[::-1]:
+            layer.unmerge()
 
     def _unload(self, merged: Sequence[str]) -> nn.Module:
         replaced = any(self.peft_config[name].modules_to_save for name in merged)
@@ -423,6 +442,8 @@ class LoraModel(nn.Module):
         for key, module in inject.adapter_modules(self.model):
             if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in names) > 1:
                 raise AdapterError(f"Only one adapter can be set at a time for {key}: several train a copy of it")
+        for layer in inject.token_layers(self.model):
+            layer.check_apart(names)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
