@@ -27,6 +27,7 @@ class Merging(nn.Module):
         merged_adapters: names of the adapters that are in the base weight, in the order in which they went in.
         owed: adapters whose initial delta is still to be taken out of the base weight (see :meth:`subtract`).
         notes: what variants keep from one forward to the next.
+        shared: parameters that the base layer shared with another before a merge gave it its own, by their names.
         merge_error: what the last merge into a quantised weight cost; None: nothing is merged, or it is not quantised.
         start_error: the same of the last start that changed the quantised weight (see :meth:`subtract`).
     """
@@ -47,6 +48,7 @@ class Merging(nn.Module):
         self._gains: dict[str, Tensor | None] = {}
         # A list, since a bare parameter as an attribute would be registered as this module's own.
         self._untied_from: list[nn.Parameter] = []
+        self.shared: dict[str, nn.Parameter] = {}
         self.merge_error: MergeError | None = None
         self.start_error: MergeError | None = None
         self._before: list[Packed] = []  # the quantised weight without what is merged

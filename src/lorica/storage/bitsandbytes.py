@@ -14,6 +14,8 @@ from torch import Tensor
 from lorica.storage.base import Quantised
 
 _LEVELS = 127.0
+#: Parts of a row's largest magnitude that are tried as its scale.
+_PARTS = (1.0, 0.998, 0.996, 0.994)
 
 
 class Int8Rows(Quantised):
@@ -42,10 +44,11 @@ class Int8Rows(Quantised):
         return values
 
     def write(self, base: Any, name: str, values: Tensor) -> None:
-        """Scales are found in float32; the package's own way goes through float16 first, which overflows at 65504."""
-        scales = values.abs().amax(1)
-        steps = torch.where(scales > 0, _LEVELS / scales, 0)
-        numbers = (values * steps.view(-1, 1)).round_().to(torch.int8)
+        """In float32; the package's own way goes through float16 first, which overflows at 65504.
+
+        Of each row the best of some scales is taken: at some of which its largest magnitude is clipped.
+        """
+        scales, numbers = _best_scales(values)
         old = getattr(base, name)
         new = type(old)(numbers, requires_grad=False, has_fp16_weights=False, CB=numbers, SCB=scales)
         setattr(base, name, new)
@@ -56,6 +59,25 @@ class Int8Rows(Quantised):
         """The state object is emptied when a weight is written."""
         if hasattr(shadow, "state"):
             shadow.__dict__["state"] = copy.copy(shadow.state)
+
+
+def _best_scales(values: Tensor) -> tuple[Tensor, Tensor]:
+    largest = values.abs().amax(1, keepdim=True)
+    tried = [_at_scale(values, largest * part) for part in _PARTS]
+    best = torch.stack([error for error, _, _ in tried]).argmin(0)
+    scales, numbers = tried[0][1], tried[0][2]
+    for index, (_, other, found) in enumerate(tried):
+        scales = torch.where(best == index, other, scales)
+        numbers = torch.where(best == index, found, numbers)
+    return scales.view(-1), numbers
+
+
+def _at_scale(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the squared error of each row, its scale and its numbers."""
+    steps = torch.where(scales > 0, _LEVELS / scales, 0)
+    numbers = (values * steps).round_().clamp_(-_LEVELS, _LEVELS)
+    error = torch.addcmul(values, numbers, scales / -_LEVELS).square_().sum(1, keepdim=True)
+    return error, scales, numbers.to(torch.int8)
 
 
 def _scales(base: Any, name: str) -> Tensor:
