@@ -59,7 +59,7 @@ def create_arrow_model(
     config = copy.copy(arrow_config)
     config.task_adapter_names, config.gks_adapter_names = list(tasks), list(others)
     targets, r = _common(model, [*tasks, *others])
-    model.add_adapter(ROUTER, LoraConfig(arrow_config=config, target_modules=targets, r=r))  # type: ignore[arg-type]
+    model.add_adapter(ROUTER, LoraConfig(arrow_config=config, target_modules=targets, r=r))
     model.set_adapter(ROUTER)
     return model
 

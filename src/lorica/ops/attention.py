@@ -94,7 +94,7 @@ def _mask_by_rows(mask: Tensor, rows: int, module: Any) -> Tensor:
     """Return a mask ``[rows, heads, to, from]``."""
     if mask.dim() == 2:
         return mask.expand(rows, module.num_heads, -1, -1)
-    return mask.unflatten(0, (rows, module.num_heads))
+    return mask.reshape(rows, module.num_heads, *mask.shape[1:])
 
 
 def _adapted(layer: Host, op: Op, base: Any, running: Running, prefix: str) -> dict[str, Tensor]:

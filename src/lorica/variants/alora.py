@@ -55,7 +55,7 @@ class Alora(Variant):
         y_NTO = y.reshape(-1, tokens, y.shape[-1])
         x_NT = x.reshape(len(y_NTO), tokens, *(() if layer.op.lookup else x.shape[-1:]))
         seen_N = offsets.to(y.device).repeat_interleave(len(y_NTO) // len(offsets)) - behind
-        before, after = y_NTO.split([tokens - reach, reach], 1)
+        before, after = y_NTO[:, : tokens - reach], y_NTO[:, tokens - reach :]
         part = layer.op.add(after, x_NT[:, tokens - reach :], layer, factors, spec)
         seen_NT = torch.arange(reach, 0, -1, device=y.device) <= seen_N.unsqueeze(1)
         part = torch.where(seen_NT.unsqueeze(-1), part, after)
