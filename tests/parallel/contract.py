@@ -355,10 +355,11 @@ def fill(oracle: nn.Module, model: nn.Module) -> None:
 def check_gradients(place: Place, case: Case, oracle: nn.Module, run: Plain, model: nn.Module) -> None:
     """I1, I4: output, loss, gradients and their norm are one process's; nothing more was sent than without LoRA."""
     ids = batch(ROWS)
+    oracle.train()
+    model.train()
     losses = [loss_of(logits_of(oracle(input_ids=rows)), rows) for rows in ids.chunk(place.division.data)]
     torch.stack(losses).mean().backward()
     mine = place.rows(ids)
-    model.train()
     with Collectives() as seen:
         logits, loss = run.train(mine)
     if place.division.counted and not case.collectives:

@@ -17,7 +17,7 @@ from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
-from lorica.engines.rest import at_rest
+from lorica.engines.rest import at_rest, unshard
 from lorica.errors import AdapterError
 from lorica.init import (
     Factors,
@@ -389,7 +389,7 @@ def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None
 def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:
     """Return the base weight as ``[out, in, …]``, gathered where it is cut."""
     if site is None or isinstance(stored_weight(base, op.weight_name), Packed):
-        return op.logical_weight(base)
+        return unshard(op.logical_weight(base))
     weight = gather_parameter(getattr(base, op.weight_name).detach(), site, op.roles_weight)
     return op.orient(weight)
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -352,7 +352,7 @@ class LoraLayer(Merging):
                 f"{self.target_name}: the model was cut after the adapter was added; cut it inside "
                 "`with lorica.parallel.cutting(model) as base:`, so that the adapter is cut with it"
             )
-        return self.op.forward(self, base, running, *args, **kwargs)
+        return self._with(self, base, names, *args, **kwargs)
 
     def _inside(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         assert site.opening is not None
@@ -368,12 +368,10 @@ class LoraLayer(Merging):
         return VARIANTS[spec.variant].in_forward(self, factors, spec)
 
     def _around(
-        self, layer: LoraLayer | Across, base: Callable[..., Any], running: Running, *args: Any, **kwargs: Any
+        self, layer: LoraLayer | Across, base: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any
     ) -> Any:
-        if not running:
-            return base(*args, **kwargs)
-        output = self.op.forward(layer, base, running, *args, **kwargs)
-        if isinstance(output, Tensor) and output.requires_grad:
+        output = self._with(layer, base, names, *args, **kwargs)
+        if names and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
         return output
 
