@@ -18,8 +18,6 @@ LATER = [
     {"init_lora_weights": "lora_ga"},
     {"init_lora_weights": "mica"},
     {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-    {"layer_replication": [(0, 1), (1, 2)]},
-    {"trainable_token_indices": [1, 2]},
     {"use_bdlora": {"nblocks": 2}},
     {"kasa_config": {"beta": 1e-4}},
     {"velora_config": {"num_groups": 2}},

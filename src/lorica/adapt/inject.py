@@ -32,6 +32,7 @@ from lorica.init import (
 )
 from lorica.init.statistics import Found, forget, kept
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch, TrainableTokensLayer, TrainableTokensWrapper
+from lorica.layers.merging import warn_of_starts
 from lorica.ops import FactorShapes, Op
 from lorica.storage import Packed, stored_weight
 from lorica.targets.plan import Plan, Target, changes_base
@@ -150,6 +151,7 @@ def inject(
     _refuse_merged(places, plan, config)
     for target in plan.targets:
         layer = _layer_at(target, places, switch)
+        layer.start_error = None
         layers[target.name] = layer
         if target.tied_to is None:
             made = factors[target.name]
@@ -168,6 +170,7 @@ def inject(
     _save_whole(model, plan, adapter, switch, places)
     train_rows(model, plan.tokens, rows, adapter, switch, places)
     _keep_from_fast_path(places)
+    warn_of_starts(layers.values())
 
 
 def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
@@ -189,12 +192,14 @@ def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
         dtype = layer.factors(adapter).b.dtype
         starts.append(None if rewritten else _start(target, config, 0, layer.stored.device, dtype))
     for layer, target, start in zip(owing, targets, starts, strict=True):
+        layer.start_error = None
         left = _left(target, config) if start is None else None
         if start is not None:
             layer.subtract(adapter, start, 1.0 if VARIANTS[target.spec.variant].subtracts else None)
             _used_up(target, config, start)
         elif left is not None:
             layer.rewrite(adapter, left)
+    warn_of_starts(owing)
 
 
 def target_at(layer: LoraLayer, adapter: str) -> Target:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.adapt import inject
+from lorica.adapt.replicate import restore_layers
 from lorica.checkpoint import reading
 from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, embedding_entries, of_other_stages
 from lorica.checkpoint.pieces import piece_of
@@ -194,6 +195,8 @@ def _as_it_was(model: nn.Module, adapter: str) -> Iterator[None]:
     except Exception:
         if known is None or adapter not in known:
             inject.take_out(model, adapter)
+            if not any(config.layer_replication for config in (known or {}).values()):
+                restore_layers(model)
         if known is None:
             model.__dict__.pop("peft_config", None)
         elif configs is not None:

@@ -30,7 +30,6 @@ VARIANT_FIELDS = (
 _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),
-    "layer_replication": (None,),
 }
 
 
@@ -220,6 +219,17 @@ def _check_layers(config: LoraConfig) -> None:
         _need(all(map(_is_int, numbers)), "layers_to_transform", layers, "a layer number or a list of them")
 
 
+def _check_replication(config: LoraConfig) -> None:
+    ranges = config.layer_replication
+    if ranges is None:
+        return
+    wanted = "a list of pairs: the first layer of a run, and the one after its last"
+    _need(isinstance(ranges, list | tuple) and len(ranges) > 0, "layer_replication", ranges, wanted)
+    for run in ranges:
+        _need(isinstance(run, list | tuple) and len(run) == 2, "layer_replication", ranges, wanted)
+        _need(all(map(_is_int, run)) and 0 <= run[0] < run[1], "layer_replication", ranges, wanted)
+
+
 def _check_tokens(config: LoraConfig) -> None:
     given = config.trainable_token_indices
     if given is None:
@@ -256,5 +266,6 @@ _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_names,
     _check_layers,
     _check_patterns,
+    _check_replication,
     _check_tokens,
 )

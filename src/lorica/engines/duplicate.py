@@ -11,17 +11,17 @@ from torch import nn
 from lorica.engines.kinds import is_distributed
 
 
-def duplicate(module: nn.Module) -> nn.Module:
-    """Return a deep copy of a module that computes with its own parameters.
+def duplicate(module: nn.Module, *, share: bool = False) -> nn.Module:
+    """Return a deep copy of a module that computes with its own parameters, or (``share``) with the same ones.
 
     Engines wrap a module's forward in functions that hold on to the module. Copying shares functions, so the copy's
     would compute with the original's parameters; they are made anew around the copy.
     """
     # A distributed tensor has no memory that could be copied; it is cloned.
     tensors = {
-        id(parameter): nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        id(parameter): parameter if share else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         for parameter in module.parameters()
-        if is_distributed(parameter)
+        if share or is_distributed(parameter)
     }
     copied = copy.deepcopy(module, tensors)
     for old, new in zip(module.modules(), copied.modules(), strict=True):

@@ -198,7 +198,7 @@ class TrainableTokensLayer(nn.Module):
 
     def _in_place(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         found = self.found(name).to(x.device)
-        delta = self.trainable_tokens_delta[name]
+        delta: Tensor = self.trainable_tokens_delta[name]
         if not len(found.ids):  # all ranks' outputs require a gradient, or none, since its way back is collective
             return y + delta[:0].sum().to(y.dtype)
         mine = self._items(name, x)
@@ -226,7 +226,8 @@ class TrainableTokensLayer(nn.Module):
             part = part * mine.view(-1, *[1] * (part.dim() - 1))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.index_add(y, -1, found.rows, part)
-        return y.index_add_(-1, found.rows, part)
+        y.index_add_(-1, found.rows, part)
+        return y
 
     def _items(self, name: str, x: Tensor) -> Tensor | None:
         """Return which items of the batch have an adapter, where rows have adapters of their own."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lorica import combine
 from lorica.adapt import inject, trainable
+from lorica.adapt.replicate import own_weights, replicate_layers, restore_layers, share_again
 from lorica.adapt.tying import forget_tie, retie, untie
 from lorica.config import LoraConfig
 from lorica.engines import fsdp
@@ -126,16 +127,22 @@ class LoraModel(nn.Module):
         config = copy.copy(peft_config)
         trainable.check_one_bias({**self.peft_config, adapter_name: config})
         trainable.check_one_base({**self.peft_config, adapter_name: config}, adapter_name)
-        plan = make_plan(self.model, config, exactly=None if state_dict is None else targets_of_keys(state_dict))
-        inject.inject(
-            self.model,
-            plan,
-            config,
-            adapter_name,
-            self.switch,
-            on_meta=low_cpu_mem_usage,
-            autocast=autocast_adapter_dtype,
-        )
+        undo = replicate_layers(self.model, config.layer_replication) if config.layer_replication else None
+        try:
+            plan = make_plan(self.model, config, exactly=None if state_dict is None else targets_of_keys(state_dict))
+            inject.inject(
+                self.model,
+                plan,
+                config,
+                adapter_name,
+                self.switch,
+                on_meta=low_cpu_mem_usage,
+                autocast=autocast_adapter_dtype,
+            )
+        except Exception:
+            if undo is not None:
+                undo()
+            raise
         watch(self.model)
         if not self.peft_config:
             trainable.freeze_base(self.model)
@@ -340,6 +347,7 @@ class LoraModel(nn.Module):
         for tokens in rows:
             tokens.check_merge(names, finite=safe_merge)
         untie(self.model, names)
+        own_weights(self.model, names)
         for tokens in rows:
             tokens.merge(adapter_names=names)
         for layer in tqdm(layers, disable=not progressbar, desc="Merging"):
@@ -356,6 +364,7 @@ class LoraModel(nn.Module):
                 inexact = layer.stored.dtype
         self._unmerge_rows()
         retie(self.model)
+        share_again(self.model)
         if inexact is not None:
             warnings.warn(inexact_message(inexact), stacklevel=3)
 
@@ -384,7 +393,10 @@ class LoraModel(nn.Module):
             layer.unmerge_quietly()
         self._unmerge_rows()
         retie(self.model)
-        return self._unload(())
+        share_again(self.model)
+        plain = self._unload(())
+        restore_layers(plain)
+        return plain
 
     def _unmerge_rows(self) -> None:
         for layer in inject.token_layers(self.model)[::-1]:
