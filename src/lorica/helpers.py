@@ -67,3 +67,28 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+class MontecloraTrainerMixin:
+    """Adds MonteCLoRA's variational loss to a trainer's: ``class MyTrainer(MontecloraTrainerMixin, Trainer): ...``.
+
+    For transformers' ``Trainer`` and what derives from it. Without such adapters nothing changes.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Return the trainer's loss plus the variational loss of the active adapters, and the outputs if asked for.
+
+        Args:
+            model: the adapted model, wrapped or not; of several tuners in it the losses are averaged.
+            inputs: a batch.
+            return_outputs: whether to return the outputs too.
+            kwargs: the trainer's own.
+        """
+        trainer: Any = super()
+        found = trainer.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        tuners: list[Any] = [module for module in model.modules() if getattr(type(module), "holds_adapters", False)]
+        variational = sum(tuner._get_monteclora_loss() for tuner in tuners) / max(1, len(tuners))
+        if return_outputs:
+            loss, outputs = found
+            return loss + variational, outputs
+        return found + variational

@@ -51,6 +51,7 @@ def tied() -> nn.Module:
 
 
 TWO = ["q_proj", "down_proj"]
+BLOCKS = {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
     "llama": (models.tiny_llama, torch.bfloat16, {"target_modules": "all-linear"}),
@@ -70,6 +71,10 @@ CASES: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
     "gpt2": (models.tiny_gpt2, torch.float32, {"target_modules": ["c_attn", "c_fc", "wte"]}),
     "gpt2-dora": (models.tiny_gpt2, torch.bfloat16, {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
     "experts": (qwen3_moe, torch.bfloat16, {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
+    "kasa": (models.tiny_llama, torch.bfloat16, {"target_modules": [*TWO, "embed_tokens"], "kasa_config": {}}),
+    "gpt2-kasa": (models.tiny_gpt2, torch.float32, {"target_modules": ["c_attn"], "kasa_config": {}}),
+    "bdlora": (models.tiny_llama, torch.float32, {"target_modules": TWO, "use_bdlora": BLOCKS}),
+    "qalora": (models.tiny_llama, torch.bfloat16, {"target_modules": TWO, "use_qalora": True, "qalora_group_size": 8}),
     "experts-shared": (
         qwen3_moe,
         torch.float32,

@@ -167,6 +167,7 @@ class Changes:
         live = LoraLayer(base, op, Switch(), layer.target_name)
         if self._starts_from(layer) and name not in self.replaced:
             live.add_adapter(ADAPTER, replace(spec, variant=""), factors)
+            live.specs[ADAPTER] = spec  # its extras are not asked for, but what it takes out of the weight is
             live.owed.add(ADAPTER)
             prepare_to_fill(live, ADAPTER, self._config)
         variant = VARIANTS[spec.variant]
