@@ -29,6 +29,8 @@ def create_arrow_model(
     task_specific_adapter_paths: Sequence[Source],
     arrow_config: ArrowConfig,
     general_adapter_paths: Sequence[Source] | None = None,
+    *,
+    model_class: type[PeftModel] = PeftModel,
     **adapter_kwargs: Any,
 ) -> PeftModel:
     """Load adapters into a model and a router over them, which is active.
@@ -38,6 +40,7 @@ def create_arrow_model(
         task_specific_adapter_paths: the adapters that tokens go through: directories, or ``user/repository/folder``.
         arrow_config: of the router; it is copied.
         general_adapter_paths: adapters whose mean is taken out of the others, with ``use_gks``.
+        model_class: the class of the wrapper.
         adapter_kwargs: of :meth:`PeftModel.from_pretrained` and :meth:`PeftModel.load_adapter`.
 
     Raises:
@@ -53,7 +56,7 @@ def create_arrow_model(
     tasks = {f"task_{index}": path for index, path in enumerate(task_specific_adapter_paths)}
     others = {f"gks_{index}": path for index, path in enumerate(general)}
     (first, path), *rest = {**tasks, **others}.items()
-    model = PeftModel.from_pretrained(base_model, adapter_name=first, **_source(path, adapter_kwargs))
+    model = model_class.from_pretrained(base_model, adapter_name=first, **_source(path, adapter_kwargs))
     for name, path in rest:
         model.load_adapter(adapter_name=name, **_source(path, adapter_kwargs))
     config = copy.copy(arrow_config)

@@ -111,7 +111,7 @@ def _product(x_TI: Tensor, a_RI: Tensor, *, layer: Hosting, kept: Tensor, spec: 
     """``x Aᵀ``, of whose input the backward has the compressed form."""
     groups = _Groups.of(layer, x_TI.shape[1], spec.options, x_TI.device)
     directions_PD = _directions(x_TI.detach(), groups, layer, kept.view(-1, groups.length), spec)
-    product: Tensor = _Compressed.apply(
+    product: Tensor = _Compressed.apply(  # type: ignore[no-untyped-call]
         x_TI, a_RI, directions_PD.to(x_TI.dtype), groups, layer.site, spec.options.scale
     )
     return product
@@ -157,6 +157,21 @@ def _normal(vectors: Tensor) -> Tensor:
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return torch.where(norm > 0, vectors / torch.where(norm > 0, norm, 1), vectors.shape[-1] ** -0.5)
+
+
+def compressed_product(x_TI: Tensor, a_RI: Tensor, v_D: Tensor, groups: int, scale: float) -> Tensor:
+    """Return ``x Aᵀ``; its backward has one number for every token and group of features, along the direction ``v``.
+
+    Args:
+        x_TI: the input.
+        a_RI: the factor, whose gradient is approximate and multiplied by ``scale``.
+        v_D: the direction, ``[in/groups]`` rounded up.
+        groups: into how many groups the features fall.
+        scale: of the gradient.
+    """
+    whole = _Groups(len(v_D), None, groups, True)
+    product: Tensor = _Compressed.apply(x_TI, a_RI, v_D[None], whole, None, scale)  # type: ignore[no-untyped-call]
+    return product
 
 
 class _Compressed(torch.autograd.Function):

@@ -50,6 +50,11 @@ from lorica.compat.peft.tuners.lora import (
     MontecloraConfig,
     VeloraConfig,
 )
+from lorica.compat.peft.tuners.lora.arrow import create_arrow_model
+from lorica.compat.peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+from lorica.compat.peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
+from lorica.compat.peft.tuners.lora.loraga import preprocess_loraga
+from lorica.compat.peft.tuners.trainable_tokens import TrainableTokensConfig
 from lorica.compat.peft.utils import (
     NoMatchingPeftModuleError,
     PeftError,
@@ -65,6 +70,7 @@ from lorica.compat.peft.utils import (
     set_peft_model_state_dict,
     shift_tokens_right,
 )
+from lorica.compat.peft.utils.loftq_utils import replace_lora_weights_loftq
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -104,17 +110,25 @@ __all__ = [
     "PeftWarning",
     "PromptLearningConfig",
     "TaskType",
+    "TrainableTokensConfig",
     "VeloraConfig",
     "cast_mixed_precision_params",
+    "convert_to_lora",
+    "create_arrow_model",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",

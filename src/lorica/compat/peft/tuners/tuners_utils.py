@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorica.adapt import inject, trainable
 from lorica.config import LoraConfig
@@ -16,7 +16,6 @@ from lorica.config.checks import factor_dtype
 from lorica.errors import AdapterError
 from lorica.layers import LoraLayer, Switch
 from lorica.model import LoraModel
-from lorica.storage import storage_of
 from lorica.targets.match import excluded, selected
 
 
@@ -154,7 +153,7 @@ def set_adapter(
     _unmerge_with_warning(model)
     for _, module in inject.adapter_modules(model):
         module.switch.active = names
-        for name in adapters_of(module):
+        for name in inject.adapters_of(module):
             trainable.set_requires_grad(module, name, name in names and not inference_mode)
 
 
@@ -185,7 +184,7 @@ def delete_adapter(
         module.remove_adapter(adapter_name)
     left = [name for name in switch.active if name != adapter_name]
     if not left and adapter_name in switch.active:
-        others = sorted({name for module in modules for name in adapters_of(module)})
+        others = sorted({name for module in modules for name in inject.adapters_of(module)})
         left = others[:1]
         if left:
             warnings.warn(
@@ -226,17 +225,6 @@ def refuse_merged(model: nn.Module, names: Iterable[str]) -> None:
     merged = {name for layer in inject.lora_layers(model) for name in layer.merged_adapters}
     if still := sorted(set(names) & merged):
         raise AdapterError(f"Cannot delete adapter(s) {still} while they are merged. Please unmerge them first.")
-
-
-def adapters_of(module: inject.AdapterModule) -> list[str]:
-    """Return the names of the adapters that an adapted module has."""
-    return list(module.specs if isinstance(module, LoraLayer) else module.modules_to_save)
-
-
-def dequantised(layer: LoraLayer) -> Tensor:
-    """Return the base weight of an adapted layer as plain numbers."""
-    weight = layer.base_weight
-    return storage_of(weight, layer.target_name).dequantize(weight)
 
 
 def _unmerge_with_warning(model: nn.Module) -> None:

@@ -9,9 +9,11 @@ from lorica.compat.peft.utils.constants import (
     WEIGHTS_NAME,
 )
 from lorica.compat.peft.utils.error import NoMatchingPeftModuleError, PeftError
+from lorica.compat.peft.utils.loftq_utils import replace_lora_weights_loftq
 from lorica.compat.peft.utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
+    TrainableTokensWrapper,
     cast_mixed_precision_params,
     infer_device,
     prepare_model_for_kbit_training,
@@ -42,12 +44,14 @@ __all__ = [
     "PeftType",
     "PeftWarning",
     "TaskType",
+    "TrainableTokensWrapper",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",

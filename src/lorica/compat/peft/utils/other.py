@@ -27,6 +27,7 @@ from lorica.errors import AdapterError
 from lorica.helpers import cast_mixed_precision_params, prepare_model_for_kbit_training
 from lorica.layers import ModulesToSaveWrapper as Core
 from lorica.layers import Switch
+from lorica.layers import TrainableTokensWrapper as CoreTokens
 
 
 class AuxiliaryTrainingWrapper(nn.Module, ABC):
@@ -125,7 +126,45 @@ class ModulesToSaveWrapper(
         return set(self.modules_to_save)
 
 
+class TrainableTokensWrapper(
+    AuxiliaryTrainingWrapper,
+    CoreTokens,
+    *beneath("utils.other.TrainableTokensWrapper"),  # type: ignore[misc]
+):
+    """A module of which rows train; see :class:`lorica.layers.TrainableTokensWrapper`."""
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter.trainable_tokens_delta",)
+    other_param_names: ClassVar[tuple[str, ...]] = ("token_adapter.token_indices",)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
+        """Forget an adapter's rows; rows that are not there are no error."""
+        self.remove_adapter(adapter_name)
+        if new_active_adapters is not None:
+            self.set_adapter(list(new_active_adapters))
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return the name of an adapter's rows in a file → their name below this module; tied rows have none."""
+        layer = self.token_adapter
+        if layer.tied_adapter is not None or adapter_name not in layer.trainable_tokens_delta:
+            return {}
+        rows = "token_adapter.trainable_tokens_delta"
+        return {rows: f"{rows}.{adapter_name}"}
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return an adapter's rows under the name that they have in a file.
+
+        Args:
+            adapter_name: the adapter's name.
+            state_dict: where to take them from, by their name below this module.
+        """
+        return {name: state_dict[live] for name, live in self.adapter_state_dict_load_map(adapter_name).items()}
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.token_adapter.token_indices)
+
+
 AuxiliaryTrainingWrapper.register(Core)
+AuxiliaryTrainingWrapper.register(CoreTokens)
 
 
 def infer_device() -> str:
@@ -202,6 +241,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
     "cast_mixed_precision_params",
     "fsdp_auto_wrap_policy",
     "infer_device",

@@ -1,5 +1,6 @@
 """peft.tuners.lora."""
 
+from lorica.compat.peft.tuners.lora.arrow import create_arrow_model
 from lorica.compat.peft.tuners.lora.config import (
     ArrowConfig,
     BdLoraConfig,
@@ -13,6 +14,8 @@ from lorica.compat.peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
+from lorica.compat.peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+from lorica.compat.peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from lorica.compat.peft.tuners.lora.layer import (
     Conv1d,
     Conv2d,
@@ -23,6 +26,7 @@ from lorica.compat.peft.tuners.lora.layer import (
     MultiheadAttention,
     ParamWrapper,
 )
+from lorica.compat.peft.tuners.lora.loraga import preprocess_loraga
 from lorica.compat.peft.tuners.lora.model import LoraModel
 
 __all__ = [
@@ -46,4 +50,10 @@ __all__ = [
     "MultiheadAttention",
     "ParamWrapper",
     "VeloraConfig",
+    "convert_to_lora",
+    "create_arrow_model",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_loraga",
+    "save_as_lora",
 ]

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from lorica.adapt.inject import adapter_modules
 from lorica.compat.peft._library import beneath
 from lorica.compat.peft.tuners.lora.variants import variants_of
-from lorica.compat.peft.tuners.tuners_utils import BaseTunerLayer, dequantised
-from lorica.compat.peft.utils.other import ModulesToSaveWrapper
+from lorica.compat.peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from lorica.compat.peft.tuners.tuners_utils import BaseTunerLayer
+from lorica.compat.peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from lorica.layers import LoraLayer as Core
+from lorica.layers import TrainableTokensWrapper as CoreTokens
 
 
 class _ByKind(ABCMeta):
@@ -96,7 +98,7 @@ class LoraLayer(BaseTunerLayer, Core, *beneath("tuners.lora.layer.LoraLayer")): 
 
     def get_base_weight(self) -> Tensor:
         """Return the base weight as plain numbers, whatever it is stored as."""
-        return dequantised(self)
+        return self.base_weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether :meth:`get_delta_weight` is all that the adapter does."""
@@ -196,10 +198,18 @@ _BY_KIND = {kind: cls for cls in _KINDS for kind in cls.kinds}
 def adopt(model: nn.Module) -> None:
     """Make the adapted modules of a model instances of this package's classes; they stay the same objects."""
     for _, module in adapter_modules(model):
-        if isinstance(module, Core) and not issubclass(type(module), LoraLayer):
-            module.__class__ = _BY_KIND.get(module.op.kind, LoraLayer)
-        elif not isinstance(module, Core) and not issubclass(type(module), ModulesToSaveWrapper):
-            module.__class__ = ModulesToSaveWrapper
+        if isinstance(module, Core):
+            _become(module, _BY_KIND.get(module.op.kind, LoraLayer))
+        elif isinstance(module, CoreTokens):
+            _become(module, TrainableTokensWrapper)
+            _become(module.token_adapter, TrainableTokensLayer)
+        else:
+            _become(module, ModulesToSaveWrapper)
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    if not issubclass(type(module), cls):  # sharding gives modules classes of their own, made of theirs
+        module.__class__ = cls
 
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "ParamWrapper"]

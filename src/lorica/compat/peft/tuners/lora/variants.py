@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from lorica.layers import LoraLayer
+from lorica.routing.offsets import (
+    calculate_alora_offsets,
+    get_alora_offsets_for_forward,
+    get_alora_offsets_for_generate,
+)
 
 
 class LoraVariant:
@@ -76,6 +85,53 @@ class VeloraLinearVariant(LoraVariant):
     """VeLoRA."""
 
 
+class BlockDiagonalLinear(nn.Module):
+    """A linear layer without bias whose weight is block-diagonal. It is not what lorica's BD-LoRA runs on.
+
+    Args:
+        in_features: length of the input.
+        out_features: length of the output.
+        nblocks: how many blocks there are; it divides both.
+        init_zero: start with zeros.
+        dtype: of the weight.
+        device: of the weight.
+
+    Raises:
+        ValueError: a length is not divisible.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nblocks: int,
+        init_zero: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features % nblocks or out_features % nblocks:
+            raise ValueError(
+                f"self.in_features={in_features} or self.out_features={out_features} not divisible by {nblocks}"
+            )
+        self.in_features, self.out_features, self.nblocks = in_features, out_features, nblocks
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // nblocks, dtype=dtype, device=device))
+        if init_zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product, ``[…, out]``."""
+        pieces = zip(x.chunk(self.nblocks, -1), self.weight.chunk(self.nblocks), strict=True)
+        return torch.cat([F.linear(piece, block) for piece, block in pieces], -1)
+
+    def weight_as_blockdiagonal_matrix(self) -> Tensor:
+        """Return the weight as ``[out, in]``, zeros outside of the blocks."""
+        whole: Tensor = torch.block_diag(*self.weight.chunk(self.nblocks))  # type: ignore[no-untyped-call]
+        return whole
+
+
 _OF_LAYER: dict[tuple[str, str], type[LoraVariant]] = {
     ("use_dora", "Linear"): DoraLinearVariant,
     ("use_dora", "Embedding"): DoraEmbeddingVariant,
@@ -106,6 +162,7 @@ __all__ = [
     "ALoraLinearVariant",
     "ArrowLinearVariant",
     "BdLoraLinearVariant",
+    "BlockDiagonalLinear",
     "DoraConv1dVariant",
     "DoraConv2dVariant",
     "DoraConv3dVariant",
@@ -118,4 +175,7 @@ __all__ = [
     "MontecloraLinearVariant",
     "QALoraLinearVariant",
     "VeloraLinearVariant",
+    "calculate_alora_offsets",
+    "get_alora_offsets_for_forward",
+    "get_alora_offsets_for_generate",
 ]
