@@ -18,11 +18,12 @@ from layers import Layer
 from torch import Tensor, nn
 
 import lorica
+from lorica import calibration
 from lorica.combine import TYPES
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, TargetError
 from lorica.init import INITS
 from lorica.variants import VARIANTS
-from models import randomise
+from models import VOCABULARY, randomise
 
 
 class NoMeaning(Exception):
@@ -102,14 +103,20 @@ def reloaded(layer: Layer, model: nn.Module) -> None:
     close(layer.run(again), layer.run(model), 1e-5)
 
 
-def merged(layer: Layer, model: nn.Module) -> None:
-    """Merging leaves the output as it is, and unmerging too."""
+def merged(layer: Layer, model: nn.Module, *, may_refuse: bool = False) -> str | None:
+    """Merging leaves the output as it is, and unmerging too; or a remark why it is refused."""
     wanted = layer.run(model)
     tolerance = layer.merged or 1e-5
-    model.merge_adapter()
+    try:
+        model.merge_adapter()
+    except (AdapterError, TargetError) as refusal:
+        if may_refuse:
+            return f"is not merged: {' '.join(str(refusal).removeprefix('target: ').split())}"
+        raise
     close(layer.run(model), wanted, tolerance)
     model.unmerge_adapter()
     close(layer.run(model), wanted, tolerance)
+    return "merged with the error of the quantised form" if layer.merged else None
 
 
 # ---- plain LoRA ------------------------------------------------------------------------------------------------------
@@ -126,13 +133,13 @@ def as_dense(layer: Layer, scale: float, **fields: Any) -> None:
 
 @feature("output of the dense sum, gradients", _PLAIN)
 def _(layer: Layer) -> None:
-    as_dense(layer, 6 / 4)
+    as_dense(layer, 6 / layer.r)
     trained(layer, filled(layer)[1])
 
 
 @feature("`use_rslora`", _PLAIN)
 def _(layer: Layer) -> None:
-    as_dense(layer, 6 / 2, use_rslora=True)
+    as_dense(layer, 6 / layer.r**0.5, use_rslora=True)
 
 
 @feature("off means off, bit for bit", _PLAIN)
@@ -146,10 +153,10 @@ def _(layer: Layer) -> None:
 @feature("merge and unmerge", _PLAIN)
 def _(layer: Layer) -> str | None:
     base, model = filled(layer)
-    merged(layer, model)
+    remark = merged(layer, model)
     plain = randomise(layer.adapt(base)).merge_and_unload()
     assert [type(m) for m in plain.modules()] == [type(m) for m in base.modules()]
-    return "a quantised weight is written anew: with the error of its form" if layer.merged else None
+    return remark
 
 
 @feature("file there and back", _PLAIN)
@@ -159,7 +166,7 @@ def _(layer: Layer) -> None:
 
 @feature("`lora_bias`", _PLAIN)
 def _(layer: Layer) -> None:
-    as_dense(layer, 6 / 4, lora_bias=True)
+    as_dense(layer, 6 / layer.r, lora_bias=True)
     trained(layer, filled(layer, lora_bias=True)[1])
     reloaded(layer, filled(layer, lora_bias=True)[1])
 
@@ -216,7 +223,7 @@ def _(layer: Layer) -> None:
     assert not torch.equal(both, outputs["other"])
     try:
         wanted, tolerance = layer.run(model.merge_and_unload()), layer.merged or 1e-5
-    except AdapterError:  # judged by its being linear
+    except (AdapterError, TargetError):  # judged by its being linear
         wanted, tolerance = outputs["default"] + outputs["other"] - layer.run(base), layer.tolerance
     close(both, wanted, tolerance)
 
@@ -274,15 +281,9 @@ def _variant(field: str) -> Callable[[Layer], str | None]:
             layer = replace(layer, given={"alora_offsets": [2] * len(layer.batch())})
         model = trained(layer, layer.adapt(base, **{"init_lora_weights": True, **fields}))
         reloaded(layer, model)
-        why = VARIANTS[field].unmergeable
-        if why:
-            try:
-                model.merge_adapter()
-            except AdapterError:
-                return f"is not merged: {why}"
-            raise AssertionError("merged although it says that it cannot be")
-        merged(layer, model)
-        return "merged with the error of the quantised form" if layer.merged else None
+        remark = merged(layer, model, may_refuse=True)
+        assert not VARIANTS[field].unmergeable or (remark or "").startswith("is not merged")
+        return remark
 
     return check
 
@@ -314,19 +315,62 @@ FEATURES += [
 
 # ---- initialisations -------------------------------------------------------------------------------------------------
 
-#: What an initialisation wants to be done to the base model first.
-PREPARATIONS: dict[str, Callable[[Layer, nn.Module, Any], Mapping[str, Any]]] = {}
+#: Fields that an initialisation cannot do without.
+STARTS: dict[bool | str, Mapping[str, Any]] = {
+    "loftq": {"loftq_config": {"loftq_bits": 4}},
+    "lora_ga": {"lora_ga_config": {"direction": "ArBr", "stable_gamma": 16}},
+}
+
+
+def _prepared(layer: Layer, name: bool | str, base: nn.Module, config: Any) -> nn.Module:
+    """A base model on which the data of an initialisation was looked at."""
+    if name == "corda":
+        calibration.preprocess_corda(base, config, lambda: layer.run(base))
+    if name == "lora_ga":
+        batch = layer.batch()
+        batch = batch.requires_grad_() if batch.is_floating_point() else batch
+        calibration.preprocess_loraga(base, config, lambda: layer.run(base, batch).square().mean().backward())
+    return base
+
+
+def _from_data(layer: Layer, model: nn.Module) -> str | None:
+    """Start EVA, and say where it starts as by default."""
+    before = {name: tensor.clone() for name, tensor in lorica.get_peft_model_state_dict(model).items()}
+    shape = layer.batch().shape[1:]
+    floats = layer.batch().is_floating_point()
+    data = [torch.randn(16, *shape) if floats else torch.randint(0, VOCABULARY, (16, *shape)) for _ in range(3)]
+    calibration.initialize_lora_eva_weights(
+        model,
+        [batch.double() if layer.double and batch.is_floating_point() else batch for batch in data],
+        forward_fn=lambda model, batch: model(batch),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    after = lorica.get_peft_model_state_dict(model)
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    return "starts as by default: its inputs have no directions of their own" if same else None
 
 
 def _start(name: bool | str) -> Callable[[Layer], str | None]:
     spelled = re.sub("_N$", "_4", name) if isinstance(name, str) else name
+    fields: Mapping[str, Any] = {"init_lora_weights": spelled, **STARTS.get(name, {})}
 
     def check(layer: Layer) -> str | None:
         base = layer.base()
-        model = layer.adapt(base, init_lora_weights=spelled)
-        close(layer.run(model), layer.run(base), layer.merged or 1e-5) if name not in CHANGING else None
-        reloaded(layer, trained(layer, model))
-        return None
+        output = layer.run(base)
+        model = layer.adapt(_prepared(layer, name, base, layer.config(**fields)), **fields)
+        remark = _from_data(layer, model) if name == "eva" else None
+        if name not in CHANGING:
+            close(layer.run(model), output, layer.merged or (0.25 if name == "loftq" else 1e-5))
+        trained(layer, model)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = _prepared(layer, name, layer.base(), layer.config(**fields))
+            again = lorica.PeftModel.from_pretrained(again, folder).eval()
+        again = again.double() if layer.double else again
+        close(layer.run(again), layer.run(model), layer.merged or 1e-5)
+        return remark
 
     return check
 

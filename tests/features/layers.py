@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 from harness import dense, grouped
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.func import functional_call
 import cases
 import lorica
 import mixtures
-from cases import Probe
+import quantised_layers
+from cases import AttentionProbe, Probe
 from lorica.engines.native import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -44,7 +45,8 @@ class Layer:
         fields: of the config, that say what is adapted.
         expected: what the adapted network gives, from base network, factors, input and scale, in dense arithmetic.
         double: whether it can be had in float64; otherwise it is judged in float32.
-        merged: how far off a merged network may be.
+        off: how far off an output may be; 0: to the rounding of its dtype.
+        merged: how far off a merged network may be; 0: as its output.
         there: whether what it needs is installed.
         stands_for: entries of the registries that it covers.
         given: what an adapted network is given beside its input.
@@ -56,6 +58,7 @@ class Layer:
     expected: Expected
     fields: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["target"]})
     double: bool = True
+    off: float = 0.0
     merged: float = 0.0
     there: bool = True
     stands_for: tuple[Any, ...] = ()
@@ -69,17 +72,23 @@ class Layer:
     @property
     def tolerance(self) -> float:
         """How far off an output may be."""
-        return 1e-9 if self.double else 2e-4
+        return self.off or (1e-9 if self.double else 2e-4)
+
+    @property
+    def r(self) -> int:
+        """The rank that it is adapted with."""
+        return self.fields.get("r", 4)
 
     def base(self) -> nn.Module:
         """The network, in evaluation mode; the same one every time."""
         torch.manual_seed(0)
         network = self.build()
-        return (network.double() if self.double else network).eval()
+        # Frozen, as an adapted one is: torch's attention computes in another way where nothing can train.
+        return (network.double() if self.double else network).eval().requires_grad_(False)
 
     def config(self, **fields: Any) -> Any:
         """A config that adapts the layer."""
-        return lorica.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **self.fields, **fields})
+        return lorica.LoraConfig(**{"r": self.r, "lora_alpha": 6, "init_lora_weights": False, **self.fields, **fields})
 
     def adapt(self, base: nn.Module, **fields: Any) -> nn.Module:
         """A copy of a network, adapted."""
@@ -149,8 +158,8 @@ def _op(name: str) -> cases.Op:
     return next(op for op in cases.OPS if op.name == name)
 
 
-def _of(heading: str, name: str, *stands_for: Any, expected: Expected = _dense, **options: Any) -> Layer:
-    op = _op(name)
+def _of(heading: str, name: str | cases.Op, *stands_for: Any, expected: Expected = _dense, **options: Any) -> Layer:
+    op = name if isinstance(name, cases.Op) else _op(name)
     fields = {"target_modules": ["target"], **op.fields}
     return Layer(heading, op.build, op.inputs, expected, fields, stands_for=stands_for, **options)
 
@@ -168,53 +177,53 @@ def _native(heading: str, make: Callable[[], nn.Module], batch: Callable[[], Ten
     return Layer(heading, lambda: Probe(make()), batch, _dense, stands_for=stands_for)
 
 
-def _bitsandbytes(kind: str, **options: Any) -> Callable[[], nn.Module]:
+def _quantised(name: str, merged: float, *stands_for: str) -> Layer:
     def build() -> nn.Module:
-        import bitsandbytes
+        return Probe(quantised_layers.KINDS[name](quantised_layers.dense()))
 
-        layer = getattr(bitsandbytes.nn, kind)(64, 32, **options)
-        return Probe(layer).to("cpu")
-
-    return build
-
-
-def _torchao(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        from torchao import quantization
-
-        network = Probe(nn.Linear(64, 32, dtype=torch.bfloat16 if name.startswith("Int4") else None))
-        quantization.quantize_(network, getattr(quantization, name)())
-        return network
-
-    return build
-
-
-def _quantised(heading: str, build: Callable[[], nn.Module], package: str, *, merged: float, kind: str) -> Layer:
+    try:
+        there = build() is not None
+    except pytest.skip.Exception:
+        there = False
     return Layer(
-        heading,
+        name,
         build,
-        lambda: floats(3, 64),
+        lambda: floats(3, quantised_layers.IN),
         _beside,
         double=False,
+        off=quantised_layers.ROUND_INPUTS.get(name, 2e-4),
         merged=merged,
-        there=find_spec(package) is not None,
-        stands_for=(kind,),
+        there=there,
+        stands_for=stands_for,
     )
 
 
+_BNB, _AO = "bitsandbytes.nn.modules", "torchao.utils.TorchAOBaseTensor"
+_GPTQ = "gptqmodel.nn_modules.qlinear"
+_INC = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules"
+_BATCH_FIRST = cases.Op(
+    "attention",
+    lambda: nn.MultiheadAttention(12, 3, batch_first=True),
+    lambda: floats(2, 5, 12),
+    net=AttentionProbe,
+)
+_CONV2D = cases.Op("conv2d", lambda: nn.Conv2d(4, 8, (3, 5), stride=(2, 1), padding=(1, 0)), lambda: floats(2, 4, 8, 9))
+_CONV3D = cases.Op(
+    "conv3d", lambda: nn.Conv3d(4, 6, 2, stride=(1, 2, 1), padding=(0, 1, 0)), lambda: floats(2, 4, 4, 5, 3)
+)
 LAYERS = [
     _of("`nn.Linear`", "linear", nn.Linear),
     _of("`Conv1D` (transformers)", "transformers-conv1d", "transformers.pytorch_utils.Conv1D"),
     _of("`nn.Embedding`", "embedding", nn.Embedding),
     _of("`nn.Conv1d`", "conv1d", nn.Conv1d),
-    _of("`nn.Conv2d`", "conv2d", nn.Conv2d),
-    _of("`nn.Conv3d`", "conv3d", nn.Conv3d),
+    _of("`nn.Conv2d`", _CONV2D, nn.Conv2d),
+    _of("`nn.Conv3d`", _CONV3D, nn.Conv3d),
     _of("`nn.Conv2d`, groups", "conv2d-grouped", expected=_grouped),
-    _of("`nn.MultiheadAttention`", "attention", nn.MultiheadAttention, expected=_attention),
+    _of("`nn.MultiheadAttention`", _BATCH_FIRST, nn.MultiheadAttention, expected=_attention),
     Layer("experts, own", **_moe("qwen3_moe", mixtures.STACKS)),
     Layer("experts, shared", **_moe("qwen3_moe", mixtures.STACKS, share_expert_adapters=True)),
     Layer("experts `[E, in, out]`", **_moe("gpt_oss", mixtures.STACKS)),
-    Layer("bare matrix", **_moe("qwen3_moe", ["mlp.gate.weight"])),
+    Layer("bare matrix", **_moe("qwen3_moe", ["mlp.gate.weight"], r=2)),
     _native(
         "native column", lambda: ColumnParallelLinear(12, 10, axis=_ALONE), lambda: floats(3, 12), ColumnParallelLinear
     ),
@@ -223,28 +232,17 @@ LAYERS = [
         "native embedding", lambda: ParallelEmbedding(VOCABULARY, 9, axis=_ALONE), lambda: ids(2, 7), ParallelEmbedding
     ),
     Layer("native fused q, k, v", QKV, lambda: floats(2, 3, 16), _beside, {"target_modules": ["qkv_proj"]}),
-    _quantised(
-        "bitsandbytes 8-bit",
-        _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
-        "bitsandbytes",
-        merged=0.1,
-        kind="bitsandbytes.nn.modules.Int8Params",
-    ),
-    *(
-        _quantised(
-            f"bitsandbytes {kind.upper()}",
-            _bitsandbytes("Linear4bit", quant_type=kind),
-            "bitsandbytes",
-            merged=0.3,
-            kind="bitsandbytes.nn.modules.Params4bit",
-        )
-        for kind in ("nf4", "fp4")
-    ),
-    _quantised(
-        "torchao int8",
-        _torchao("Int8WeightOnlyConfig"),
-        "torchao",
-        merged=0.1,
-        kind="torchao.utils.TorchAOBaseTensor",
-    ),
+    _quantised("bitsandbytes int8", 0.1, f"{_BNB}.Int8Params"),
+    _quantised("bitsandbytes nf4", 0.3, f"{_BNB}.Params4bit"),
+    _quantised("bitsandbytes fp4", 0.4, f"{_BNB}.Params4bit"),
+    _quantised("torchao int8", 0.1, _AO),
+    _quantised("torchao int8 and activations", 0.1, _AO),
+    _quantised("torchao float8", 0.1, _AO),
+    _quantised("torchao int4 in groups", 0.3, _AO),
+    _quantised("HQQ", 0.3, "hqq.core.quantize.HQQLinear"),
+    _quantised("AQLM", 0.3, "aqlm.inference.QuantizedLinear"),
+    _quantised("GPTQ, a stand-in", 0.3, f"{_GPTQ}.BaseQuantLinear"),
+    _quantised("AWQ, a stand-in", 0.3, f"{_GPTQ}.AWQuantLinear"),
+    _quantised("EETQ, a stand-in", 0.3, "transformers.integrations.eetq.EetqLinear", "eetq.modules.qlinear.EetqLinear"),
+    _quantised("INC, a stand-in", 0.3, f"{_INC}.PatchedLinear"),
 ]

@@ -7,6 +7,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from checks import FEATURES, Feature, NoMeaning
 from layers import LAYERS, Layer
 
 from lorica.errors import AdapterError, ConfigError, TargetError
+from lorica.ops import OPS
+from lorica.storage import KINDS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 YES, NO, NONE, FAULT = "✓", "✗", "–", "!"
@@ -36,22 +39,27 @@ def cell(feature: Feature, layer: Layer) -> tuple[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return YES, feature.check(layer) or ""
+            return YES, words(feature.check(layer) or "")
     except NoMeaning as why:
         return NONE, str(why)
     except _REFUSALS as refusal:
-        return NO, reason(refusal)
+        return NO, words(str(refusal))
     except Exception as error:
         return FAULT, f"{type(error).__name__}: {error}"
 
 
-def reason(refusal: Exception) -> str:
-    """The words of a refusal, without the name of the module."""
-    text = " ".join(str(refusal).split())
-    text = re.sub(r"^(?:[\w.]*\b(?:target|qkv_proj|gate|experts)\b[\w.]*: )+", "", text)
+def words(text: str) -> str:
+    """What a refusal or a remark says, without the names of the module and of the adapter."""
+    text = " ".join(text.split())
+    text = re.sub(r"(?:(?<=^)|(?<=is not merged: ))(?:[\w.]*\b(?:target|qkv_proj|gate|experts)\b[\w.]*: )+", "", text)
+    text = text.replace("adapter 'default'", "this")
     text = re.sub(r"\b(?:model\.layers\.0\.)[\w.]+", "the parameter", text)
+    text = re.sub(r"\bof the kind \w+", "of this kind", text)
+    text = re.sub(r"\bstored as [\w. ]*?(?=:| already| cannot)", "stored so", text)
+    text = re.sub(r"\binit_lora_weights='\w+'", "this start", text)
+    text = re.sub(r"\(\d+(?:, \d+)*,?\)", "(…)", text)
     text = text.replace("|", "\\|")
-    return text if len(text) <= 220 else f"{text[:217].rsplit(' ', 1)[0]} …"
+    return text if len(text) <= 300 else f"{text[:297].rsplit(' ', 1)[0]} …"
 
 
 def run(
@@ -101,7 +109,17 @@ def render(cells: dict[tuple[str, str], tuple[str, str]]) -> str:
         lines.append("")
     lines += ["## Reasons and remarks", ""]
     lines += [f"{number}. {note}" for note, number in notes.items()]
+    lines += ["", "## Not run", ""]
+    lines.append(f"What needs a package that is not installed where this page was written: {', '.join(missing())}.")
     return "\n".join(lines) + "\n"
+
+
+def missing() -> list[str]:
+    """Layers and registered classes whose package is not installed."""
+    covered = {thing for layer in LAYERS for thing in layer.stands_for}
+    names = [key for key in (*OPS, *KINDS) if isinstance(key, str) and key not in covered]
+    absent = [f"`{name}`" for name in dict.fromkeys(names) if find_spec(name.partition(".")[0]) is None]
+    return sorted([*(layer.name for layer in LAYERS if not layer.there), *absent])
 
 
 def _mark(mark: str, note: str, notes: dict[str, int]) -> str:
