@@ -34,6 +34,7 @@ pytestmark = [
     # Of a frozen base layer's output nothing is changed in place; torch warns whenever a view is returned.
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor"),
     pytest.mark.filterwarnings("ignore:.*lora_dropout is not applied inside MultiheadAttention"),
+    pytest.mark.filterwarnings("ignore:the following layers were initialized with init_lora_weights=True"),
 ]
 
 

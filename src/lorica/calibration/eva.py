@@ -230,9 +230,10 @@ def _run(
         seen += 1
         if seen == max(1, 2 * looked):
             looked = seen
-            if over_ranks.every(eva.look(), everyone=everyone):
-                return
+            all_settled = over_ranks.every(eva.look(), everyone=everyone)
             bar.set_description(f"{sum(eva.settled.values())}/{len(eva.settled)} layers have converged")
+            if all_settled:
+                return
         bar.update()
     if not seen:
         raise ConfigError("dataloader is empty")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -156,13 +157,12 @@ class _Run:
     def _record(self, target: Target, x: Tensor, y: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return y
-        if not y.requires_grad:
-            # Nothing before this layer trains: the graph begins here. A copy, since what follows may write into it.
-            y = y.detach().requires_grad_().clone()
-        x = x.detach()
+        x, seen = x.detach(), list[Tensor]()
         gradient = self._gradients.setdefault(target.name, _Gradient())
-        y.register_hook(lambda dy: gradient.add(dy.detach(), x))  # type: ignore[no-untyped-call]
-        return y
+        leaf = torch.empty(0, device=y.device, requires_grad=True)
+        leaf.register_post_accumulate_grad_hook(lambda leaf: gradient.add(seen.pop(), x))  # type: ignore[no-untyped-call]
+        tapped: Tensor = _Tap.apply(y, leaf, seen)  # type: ignore[no-untyped-call]
+        return tapped
 
     @torch.no_grad()
     def gradient(self, target: Target) -> Tensor:
@@ -178,6 +178,27 @@ class _Run:
         if not whole.isfinite().all():
             raise AdapterError(f"{target.name}: its gradient is not finite")
         return whole
+
+
+class _Tap(torch.autograd.Function):
+    """Passes a layer's output on and notes its gradient.
+
+    It lets the graph begin here where nothing before the layer trains. The leaf of no elements is reached by passes
+    that accumulate gradients and by no others: torch's pipelines run a pass of their own on memory without values,
+    only to learn the shapes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, leaf: Tensor, seen: list[Tensor]) -> Tensor:
+        """Return ``y``, free to be written into."""
+        ctx.seen, ctx.leaf = seen, leaf.detach()
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Note the gradient; :class:`_Run` takes it when the leaf gets its own."""
+        ctx.seen[:] = [gradients[0].detach()]
+        return gradients[0], ctx.leaf, None
 
 
 class _Gradient:

@@ -30,15 +30,18 @@ def can_be_watched(target: Target) -> bool:
 
 def targets_of(plan: Plan) -> list[Target]:
     """Return the targets of a plan that can be watched."""
-    return [target for target in plan.targets if can_be_watched(target)]
+    never_called = {f"{target.name}.{child}" for target in plan.targets for child in target.op.children}
+    return [target for target in plan.targets if can_be_watched(target) and target.name not in never_called]
 
 
 def adapted_targets(model: nn.Module, adapter: str) -> list[tuple[str, Target]]:
     """Return the layers that have an adapter and can be watched, with their names in ``model``."""
+    layers = [(name, module) for name, module in adapter_modules(model) if isinstance(module, LoraLayer)]
+    never_called = {f"{layer.target_name}.{child}" for _, layer in layers for child in layer.op.children}
     found = []
-    for name, module in adapter_modules(model):
-        if isinstance(module, LoraLayer) and adapter in module.specs and adapter not in module.tied:
-            target = target_at(module, adapter)
+    for name, layer in layers:
+        if adapter in layer.specs and adapter not in layer.tied and layer.target_name not in never_called:
+            target = target_at(layer, adapter)
             if can_be_watched(target):
                 found.append((name, target))
     return found
