@@ -70,9 +70,16 @@ def _load_and_merge(base: str, adapter: str, output: Path, dtype: str, device: s
     from lorica.files import atomic
 
     loaded, tokenizer = use.load(base, adapter, dtype, device)
-    merged = loaded.merge_and_unload(safe_merge=True)
+    with _noted():
+        merged = loaded.merge_and_unload(safe_merge=True)
     with atomic.complete_directory(output, marker=False) as temporary:
-        merged.save_pretrained(str(temporary))
+        try:
+            merged.save_pretrained(str(temporary))
+        except NotImplementedError:
+            raise RecipeError(
+                f"{base} is quantised in a form that transformers reads and cannot write; give the model as it was "
+                "before it was quantised with --model"
+            ) from None
         tokenizer.save_pretrained(str(temporary))
 
 

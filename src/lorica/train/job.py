@@ -145,6 +145,7 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
         dtype=model.dtype,
         revision=model.revision,
         attn_implementation=model.attn_implementation,
+        quantization=model.quantization,
     )
     _seed(training.seed)
     adapted = adapt(base, recipe.lora)

@@ -54,21 +54,56 @@ def load_base(
     attn_implementation: str | None = None,
     where: torch.device | None = None,
     distributed: Any = None,
+    quantization: str | None = None,
 ) -> nn.Module:
     """A causal language model, on the device ``where``, or laid over ranks by transformers (``distributed``).
 
+    Args:
+        path: directory, or name on the hub.
+        dtype: of its weights; of quantised ones, what they compute in.
+        revision: on the hub.
+        attn_implementation: transformers' name of the attention.
+        where: the device.
+        distributed: transformers' ``DistributedConfig``.
+        quantization: the form in which linear layers are quantised while loading; None: as they were saved.
+
     Raises:
-        RecipeError: it is not there, or not a causal language model.
+        RecipeError: it is not there, or not a causal language model, or quantised already in another form.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"revision": revision, "dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if distributed is not None:
         options["distributed_config"] = distributed
+    config = _load(AutoConfig, "model", path, revision=revision)
+    saved = getattr(config, "quantization_config", None) is not None
+    if quantization is not None:
+        if saved:
+            raise RecipeError(f"model.quantization: {path} is quantised already; leave it out")
+        options["quantization_config"] = _quantised(quantization, dtype, config)
+    if quantization is None and not saved:
+        plain: nn.Module = _load(AutoModelForCausalLM, "model", path, **options)
+        return plain.to(where) if where is not None else plain
+    if where is not None:
+        options["device_map"] = {"": where}  # quantised models are made where they stay
     model: nn.Module = _load(AutoModelForCausalLM, "model", path, **options)
-    return model.to(where) if where is not None else model
+    return model
+
+
+def _quantised(kind: str, dtype: str, config: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute or torch.float32,
+    )
 
 
 def load_adapted(base: nn.Module, adapter: str) -> nn.Module:

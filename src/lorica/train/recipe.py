@@ -57,6 +57,9 @@ class ModelSection(_Section):
     """Directory, or name on the Hugging Face hub, of a causal language model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights; auto: as they were saved."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Quantise the frozen weights of linear layers while loading, with bitsandbytes (QLoRA): 4 bits with double
+    quantisation, or 8; dtype is then what they compute in. Ranks can divide batches (parallel.dp) and nothing else."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     attn_implementation: str | None = None
@@ -275,6 +278,16 @@ class Recipe(_Section):
         check_rows(self.training.batch_size, self.parallel.data_ranks)
         if self.parallel.ranks > 1 and ":" in self.training.device:
             raise ValueError(f"training.device: {self.training.device} is one device; ranks choose their own")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_is_whole(self) -> Recipe:
+        ranks = self.parallel
+        if self.model.quantization is not None and max(ranks.tp, ranks.pp, ranks.fsdp, ranks.ep) > 1:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} weights cannot be cut over ranks; use parallel.dp "
+                "alone, or no quantization"
+            )
         return self
 
     @property
