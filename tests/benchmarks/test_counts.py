@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.measures import layers, lifecycle, merging, training
+from benchmarks.measures import layers, lifecycle, merging, rows, training
 from benchmarks.suite import FROZEN, LORICA, PEFT, count_sides, quiet
 
 Counts = dict[str, dict[str, int]]
@@ -105,6 +105,35 @@ def test_merging_moves_less_and_needs_less_beside_the_model(dtype, moved, peak):
     assert ours["FLOPs"] == theirs["FLOPs"]
     assert ours["bytes moved"] <= moved * theirs["bytes moved"]
     assert ours["peak bytes"] <= peak * theirs["peak bytes"]
+
+
+def test_rows_of_64_adapters_take_the_kernels_of_one():
+    with quiet():
+        counts = count_sides(rows.build(True, rows=64, adapters=64, tokens=1))
+    linears = 2 * 7
+    # Two stacks, their scales, the rows in order, two products, the scale, the sum; and the order of the rows.
+    assert counts[LORICA]["kernels"] - counts[FROZEN]["kernels"] <= 7 * linears + 1
+    assert counts[PEFT]["kernels"] - counts[FROZEN]["kernels"] > 6000, "peft is pinned"
+    assert excess(counts, "bytes moved") <= 0.20
+    assert excess(counts, "FLOPs") == 1.0
+
+
+def test_steps_of_one_generation_share_the_stacks():
+    with quiet():
+        contest = rows.build(True, rows=64, adapters=64, tokens=1, kept=True)
+        contest.tasks[LORICA].once()
+        counts = count_sides(contest)
+        contest.close()
+    assert counts[LORICA]["kernels"] - counts[FROZEN]["kernels"] <= 5 * 2 * 7
+    assert excess(counts, "bytes moved") <= 0.09
+
+
+def test_prompts_of_a_mixed_batch_are_not_copied():
+    with quiet():
+        counts = count_sides(rows.build(True, rows=16, adapters=16, tokens=64))
+    assert excess(counts, "bytes moved") <= 0.05
+    assert counts[LORICA]["peak bytes"] <= counts[FROZEN]["peak bytes"]
+    assert excess(counts, "FLOPs") == 1.0
 
 
 def test_injection_touches_the_factors_once():

@@ -29,8 +29,6 @@ from lorica.variants import VARIANTS, Variant
 #: Up to this many tokens to a row, rows are sorted and multiplied in one batched product.
 FEW_TOKENS = 8
 
-Pairs = dict[str, tuple[Factors, AdapterSpec]]
-
 
 def refuse_merged(layer: Any) -> None:
     """Refuse rows with adapters of their own on a weight that holds others.
@@ -113,36 +111,35 @@ class Mixed:
 
     def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return ``y`` with every adapter's part on its rows; the arguments behind ``x`` mean nothing here."""
-        layer, rows = self._layer, self._rows
-        pairs: Pairs = {name: (layer.factors(name), layer.specs[name]) for name in self._names}
+        layer, rows, names = self._layer, self._rows, self._names
         carried = layer.site is not None and layer.site.carry is not None
         if torch.is_grad_enabled() or carried or not y.is_contiguous():
-            return _each(layer, rows, y, x, pairs)
-        products = {name: pair for name, pair in pairs.items() if _is_product(layer, pair[1])}
+            return _each(layer, rows, y, x, names)
+        products = [name for name in names if _is_product(layer, layer.specs[name])]
         if products:
             _products(layer, rows, y, x, products)
-        others = {name: pair for name, pair in pairs.items() if name not in products}
-        return _each(layer, rows, y, x, others) if others else y
+        if len(products) == len(names):
+            return y
+        return _each(layer, rows, y, x, [name for name in names if name not in products])
 
 
 def _is_product(layer: Any, spec: AdapterSpec) -> bool:
-    if type(layer.op).matrices is Op.matrices or (spec.dropout and layer.training):
+    if spec.dropout and layer.training:
         return False
-    return type(VARIANTS[spec.variant]).add is Variant.add
+    return type(VARIANTS[spec.variant]).add is Variant.add and type(layer.op).matrices is not Op.matrices
 
 
 # ---- any op, any variant --------------------------------------------------------------------------------------------
 
 
-def _each(layer: Any, rows: Rows, y: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
+def _each(layer: Any, rows: Rows, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
     """Return ``y`` with the parts of adapters, one after the other, in whatever way they are added."""
     items = len(x)
-    rows.items_per_row(items)
     found, places = [], []
-    for name, (factors, spec) in pairs.items():
+    for name in names:
         here = rows.places(name, items, x.device)
         with layer.switch.routed(rows.only(name)):
-            found.append(layer.add(_at(y, here), _at(x, here), factors, spec))
+            found.append(layer.add(_at(y, here), _at(x, here), layer.factors(name), layer.specs[name]))
         places.append(torch.arange(items, device=x.device)[here])
     return y.index_copy(0, torch.cat(places), torch.cat(found))
 
@@ -154,23 +151,7 @@ def _at(tensor: Tensor, here: slice | Tensor) -> Tensor:
 # ---- plain products, in place ---------------------------------------------------------------------------------------
 
 
-class _Stack(NamedTuple):
-    """The factors of adapters of one rank, each with the same number of items.
-
-    Attributes:
-        items: how many each has.
-        a: ``[adapters, in, r]``.
-        b: ``[adapters, r, out]``, scaled.
-        bias: ``[adapters, 1, out]``, scaled, or None.
-    """
-
-    items: int
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None
-
-
-def _products(layer: Any, rows: Rows, y: Tensor, x: Tensor, pairs: Pairs) -> None:
+def _products(layer: Any, rows: Rows, y: Tensor, x: Tensor, names: Sequence[str]) -> None:
     """Add the parts of plain adapters to ``y`` in place.
 
     Args:
@@ -178,68 +159,87 @@ def _products(layer: Any, rows: Rows, y: Tensor, x: Tensor, pairs: Pairs) -> Non
         rows: of the batch.
         y: ``[items, …, out]``, contiguous.
         x: ``[items, …, in]``.
-        pairs: the adapters.
+        names: the adapters.
     """
     items = len(x)
-    runs = [run for run in rows.runs(items) if run.name in pairs]
     y_NTO, x_NTI = y.view(items, -1, y.shape[-1]), x.to(y.dtype).reshape(items, -1, x.shape[-1])
+    runs = rows.runs(items)
     if y_NTO.shape[1] * rows.items_per_row(items) <= FEW_TOKENS and len(runs) > 1:
-        _batched(layer, rows, y_NTO, x_NTI, pairs)
+        _batched(layer, rows, y_NTO, x_NTI, names)
         return
-    made = {name: _matrices(layer, pair, y.dtype) for name, pair in pairs.items()}
+    made = {name: _matrices(layer, name, y.dtype) for name in names}
     for name, start, stop in runs:
-        (a_RI, b_OR, bias), scale = made[name], pairs[name][1].scaling
-        y_TO = y_NTO[start:stop].flatten(0, 1)
-        y_TO.addmm_(x_NTI[start:stop].flatten(0, 1) @ a_RI.mT, b_OR.mT, alpha=scale)
-        if bias is not None:
-            y_TO.add_(bias, alpha=scale)
+        if name in made:
+            a_RI, b_OR, bias = made[name]
+            y_TO, scale = y_NTO[start:stop].flatten(0, 1), layer.specs[name].scaling
+            y_TO.addmm_(x_NTI[start:stop].flatten(0, 1) @ a_RI.mT, b_OR.mT, alpha=scale)
+            if bias is not None:
+                y_TO.add_(bias, alpha=scale)
 
 
-def _matrices(
-    layer: Any, pair: tuple[Factors, AdapterSpec], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    factors, spec = pair
-    plain = VARIANTS[spec.variant].in_forward(layer, factors, spec)
-    a_RI, b_OR = layer.op.matrices(layer, plain)
-    return a_RI.to(dtype), b_OR.to(dtype), share_of_bias(layer, plain, dtype)
+def _matrices(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    spec = layer.specs[name]
+    factors = VARIANTS[spec.variant].in_forward(layer, layer.factors(name), spec)
+    a_RI, b_OR = layer.op.matrices(layer, factors)
+    return a_RI.to(dtype), b_OR.to(dtype), share_of_bias(layer, factors, dtype)
 
 
-def _batched(layer: Any, rows: Rows, y_NTO: Tensor, x_NTI: Tensor, pairs: Pairs) -> None:
+class _Stack(NamedTuple):
+    """The factors of adapters of one rank, each with the same number of items.
+
+    Attributes:
+        items: how many each has.
+        a: ``[adapters, in, r]``.
+        b: ``[adapters, r, out]``.
+        bias: ``[adapters, 1, out]``, scaled, or None.
+        scales: ``[adapters, 1, 1]``.
+    """
+
+    items: int
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scales: Tensor
+
+
+def _batched(layer: Any, rows: Rows, y_NTO: Tensor, x_NTI: Tensor, names: Sequence[str]) -> None:
     """Add the parts of many adapters with few tokens each: one batched product for each number of items and rank."""
-    key = (id(layer.base_layer), y_NTO.dtype, len(x_NTI), *pairs)
-    if key not in rows.kept:
-        rows.kept[key] = _stacks(layer, rows, pairs, y_NTO.dtype, len(x_NTI))
-    order, stacks = rows.kept[key]
-    tokens = x_NTI.shape[1]
+    items, tokens = x_NTI.shape[:2]
+    key = (id(layer.base_layer), y_NTO.dtype, items)
+    order, stacks = rows.kept.get(key) or _stacks(layer, rows, names, y_NTO.dtype, items)
+    if rows.lasting:
+        rows.kept[key] = (order, stacks)
     x_NTI = x_NTI.index_select(0, order)
     start = 0
-    for count, a, b, bias in stacks:
+    for count, a, b, bias, scales in stacks:
         adapters, stop = len(a), start + len(a) * count
-        x = x_NTI[start:stop].view(adapters, count * tokens, -1)
-        part = torch.bmm(torch.bmm(x, a), b) if bias is None else torch.baddbmm(bias, torch.bmm(x, a), b)
+        h = torch.bmm(x_NTI[start:stop].view(adapters, count * tokens, -1), a).mul_(scales)
+        part = torch.bmm(h, b) if bias is None else torch.baddbmm(bias, h, b)
         y_NTO.index_add_(0, order[start:stop], part.view(adapters * count, tokens, -1))
         start = stop
 
 
-def _stacks(layer: Any, rows: Rows, pairs: Pairs, dtype: torch.dtype, items: int) -> tuple[Tensor, list[_Stack]]:
-    counts = dict.fromkeys(pairs, 0)
+def _stacks(
+    layer: Any, rows: Rows, names: Sequence[str], dtype: torch.dtype, items: int
+) -> tuple[Tensor, list[_Stack]]:
+    """Return the order in which the items are taken, and the factors in that order."""
+    counts = dict.fromkeys(names, 0)
     for name, start, stop in rows.runs(items):
         if name in counts:
             counts[name] += stop - start
-    made = {name: (_matrices(layer, pair, dtype), pair[1].scaling) for name, pair in pairs.items()}
+    made = {name: _matrices(layer, name, dtype) for name in names}
     alike: dict[tuple[int, int, bool], list[str]] = {}
-    for name, ((a_RI, _, bias), _) in made.items():
+    for name, (a_RI, _, bias) in made.items():
         alike.setdefault((counts[name], len(a_RI), bias is None), []).append(name)
     stacks = []
-    for (count, _, _), names in alike.items():
-        a = torch.stack([made[name][0][0] for name in names]).mT
-        b = torch.stack([made[name][0][1] for name in names]).mT
-        scales = torch.tensor([made[name][1] for name in names], dtype=dtype, device=a.device).view(-1, 1, 1)
-        biases = [bias for (_, _, bias), _ in (made[name] for name in names) if bias is not None]
-        bias = torch.stack(biases).unsqueeze(1) * scales if biases else None
-        stacks.append(_Stack(count, a, b * scales, bias))
-    order = rows.index([name for names in alike.values() for name in names], items, stacks[0].a.device)
-    return order, stacks
+    for (count, r, _), group in alike.items():
+        a, b, biases = zip(*(made[name] for name in group), strict=True)
+        scales = [layer.specs[name].scaling for name in group]
+        scales_U11 = torch.tensor(scales, dtype=dtype, device=a[0].device).view(-1, 1, 1)
+        bias = None if biases[0] is None else torch.stack(biases).unsqueeze(1) * scales_U11
+        a_UIR, b_URO = torch.cat(a).view(len(a), r, -1).mT, torch.cat(b).view(len(b), -1, r).mT
+        stacks.append(_Stack(count, a_UIR, b_URO, bias, scales_U11))
+    return rows.index([name for group in alike.values() for name in group], items, scales_U11.device), stacks
 
 
 #: Stands for all adapters of a batch where an op wants one.

@@ -35,7 +35,8 @@ def route_rows(
     """Give each row of the batches inside a ``with`` block an adapter of its own.
 
     For a model that was adapted without a wrapper, whose forward knows no ``adapter_names``; and for several forwards
-    of one batch, which then share what is worked out for its rows.
+    of one batch, which then share what is worked out for its rows: where they are, where an invocation stands, and
+    stacked copies of the factors of the adapters that are named. So no factor is to be changed inside.
 
     Args:
         model: an adapted model, with or without a wrapper.
@@ -51,7 +52,7 @@ def route_rows(
     if switch is None:
         raise AdapterError("route_rows: the model has no adapters; put one in with get_peft_model")
     configs = getattr(inject.base_of(model), "peft_config", {})
-    with _routed(model, switch, _made(model, switch, configs, adapter_names, alora_offsets, input_ids)):
+    with _routed(model, switch, _made(model, switch, configs, adapter_names, alora_offsets, input_ids, lasting=True)):
         yield
 
 
@@ -102,7 +103,7 @@ def rows_of_call(
             else "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
         )
         warnings.warn(f"Cannot calculate aLoRA offsets {what}", stacklevel=4)
-    rows = _made(model, switch, model.peft_config, names, offsets, ids)
+    rows = _made(model, switch, model.peft_config, names, offsets, ids, lasting=generates)
     with _routed(model, switch, rows):
         yield left
 
@@ -114,12 +115,15 @@ def _made(
     names: Sequence[str] | None,
     offsets: Offsets | None,
     ids: Tensor | None,
+    *,
+    lasting: bool,
 ) -> Rows:
     """Return the rows of a batch."""
     if names is not None:
         _check(model, configs, names)
     activated = _activated(configs, switch.active if names is None else names)
-    return Rows(names, {name: _offsets(tokens, offsets, ids) for name, tokens in activated.items()})
+    found = {name: _offsets(tokens, offsets, ids) for name, tokens in activated.items()}
+    return Rows(names, found, lasting=lasting)
 
 
 def _check(model: nn.Module, configs: Mapping[str, Any], names: Sequence[str]) -> None:

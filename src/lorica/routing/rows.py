@@ -35,21 +35,24 @@ class Rows:
         offsets: adapter → for each row how many tokens, counted from the end, it sees (``[rows]``, whole numbers). One
             that is not here sees all; see :mod:`lorica.variants.alora`.
 
+        lasting: whether many forwards will have these rows, so that it is worth keeping what is made for them.
+
     Attributes:
-        kept: room for what layers make of their factors for these rows and want to find again in the next step.
+        adapters: the names that occur, the base model's among them, in the order of their first rows.
+        kept: room for what layers make for these rows and want to find again in the next forward.
     """
 
-    def __init__(self, names: Sequence[str] | None, offsets: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str] | None, offsets: Mapping[str, Tensor] | None = None, *, lasting: bool = False
+    ) -> None:
         self.names = None if names is None else tuple(names)
         self.offsets = dict(offsets or {})
+        self.lasting = lasting
+        self.adapters = list(dict.fromkeys(names or ()))
         self.kept: dict[Any, Any] = {}
-        self._runs = [] if self.names is None else _runs(self.names)
+        self._rows = [] if self.names is None else _runs(self.names)
+        self._runs: dict[int, list[Run]] = {}
         self._indices: dict[tuple[Any, ...], Tensor] = {}
-
-    @property
-    def adapters(self) -> list[str]:
-        """The names that occur, the base model's among them, in the order of their first rows."""
-        return list(dict.fromkeys(self.names or ()))
 
     def runs(self, items: int) -> list[Run]:
         """Return the runs of neighbours among ``items`` items, from first to last.
@@ -57,8 +60,10 @@ class Rows:
         Raises:
             AdapterError: the rows do not divide the items.
         """
-        each = self.items_per_row(items)
-        return [Run(name, start * each, stop * each) for name, start, stop in self._runs]
+        if items not in self._runs:
+            each = self.items_per_row(items)
+            self._runs[items] = [Run(name, start * each, stop * each) for name, start, stop in self._rows]
+        return self._runs[items]
 
     def items_per_row(self, items: int) -> int:
         """Return how many of ``items`` items belong to each row.
