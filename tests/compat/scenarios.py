@@ -355,6 +355,55 @@ def modules_that_train_whole(lib: Any, tmp_path: Path) -> Any:
     )
 
 
+def rows_that_name_their_adapters(lib: Any, tmp_path: Path) -> Any:
+    model = _adapted(lib)
+    model.add_adapter("second", lib.LoraConfig(target_modules=["v_proj"], r=2))
+    randomise(model, seed=4)
+    batch = models.ids(3, 7)
+    with torch.no_grad():
+        mixed = model.eval()(batch, adapter_names=["default", "__base__", "second"]).logits
+    wrong = _said(lambda: model(batch, adapter_names=["default"]))[0]
+    return mixed, _said(lambda: model(batch, adapter_names=["default", "nobody", "default"]))[0], wrong
+
+
+def adapters_are_combined(lib: Any, tmp_path: Path) -> Any:
+    model = _mlp(lib, r=3)
+    model.add_adapter("second", lib.LoraConfig(target_modules=["lin0", "lin1"], r=3))
+    randomise(model, seed=4)
+    seen = []
+    for kind in ("linear", "cat", "svd", "ties", "magnitude_prune"):
+        density = {"density": 0.5} if kind in ("ties", "magnitude_prune") else {}
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.2], kind, combination_type=kind, **density)
+        model.set_adapter(kind)
+        seen.append((_seen(model), model.peft_config[kind].r, sorted(model.peft_config)))
+    wrong = [
+        _said(lambda: model.add_weighted_adapter(["default", "nobody"], [1.0, 1.0], "new")),
+        _said(lambda: model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new", "magic")),
+    ]
+    return seen, [kind for kind, _ in wrong]
+
+
+def an_adapter_as_plain_lora(lib: Any, tmp_path: Path) -> Any:
+    model = _mlp(lib, r=4)
+    config, tensors = lib.convert_to_lora(model, rank=4)
+    lib.save_as_lora(tmp_path / "plain", model, rank=4)
+    plain = lib.PeftModel.from_pretrained(models.mlp(), tmp_path / "plain")
+    return isinstance(config, lib.LoraConfig), config.r, sorted(tensors), _seen(model), _seen(plain)
+
+
+def tokens_that_train(lib: Any, tmp_path: Path) -> Any:
+    model = lib.get_peft_model(
+        models.tiny_llama(), lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 7])
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.5)
+    model.save_pretrained(tmp_path / "tokens")
+    again = lib.PeftModel.from_pretrained(models.tiny_llama(), tmp_path / "tokens")
+    return _trains(model), sorted(lib.get_peft_model_state_dict(model)), _seen(model), _seen(again)
+
+
 # ---- merging --------------------------------------------------------------------------------------------------------
 
 

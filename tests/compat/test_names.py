@@ -38,7 +38,7 @@ def test_a_name_means_the_same_kind_of_thing_as_with_peft(path):
     """A class where peft has a class, a function where it has one, and the arguments that peft's takes."""
     pytest.importorskip("peft", reason="the comparison is with peft")
     module, _, name = path.rpartition(".")
-    theirs = getattr(importlib.import_module(module), name)
+    theirs = getattr(pytest.importorskip(module, exc_type=ImportError), name)  # one of peft's needs the package attrs
     ours = getattr(importlib.import_module(f"lorica.compat.{module}"), name)
     assert inspect.isclass(ours) == inspect.isclass(theirs)
     assert callable(ours) == callable(theirs)

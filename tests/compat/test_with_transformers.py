@@ -47,8 +47,14 @@ def layers(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]}],
-    ids=["lora", "dora", "modules_to_save", "embedding"],
+    [
+        {},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"trainable_token_indices": [1, 3]},
+    ],
+    ids=["lora", "dora", "modules_to_save", "embedding", "tokens"],
 )
 def test_an_added_adapter_computes_and_is_saved_as_with_peft(tmp_path, fields):
     theirs, ours = (added(name, **fields) for name in real.LIBRARIES)
