@@ -59,6 +59,7 @@ STACK = {
     "one expert": lambda w: F.linear(X[:, :COLS], w[1]) + F.linear(X[:, :COLS], w[torch.tensor(2)]),
     "one expert, transposed": lambda w: X[:, :COLS] @ w[0].T,
     "x @ one": lambda w: X[:, :ROWS] @ w[-1],
+    "cast": lambda w: F.linear(X[:, :COLS], w[1].to(torch.float64)) + F.linear(X[:, :COLS], w.contiguous()[2]),
     "bmm": lambda w: torch.bmm(X[:6, :ROWS].reshape(E, 2, ROWS), w),
     "batched by token": lambda w: torch.bmm(w[IDS], X[: len(IDS), :COLS].unsqueeze(-1)),
     "batched by token, transposed": lambda w: torch.bmm(X[: len(IDS), :ROWS].unsqueeze(1), w[IDS]),

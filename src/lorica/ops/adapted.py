@@ -64,16 +64,21 @@ class AdaptedWeight:
     Args:
         weight: ``[rows, cols]``, or one for each expert ``[E, rows, cols]``.
         deltas: their factors have the weight's leading size, or none where all experts share them.
+
+    Attributes:
+        asked: whether anybody took a part or a view of it, or multiplied by it.
     """
 
     def __init__(self, weight: Tensor, deltas: Sequence[Delta]) -> None:
         self.weight = weight
         self.deltas = tuple(deltas)
+        self.asked = False
 
     # ---- parts and views ------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Any:
         """Return one expert's weight, or those of a vector of experts."""
+        self.asked = True
         if self.weight.dim() == 3 and _is_integer(index):
             return self._experts[int(index)]
         if self.weight.dim() == 3 and isinstance(index, Tensor) and index.dim() == 1:
@@ -100,6 +105,7 @@ class AdaptedWeight:
     @property
     def mT(self) -> AdaptedWeight:
         """The weight with its last two dimensions exchanged."""
+        self.asked = True
         return AdaptedWeight(self.weight.mT, [delta.turned() for delta in self.deltas])
 
     @property
@@ -111,6 +117,20 @@ class AdaptedWeight:
         """Return the transposed weight of two dimensions."""
         return self.T
 
+    def to(self, *args: Any, **kwargs: Any) -> AdaptedWeight:
+        """Return the weight in another dtype or on another device; products take the factors to their output's."""
+        self.asked = True
+        return AdaptedWeight(self.weight.to(*args, **kwargs), self.deltas)
+
+    def float(self) -> AdaptedWeight:
+        """Return the weight in float32."""
+        return self.to(torch.float32)
+
+    def contiguous(self) -> AdaptedWeight:
+        """Return the weight with its elements in order."""
+        self.asked = True
+        return AdaptedWeight(self.weight.contiguous(), self.deltas)
+
     def added_up(self, operation: str) -> Tensor:
         """Return ``weight + Σ s·left·right``, for an operation that is no product; a warning says so."""
         warnings.warn(
@@ -118,6 +138,7 @@ class AdaptedWeight:
             "formed, which takes as much memory as the weight",
             stacklevel=3,
         )
+        self.asked = True
         total = self.weight
         for left, right, spec, *_ in self.deltas:
             total = total + spec.scaling * (left.to(total.dtype) @ right.to(total.dtype))
@@ -142,6 +163,9 @@ class AdaptedWeight:
     ) -> Any:
         """Multiply; see :data:`_PRODUCTS`."""
         kwargs = kwargs or {}
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, cls):
+                arg.asked = True
         name = getattr(func, "__name__", str(func))
         product = _PRODUCTS.get(name)
         result = NotImplemented if product is None else product(func, *args, **kwargs)

@@ -6,6 +6,7 @@ One adapter per expert: ``A_e [r, in]``, ``B_e [out, r]``, ``ΔW_e = s·B_e·A_e
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,10 +72,18 @@ class Parameter(Op):
         deltas = tuple(self._delta_of(module, factors, spec, layer) for factors, spec in running)
         weight: Any = module._parameters[self.weight_name]
         if isinstance(weight, AdaptedWeight):  # by another layer around this one
+            weight.asked = True
             weight, deltas = weight.weight, weight.deltas + deltas
-        local = weight.to_local() if is_distributed(weight) else weight
-        with _in_place_of(module, self.weight_name, AdaptedWeight(local, deltas), layer.target_name):
-            return base(*args, **kwargs)
+        adapted = AdaptedWeight(weight.to_local() if is_distributed(weight) else weight, deltas)
+        with _in_place_of(module, self.weight_name, adapted, layer.target_name):
+            output = base(*args, **kwargs)
+        if not adapted.asked and weight.dim() == 2:  # a rank's stack of experts may have no tokens
+            warnings.warn(
+                f"{layer.target_name}: the forward of {type(module).__name__} did not read this parameter, so the "
+                "adapter had no effect in it (another module reads it?)",
+                stacklevel=2,
+            )
+        return output
 
     def _delta_of(self, module: nn.Module, factors: Factors, spec: AdapterSpec, layer: Host) -> Delta:
         left, right = self.delta(module, layer.in_forward(factors, spec))

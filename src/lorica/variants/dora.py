@@ -23,6 +23,7 @@ from lorica.engines.rest import storage_axes
 from lorica.engines.site import Axis, Site
 from lorica.errors import TargetError
 from lorica.init import Factors
+from lorica.init.borrow import there
 from lorica.ops import Op
 from lorica.ops.base import autocast_off
 from lorica.ops.dropout import drop
@@ -50,7 +51,8 @@ class Dora(Variant):
     def check(self, op: Op, base: Any, spec: AdapterSpec, where: str) -> None:
         """The delta must have its place in the weight, one row to an output."""
         if op.roles_magnitude is None:
-            raise TargetError(f"{where}: use_dora=True is not supported for a layer of the kind {op.kind}")
+            why = "; its module multiplies, and no file has a place for its magnitudes" if op.inward else ""
+            raise TargetError(f"{where}: use_dora=True is not supported for a layer of the kind {op.kind}{why}")
         if getattr(base, "groups", 1) > 1:
             raise TargetError(f"{where}: use_dora=True is not supported for convolutions with groups > 1")
 
@@ -139,20 +141,20 @@ def row_squares(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> 
     is good to a few roundings.
     """
     wide = torch.promote_types(weight_OI.dtype, torch.float32)
-    b_OR, a_RI = b_OR.to(wide) * scale, a_RI.to(wide)
+    b_OR, a_RI = there(b_OR).to(wide) * scale, there(a_RI).to(wide)
     delta_O = ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
     step = max(1, CHUNK_ELEMENTS // max(1, weight_OI.shape[1]))
-    found = [torch.zeros(0, dtype=wide, device=weight_OI.device)]
+    found = [torch.zeros(0, dtype=wide, device=b_OR.device)]
     for start in range(0, len(weight_OI), step):
         chunk = slice(start, start + step)
-        w_OI, b = weight_OI[chunk].to(wide), b_OR[chunk]
+        w_OI, b = there(weight_OI[chunk].to(wide)), b_OR[chunk]
         parts_O = torch.einsum("oi,oi->o", w_OI, w_OI) + delta_O[chunk]
         squares_O = parts_O + 2 * ((w_OI @ a_RI.T) * b).sum(1)
         cancelled = squares_O < CANCELLATION * parts_O
         if cancelled.any():
             squares_O[cancelled] = torch.addmm(w_OI[cancelled], b[cancelled], a_RI).square().sum(1)
         found.append(squares_O)
-    return torch.cat(found)
+    return torch.cat(found).to(weight_OI.device)
 
 
 @torch.library.custom_op("lorica::row_squares", mutates_args=())
