@@ -25,10 +25,10 @@ def cells() -> dict[tuple[str, str], tuple[str, str]]:
     return table.run()
 
 
-@pytest.mark.skipif(
-    not all(layer.there for layer in LAYERS if "stand" not in layer.name), reason="a package is missing"
-)
 def test_the_page_is_what_the_checks_say(cells: Any) -> None:
+    written = table.DOCUMENT.read_text(encoding="utf-8")
+    if not written.endswith(f": {', '.join(table.missing())}.\n"):
+        pytest.skip("other packages are installed than where the page was written")
     assert written == table.render(cells), "run python docs/make_features.py"
 
 
