@@ -30,6 +30,7 @@ from lorica.init import (
     subtracts,
     target_generator,
 )
+from lorica.init.borrow import borrowing, there
 from lorica.init.statistics import Found, forget, kept
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch, TrainableTokensLayer, TrainableTokensWrapper
 from lorica.layers.merging import warn_of_starts
@@ -130,6 +131,20 @@ def inject(
         on_meta: make the factors on the meta device, without values, to be filled from a file.
         autocast: give 16-bit base weights float32 factors.
     """
+    with borrowing(config.runtime_config.ephemeral_gpu_offload):
+        _inject(model, plan, config, adapter, switch, on_meta=on_meta, autocast=autocast)
+
+
+def _inject(
+    model: nn.Module,
+    plan: Plan,
+    config: LoraConfig,
+    adapter: str,
+    switch: Switch,
+    *,
+    on_meta: bool,
+    autocast: bool,
+) -> None:
     seed = 0 if on_meta else draw_seed()
     factors = {
         target.name: _factors(target, config, seed, on_meta=on_meta, autocast=autocast)
@@ -181,6 +196,11 @@ def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
     """
     for layer in lora_layers(model):
         layer.notes.clear()
+    with borrowing(config.runtime_config.ephemeral_gpu_offload):
+        _take_starts(model, adapter, config)
+
+
+def _take_starts(model: nn.Module, adapter: str, config: LoraConfig) -> None:
     owing = [layer for layer in lora_layers(model) if adapter in layer.owed]
     targets = [target_at(layer, adapter) for layer in owing]
     starts: list[Factors | None] = []
@@ -365,7 +385,7 @@ def _request(target: Target, config: LoraConfig, seed: int) -> InitRequest:
         bias=target.spec.bias,
         lookup=op.lookup,
         generator=target_generator(seed, target.name),
-        weight=lambda: logical_weight(op, target.base, site),
+        weight=lambda: there(logical_weight(op, target.base, site)),
         experts=shapes.a[0] if op.roles_a[0] == "expert" else 0,
         options=getattr(config, init.options) if init is not None and init.options else None,
         found=_found(target, config).get("", {}),

@@ -56,6 +56,7 @@ def load_further(
     key_mapping: Mapping[str, str] | None,
     strict: bool,
     source: Mapping[str, Any],
+    offload: bool = False,
 ) -> LoadResult:
     """Load an adapter into a wrapped model; see :meth:`PeftModel.load_adapter`."""
     base = model.get_base_model()
@@ -67,6 +68,7 @@ def load_further(
         weights = reading.find_weights(model_id, **source)
         shapes = reading.read_shapes(weights)
         config = read_config(model_id, None, source, is_trainable=is_trainable)
+        config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=offload)
         model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
         result = _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
     if is_trainable:

@@ -57,8 +57,6 @@ def _refuse_later_fields(config: LoraConfig) -> None:
             raise NotImplementedError(
                 f"LoraConfig.{name}={value!r} is not implemented in this version of lorica; leave the field out"
             )
-    if config.runtime_config.ephemeral_gpu_offload:
-        raise NotImplementedError("LoraRuntimeConfig.ephemeral_gpu_offload is not implemented in this version")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(LATER_INITS):
         raise NotImplementedError(

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -300,7 +301,8 @@ class PeftModel(nn.Module):
             is_trainable: whether it trains; otherwise it is frozen.
             config: to use instead of the one in the file.
             autocast_adapter_dtype: give 16-bit base weights float32 factors.
-            ephemeral_gpu_offload: not implemented in this version.
+            ephemeral_gpu_offload: move weights that lie on the CPU to the accelerator while a start or DoRA's norms are
+                computed from them; without an accelerator nothing changes.
             low_cpu_mem_usage: accepted; loading never makes factors twice.
             key_mapping: regular expression → replacement, applied to the names in the file.
             strict: whether missing and unexpected tensors are errors; otherwise they are warnings.
@@ -311,11 +313,10 @@ class PeftModel(nn.Module):
                 finite; they are named. The model is then as it was.
             TargetError: the configuration does not fit the model. The model is then as it was.
         """
-        if ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload is not implemented in this version")
 
         def wrap() -> PeftModel:
             found = loading.read_config(model_id, config, kwargs, is_trainable=is_trainable)
+            found.runtime_config = replace(found.runtime_config, ephemeral_gpu_offload=ephemeral_gpu_offload)
             by_task = "by_task" in vars(cls) and found.task_type is not None
             kind = cls.by_task[TaskType(found.task_type)] if by_task else cls
             return kind(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict)
@@ -352,8 +353,6 @@ class PeftModel(nn.Module):
         Returns:
             The names of missing and unexpected tensors; both empty unless ``strict`` is false.
         """
-        if ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload is not implemented in this version")
         return loading.load_further(
             self,
             model_id,
@@ -363,6 +362,7 @@ class PeftModel(nn.Module):
             key_mapping=key_mapping,
             strict=strict,
             source=kwargs,
+            offload=ephemeral_gpu_offload,
         )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
