@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorica._version import __version__
-from lorica.cli import export, inspect, launch, merge, plan, state, use
+from lorica.cli import export, extract, inspect, launch, merge, plan, state, use
 from lorica.cli.errors import note, quiet, readable
 
 app = typer.Typer(
@@ -124,6 +124,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 app.command()(use.generate)
 app.command("eval")(use.evaluate)
 app.command()(merge.merge)
+app.command()(extract.extract)
 app.command()(export.export)
 app.command("inspect")(inspect.inspect)
 app.command()(plan.plan)

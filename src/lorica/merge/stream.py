@@ -79,7 +79,7 @@ class Merge:
         from transformers import AutoConfig
 
         self._base, self._dtype, self._device = Path(base), dtype, device or torch.device("cpu")
-        self._readers = {name: TensorReader(self._base / name) for name in _weight_files(self._base)}
+        self._readers = {name: TensorReader(self._base / name) for name in weight_files(self._base)}
         stored = {key: found for reader in self._readers.values() for key, found in reader.tensors.items()}
         model = skeleton(AutoConfig.from_pretrained(self._base, trust_remote_code=False))
         self._conversion = Conversion(model, {key: found.shape for key, found in stored.items()})
@@ -277,7 +277,7 @@ def merge_files(
             plan.write_companions(directory)
 
 
-def _weight_files(base: Path) -> list[str]:
+def weight_files(base: Path) -> list[str]:
     """Return the names of the files that hold a model's weights."""
     if not (base / INDEX).is_file():
         if not (base / WEIGHTS).is_file():
@@ -345,4 +345,4 @@ def _write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["Merge", "Progress", "merge_files"]
+__all__ = ["Merge", "Progress", "merge_files", "weight_files"]
