@@ -26,6 +26,10 @@ class AdapterError(LoricaError, ValueError):
     """An adapter name is unknown, taken, or in a state that forbids what was asked."""
 
 
+class SwapError(LoricaError, RuntimeError):
+    """An adapter cannot take the place of another one."""
+
+
 class CheckpointError(LoricaError, ValueError):
     """A file or directory cannot be read as what it claims to be."""
 

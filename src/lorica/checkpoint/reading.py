@@ -62,6 +62,11 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
+def opened(path: Path) -> Any:
+    """Return a safetensors file whose tensors can be sliced, to be used in a ``with`` block."""
+    return safe_open(path, framework="pt", device="cpu")
+
+
 def read_pieces(path: Path, stored: Mapping[str, str], wanted: Iterable[Piece]) -> dict[str, list[Tensor]]:
     """Return this rank's parts of tensors in a safetensors file, on the CPU; the rest of the file is not read.
 
