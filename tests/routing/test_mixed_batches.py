@@ -90,6 +90,23 @@ def test_every_row_is_what_it_is_alone(op: Op, fields: dict[str, Any], grad: boo
     assert model.base_model.switch.rows is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_tokens_and_prompts_of_any_length(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 10)).to(dtype).eval()
+    fields = {
+        "default": {"r": 4, "lora_alpha": 6, "lora_bias": True},
+        "b": {"r": 2, "lora_alpha": 1},
+        "c": {"r": 4, "lora_alpha": 20, "use_dora": True},
+    }
+    configs = {name: lorica.LoraConfig(target_modules=["0"], **given) for name, given in fields.items()}
+    model = adapted(net, configs)
+    x = models.floats(7, tokens, 12).to(dtype)
+    with torch.no_grad():
+        same(model(x, adapter_names=NAMES), alone(model, logits, NAMES, x), 2e-6 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["rows first", "rows second"])
 @pytest.mark.parametrize("masked", ["", "padding", "causal", "heads"])
 def test_attention_wherever_its_rows_stand(first: bool, masked: str) -> None:
