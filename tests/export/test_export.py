@@ -190,6 +190,54 @@ def test_interleaved_experts_one_by_one(tmp_path: Path):
     case.compare(deltas)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"use_bdlora": {"nblocks": 2, "match_strict": False}},
+        {"use_qalora": True, "qalora_group_size": 4},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_variants_as_the_nearest_lora(fields, tmp_path: Path):
+    """Of the full rank the nearest is the same: what merging the variant changes."""
+    case = Case(tmp_path, models.tiny_llama(), target_modules=["k_proj"], **fields)
+    with pytest.raises(ExportError, match=r"--as-lora makes it the nearest plain LoRA"):
+        case.export("vllm")
+    case.export("vllm", as_lora=8)
+    case.compare(Vllm(LINEAR).load(case.out))
+    case.export("sglang", as_lora=8)
+    case.compare_sglang(Sglang(2).load(case.out))
+    with pytest.raises(ExportError, match="cannot be made plain LoRA"):
+        case.export("vllm", as_lora=-1)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_came_out_of_the_base(init, tmp_path: Path):
+    """What is served on the original base model is the model that was trained."""
+    model = models.tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": init}
+    live = lorica.get_peft_model(
+        copy.deepcopy(model), lorica.LoraConfig(base_model_name_or_path=str(tmp_path / "base"), **fields)
+    )
+    live.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    live.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ExportError, match=rf"'{init}'.*--initial"):
+        export_adapter(tmp_path / "trained", tmp_path / "out", "vllm")
+    export_adapter(tmp_path / "trained", tmp_path / "out", "vllm", initial=tmp_path / "start")
+    served = copy.deepcopy(model)
+    for name, delta in Vllm(LINEAR).load(tmp_path / "out").items():
+        served.get_submodule(name).weight.data += delta
+    batch = models.ids(2, 7)
+    torch.testing.assert_close(served(batch).logits, live(batch).logits, rtol=1e-4, atol=1e-5)
+    assert config_of(tmp_path / "out")["init_lora_weights"] is True
+
+
 def test_numbers_are_left_alone_where_they_can_be(tmp_path: Path):
     """One scale for all: factors bit for bit; another one: B in one rounding, a power of two exactly."""
     case = Case(tmp_path, models.tiny_llama(), target_modules=["q_proj", "o_proj"], lora_alpha=12)

@@ -23,6 +23,13 @@ def export(
     experts: Annotated[
         str, typer.Option(help="Stacked experts: auto, separate (a pair for each) or fused (one for a layer).")
     ] = "auto",
+    as_lora: Annotated[
+        float | None,
+        typer.Option(help="Make a variant (DoRA, ...) the nearest LoRA of this rank first, or of this share of it."),
+    ] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="The adapter before training, if its start came out of the base (PiSSA, ...).")
+    ] = None,
 ) -> None:
     """Write an adapter with the names, the orientation and the form that another program's loader takes.
 
@@ -37,7 +44,9 @@ def export(
     from lorica.train import models
 
     models.check_adapter(adapter)
-    for said in export_adapter(Path(adapter).expanduser(), output, target, base=base, experts=experts):
+    rank = int(as_lora) if as_lora is not None and as_lora > 1 and as_lora.is_integer() else as_lora
+    options = {"base": base, "experts": experts, "as_lora": rank, "initial": initial}
+    for said in export_adapter(Path(adapter).expanduser(), output, target, **options):  # type: ignore[arg-type]
         note(said)
     print(f"exported       {output}")
 

@@ -21,7 +21,7 @@ from lorica.config import LoraConfig
 from lorica.config.spec import AdapterSpec
 from lorica.errors import ExportError
 from lorica.files.tensors import DTYPES
-from lorica.init import Factors
+from lorica.init import Factors, find
 from lorica.layers import LoraLayer
 from lorica.model import get_peft_model
 from lorica.ops import Op
@@ -91,8 +91,8 @@ class Saved:
         )
 
 
-def skeleton(base: str, revision: str | None = None) -> Any:
-    """Return the model that a directory or a name on the hub means, on the meta device: shapes, no values.
+def class_of(base: str, revision: str | None = None) -> tuple[Any, Any]:
+    """Return the configuration and the class of the model that a directory or a name on the hub means.
 
     Raises:
         ExportError: there is no such model, or no class for it.
@@ -103,18 +103,26 @@ def skeleton(base: str, revision: str | None = None) -> Any:
         config = transformers.AutoConfig.from_pretrained(base, revision=revision)
     except (OSError, ValueError) as error:
         raise ExportError(f"{base}: no configuration of a base model: {error}") from error
+    known = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
+    known += [transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]
+    cls = next((cls for cls in known if cls is not None), None)
+    if cls is None:
+        raise ExportError(f"{base}: transformers has no class for it")
+    return config, cls
+
+
+def skeleton(base: str, revision: str | None = None) -> Any:
+    """Return the model that a directory or a name on the hub means, on the meta device: shapes, no values.
+
+    Raises:
+        ExportError: there is no such model, or no class for it.
+    """
+    config, cls = class_of(base, revision)
     for unwanted in ("quantization_config", "distributed_config"):
         if hasattr(config, unwanted):
             delattr(config, unwanted)  # names and shapes are those of the model before it was quantised or cut
-    known = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
-    cls = next((cls for cls in known if cls is not None), None)
     with torch.device("meta"):
-        if cls is not None:
-            return cls(config).eval()
-        try:
-            return transformers.AutoModelForCausalLM.from_config(config).eval()
-        except ValueError as error:
-            raise ExportError(f"{base}: transformers has no class for it: {error}") from error
+        return cls(config).eval()
 
 
 def read(path: str | os.PathLike[str], base: Any) -> Saved:
@@ -183,11 +191,11 @@ def config_problems(config: LoraConfig, target: str) -> list[str]:
         value = getattr(config, field, None)
         if value not in (None, False, "none", [], {}):
             found.append(f"{field}={value!r}: {why.format(target=target)}")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(MUTATING):
+    start = find(config.init_lora_weights)
+    if start is not None and (start.subtracts or config.init_lora_weights == "loftq"):
         found.append(
-            f"init_lora_weights={init!r}: its start changed the base weights, and {target} serves the original ones. "
-            "Save it as plain LoRA first: save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"init_lora_weights={config.init_lora_weights!r}: its start changed the base weights, and {target} serves "
+            "the original ones; --initial makes it plain LoRA, given the adapter as it was before training"
         )
     return found
 
@@ -206,21 +214,19 @@ def weight_problems(saved: Saved, target: str) -> list[str]:
     return found
 
 
-#: Starts of the names of initialisations that take something out of the base weight, or quantise it.
-MUTATING = ("pissa", "olora", "corda", "loftq")
+_NEAREST = "; --as-lora makes it the nearest plain LoRA"
 #: Fields whose effect is not in plain pairs of factors → why the export refuses them.
 _FIELDS = {
-    "use_dora": "{target} has no DoRA; the magnitudes would be lost",
+    "use_dora": "{target} has no DoRA; the magnitudes would be lost" + _NEAREST,
     "lora_bias": "{target} has no bias of B",
     "bias": "{target} keeps the base model's biases",
     "modules_to_save": "{target} keeps the base model's modules",
     "trainable_token_indices": "{target} keeps the base model's embedding rows",
     "alora_invocation_tokens": "{target} would apply it to all tokens, not only from the invocation on",
-    "use_qalora": "{target} does not pool the inputs of A",
-    "use_bdlora": "{target} takes no block-diagonal factors",
-    "kasa_config": "{target} does not know its diagonal",
+    "use_qalora": "{target} does not pool the inputs of A" + _NEAREST,
+    "use_bdlora": "{target} takes no block-diagonal factors" + _NEAREST,
+    "kasa_config": "it changed the base weights, and {target} serves the original ones",
     "arrow_config": "{target} does not route between adapters token by token",
-    "velora_config": "{target} does not know it",
-    "monteclora_config": "{target} does not know its experts of factors",
+    "monteclora_config": "{target} does not know what else it has learned" + _NEAREST,
     "layer_replication": "{target} does not repeat layers",
 }

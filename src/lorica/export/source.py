@@ -38,28 +38,35 @@ class Source:
         path: its directory.
         base: the base model, a directory or a name on the hub; None: the one it names.
         experts: ``"auto"``, ``"separate"`` (a pair for each expert) or ``"fused"`` (one for a stack).
+        revision: of the base model that is given.
     """
 
     path: Path
     base: str | None = None
     experts: str = "auto"
+    revision: str | None = None
 
     @cached_property
     def config(self) -> LoraConfig:
         """Its configuration."""
         return loading.read_config(self.path, None, {}, is_trainable=False)
 
-    @cached_property
-    def saved(self) -> Saved:
-        """The adapter, read.
+    def base_model(self) -> tuple[str, str | None]:
+        """Return the base model and its revision.
 
         Raises:
-            ExportError: it does not say what its base model is.
+            ExportError: the adapter does not say what its base model is.
         """
-        base = self.base or self.config.base_model_name_or_path
-        if not base:
+        if self.base is not None:
+            return self.base, self.revision
+        if not self.config.base_model_name_or_path:
             raise ExportError(f"{self.path} does not name its base model; give it with --base")
-        return read(self.path, skeleton(os.fspath(base), None if self.base else self.config.revision))
+        return os.fspath(self.config.base_model_name_or_path), self.config.revision
+
+    @cached_property
+    def saved(self) -> Saved:
+        """The adapter, read."""
+        return read(self.path, skeleton(*self.base_model()))
 
     def plain(self, target: str) -> Saved:
         """Return the adapter, if it is plain factors on linear layers, embeddings and experts, and nothing else.

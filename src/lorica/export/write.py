@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lorica.checkpoint.names import WEIGHTS_NAME
 from lorica.errors import CheckpointError, ExportError, suggest
 from lorica.export import peft, sglang, vllm
+from lorica.export.convert import make_plain
 from lorica.export.source import Exported, Source
 from lorica.files.atomic import complete_directory, write_tensors
 
@@ -30,6 +32,8 @@ def export_adapter(
     *,
     base: str | None = None,
     experts: str = "auto",
+    as_lora: int | float | None = None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     """Write an adapter as ``target`` reads it; the directory appears once it is complete.
 
@@ -41,6 +45,10 @@ def export_adapter(
             that the adapter names.
         experts: the form of stacked experts: ``"separate"`` for a pair for each of them, ``"fused"`` for one for a
             layer, ``"auto"`` for what the target's class for this model takes.
+        as_lora: make a variant the nearest plain LoRA of this rank first, or of as many directions as explain this
+            share of its deltas. For this and the next, the base model's weights are loaded.
+        initial: the adapter as it was before training, where its start was taken out of the base weights (PiSSA,
+            OLoRA, CorDA, LoRA-GA): what is exported is plain LoRA of twice the rank, exactly the same model.
 
     Returns:
         What a user has to know: options that the program needs, zeros that were added.
@@ -56,7 +64,13 @@ def export_adapter(
     directory = Path(directory)
     if directory.exists():
         raise CheckpointError(f"{directory} already exists; choose another directory")
-    exported = TARGETS[target](Source(Path(adapter), base, experts))
+    source = Source(Path(adapter), base, experts)
+    with tempfile.TemporaryDirectory() as plain:
+        if as_lora is not None or initial is not None:
+            where, revision = source.base_model()
+            make_plain(source.path, where, revision, Path(plain), rank=as_lora, initial=initial)
+            source = Source(Path(plain), where, experts, revision)
+        exported = TARGETS[target](source)
     with complete_directory(directory, marker=False) as temporary:
         write_tensors(temporary / WEIGHTS_NAME, _apart(exported.tensors), {"format": "pt"})
         exported.config.save_pretrained(temporary)
