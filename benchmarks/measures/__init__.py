@@ -2,7 +2,7 @@
 
 from benchmarks.measures import training  # isort: skip  (the order of the tables)
 from benchmarks.measures import layers, lifecycle  # isort: skip
-from benchmarks.measures import files, merging, rows  # isort: skip
+from benchmarks.measures import combining, files, merging, rows  # isort: skip
 from benchmarks.measures import parallel  # isort: skip
 
-__all__ = ["files", "layers", "lifecycle", "merging", "parallel", "rows", "training"]
+__all__ = ["combining", "files", "layers", "lifecycle", "merging", "parallel", "rows", "training"]

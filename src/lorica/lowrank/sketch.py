@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorica.lowrank.decompose import Svd, cut, svd_of_product
+from lorica.lowrank.decompose import Svd, cut, svd_in_basis
 
 #: Rounds with which the stated bound was measured; with fewer it is missed on slowly decaying spectra.
 LEAST_ROUNDS = 4
@@ -38,4 +38,4 @@ def sketched_svd(matrix: Tensor, rank: int, generator: torch.Generator, *, round
     basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
     for _ in range(max(rounds, LEAST_ROUNDS)):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
-    return cut(svd_of_product(basis, basis.mT @ matrix), rank)
+    return cut(svd_in_basis(basis, matrix), rank)
