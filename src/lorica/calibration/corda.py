@@ -41,6 +41,8 @@ def preprocess_corda(
     largest entry: every sequence counts alike, whatever batch it is in. Layers that are given the same tensor
     share one.
 
+    A layer that is given a list of tokens (a mixture's) cannot tell sequences: there every call counts as one.
+
     Args:
         model: the base model. It may be cut by any engine; then every rank calls, with its share of the data.
         lora_config: its ``corda_config`` says how, and where files are kept. They are safetensors files; a pickle is

@@ -7,6 +7,7 @@ the batches ago; at the end of the data they are those of all of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import ExitStack
 from typing import Any
@@ -25,6 +26,7 @@ from lorica.calibration.inputs import (
     made_of,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
+    shape_of,
 )
 from lorica.calibration.moments import Directions, Stream, stream_for
 from lorica.calibration.redistribute import load_eva
@@ -60,6 +62,7 @@ class _Eva:
         self.targets = {target.name: target for _, target in targets}
         self.options: EvaConfig = config.eva_config or EvaConfig()
         self.model_input: Any = None
+        self.shape: tuple[int, ...] = ()
         self.ranks: dict[str, int] = {}
         self.settled: dict[str, bool] = {}
         self._layer_inputs = layer_inputs
@@ -79,8 +82,11 @@ class _Eva:
     def _record(self, target: Target, x: Tensor, y: Tensor) -> Tensor:
         if self.watch.leads(target):
             # Whole tokens for the caller's function; the features of the rows that it picks are gathered afterwards.
-            tokens = over_ranks.whole_tokens(x, target.site)
-            rows = self._function(target)((tokens,), self.model_input, self.names[target.name])
+            pick, tokens = self._function(target), over_ranks.whole_tokens(x, target.site)
+            listed = pick is prepare_layer_inputs_fn_language_modeling and tokens.dim() != 3
+            if listed and tokens.shape[:-1].numel() == math.prod(self.shape):
+                tokens = tokens.reshape(*self.shape, -1)  # all tokens in one list (a mixture's), or under a head
+            rows = pick((tokens,), self.model_input, self.names[target.name])
             rows = over_ranks.whole_features(rows, target.site)
             if target.name not in self._streams:
                 self._streams[target.name] = stream_for(_features(target), self._wanted(target), rows.device)
@@ -226,6 +232,7 @@ def _run(
     everyone, device, seen, looked = eva.everyone, device_of(model), 0, 0
     for batch in over_ranks.together(dataloader, everyone=everyone):
         inputs, eva.model_input = made_of(batch, prepare, config, device)
+        eva.shape = shape_of(inputs)
         forward(model, inputs)
         seen += 1
         if seen == max(1, 2 * looked):

@@ -126,6 +126,12 @@ def moved_to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def shape_of(batch: Any) -> tuple[int, ...]:
+    """Return the rows and tokens of a batch; nothing where it does not say."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return tuple(ids.shape) if isinstance(ids, Tensor) else ()
+
+
 def device_of(model: nn.Module) -> torch.device | None:
     """Return the device of the model's parameters; None, where there are several, with a warning."""
     devices = {p.device for p in model.parameters() if p.device.type != "meta"}
@@ -144,4 +150,5 @@ __all__ = [
     "moved_to",
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
+    "shape_of",
 ]
