@@ -1,17 +1,29 @@
-"""Helpers for preparing a base model."""
+"""Helpers: preparing a base model, and contexts around an adapted one."""
 
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorica.adapt.inject import lora_layers
 from lorica.adapt.trainable import let_inputs_require_grad
-from lorica.errors import ConfigError
+from lorica.config.base import CONFIG_NAME
+from lorica.errors import AdapterError, CheckpointError, ConfigError
+from lorica.files.hub import find_file
+from lorica.files.json import read_json_object
+from lorica.storage import kind_of
+from lorica.variants import dora
 
 _QUANTISED = ("is_loaded_in_8bit", "is_loaded_in_4bit")
+#: Methods whose kernels want the rest of the model in the dtype that they were made for.
+_AS_THEY_ARE = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 
 
 def prepare_model_for_kbit_training(
@@ -31,11 +43,12 @@ def prepare_model_for_kbit_training(
     Returns:
         The same model.
     """
-    quantised = any(getattr(model, flag, False) for flag in _QUANTISED) or getattr(model, "quantization_method", None)
+    method = getattr(model, "quantization_method", None) or ("hqq" if getattr(model, "hqq_quantized", False) else None)
+    quantised = any(getattr(model, flag, False) for flag in _QUANTISED) or method
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        packed = type(parameter).__name__ in ("Params4bit", "Int8Params")
-        if parameter.dtype in (torch.float16, torch.bfloat16) and not packed:
+        wide = parameter.dtype not in (torch.float16, torch.bfloat16)
+        if not (wide or kind_of(type(parameter)) is not None or method in _AS_THEY_ARE):
             parameter.data = parameter.data.to(torch.float32)
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -92,3 +105,80 @@ class MontecloraTrainerMixin:
             loss, outputs = found
             return loss + variational, outputs
         return found + variational
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a directory, or a repository of the hub, holds an adapter of any method."""
+    try:
+        return isinstance(read_json_object(find_file(model_name_or_path, CONFIG_NAME)).get("peft_type"), str)
+    except (CheckpointError, OSError, ValueError):
+        return False
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Multiply the scale of every adapter by a number inside a ``with`` block (https://arxiv.org/abs/2109.01903).
+
+    Args:
+        model: an adapted model, with a wrapper or without.
+        multiplier: any number; between 0 and 1 it goes between the base model and the adapted one.
+
+    Raises:
+        TypeError: ``multiplier`` is no number.
+        ValueError: nothing in the model is adapted, or an adapter is merged with its present scale.
+    """
+    if not isinstance(multiplier, float | int):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("scaling is only supported for models with `LoraLayer`s")
+    for layer in layers:
+        if layer.merged:
+            raise AdapterError(f"{layer.target_name}: {layer.merged_adapters} are merged; unmerge before scaling")
+    before = [(layer, dict(layer.specs)) for layer in layers]
+    try:
+        for layer, specs in before:
+            layer.specs.update({n: replace(spec, scaling=spec.scaling * multiplier) for n, spec in specs.items()})
+        yield
+    finally:
+        for layer, specs in before:
+            layer.specs.update({name: spec for name, spec in specs.items() if name in layer.specs})
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Leave the dtype of inputs alone inside a ``with`` block; it is never touched, so there is nothing to do.
+
+    Factors take the dtype of the base layer's output in each forward, whatever they are stored in.
+
+    Args:
+        model: an adapted model.
+        active: whether the block has its effect.
+    """
+    yield
+
+
+class DoraCaching:
+    """Keep the norms of DoRA from one forward to the next: as a context, or for good when it is called.
+
+    They are kept by default, in training too, and taken anew when anything that they depend on was written to. Switched
+    off they are taken in every forward, for code that writes through ``.data``, which nothing sees.
+
+    Args:
+        enabled: whether they are kept inside the context.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(dora.keeps_norms)
+        dora.keeps_norms = self.enabled
+
+    def __exit__(self, *error: object) -> None:
+        dora.keeps_norms = self._before.pop()
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Keep norms from now on, or not."""
+        dora.keeps_norms = enabled

@@ -36,6 +36,8 @@ MAGNITUDE = "lora_magnitude_vector"
 CHUNK_ELEMENTS = 4 * 1024 * 1024
 #: Where ``‖W + ΔW‖²`` is less than this part of ``‖W‖² + ‖ΔW‖²``, its three terms cancel and it is taken anew.
 CANCELLATION = 1 / 4
+#: Whether norms are kept from one forward to the next (:class:`lorica.helpers.DoraCaching`).
+keeps_norms = True
 
 
 class Dora(Variant):
@@ -190,7 +192,7 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
     """
     weight: Any = stored_weight(layer.base_layer, layer.op.weight_name)
     sources: tuple[Tensor, ...] = (weight, factors.a, factors.b)
-    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
+    if not keeps_norms or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
         return norms(layer, factors, spec)
     adapter = next(name for name, known in layer.specs.items() if known is spec)
     place: tuple[int, ...] = ()
