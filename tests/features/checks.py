@@ -22,6 +22,7 @@ from lorica import calibration
 from lorica.combine import TYPES
 from lorica.errors import AdapterError, TargetError
 from lorica.init import INITS
+from lorica.model.hotswap import hotswap_adapter
 from lorica.variants import VARIANTS
 from models import VOCABULARY, randomise
 
@@ -373,6 +374,53 @@ def _start(name: bool | str) -> Callable[[Layer], str | None]:
         return remark
 
     return check
+
+
+_DATA = "Adapters as data"
+
+
+@feature("hot swap from another rank", _DATA)
+def _(layer: Layer) -> None:
+    _, model = filled(layer)
+    other = randomise(layer.adapt(layer.base(), r=2), seed=4)
+    wanted = layer.run(other)
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        hotswap_adapter(model, folder, "default")
+    close(layer.run(model), wanted, max(layer.tolerance, 1e-6))
+
+
+@feature("`convert_to_lora`", _DATA)
+def _(layer: Layer) -> None:
+    base, model = filled(layer)
+    config, tensors = lorica.convert_to_lora(model, layer.r)
+    plain = lorica.get_peft_model(base, config)
+    lorica.set_peft_model_state_dict(plain, tensors, strict=True)
+    close(layer.run(plain.double() if layer.double else plain), layer.run(model), max(layer.tolerance, 1e-5))
+
+
+@feature("`trainable_token_indices`", _DATA)
+def _(layer: Layer) -> None:
+    base = layer.base()
+    if layer.batch().is_floating_point() or "target_parameters" in layer.fields:
+        raise NoMeaning("has no rows of tokens")
+    model = layer.adapt(base, target_modules=[], trainable_token_indices={"target": [1, 5]}, init_lora_weights=True)
+    assert torch.equal(layer.run(model), layer.run(base))
+    reloaded(layer, trained(layer, model))
+    merged = model.merge_and_unload().target.weight
+    changed = (merged - base.target.weight).abs().sum(1) > 0
+    assert changed.nonzero().flatten().tolist() in ([1, 5], [1], [5])
+
+
+@feature("whole layer (`modules_to_save`)", _DATA)
+def _(layer: Layer) -> None:
+    base = layer.base()
+    if not hasattr(base, "target"):
+        raise NoMeaning("is a part of a module that can be saved whole")
+    fields = {"target_modules": [], "modules_to_save": ["target"], "init_lora_weights": True}
+    model = layer.adapt(base, **fields)
+    assert torch.equal(layer.run(model), layer.run(base))
+    reloaded(layer, trained(layer, model))
 
 
 _SUMS = "Weighted sums of adapters"
