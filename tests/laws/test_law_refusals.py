@@ -13,13 +13,6 @@ import lorica
 from models import ids, mlp, tiny_llama
 
 LATER = [
-    {"init_lora_weights": "eva"},
-    {"init_lora_weights": "corda"},
-    {"init_lora_weights": "lora_ga"},
-    {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-    {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
-    {"corda_config": {}, "init_lora_weights": "corda"},
-    {"lora_ga_config": {}, "init_lora_weights": "lora_ga"},
     {"megatron_config": {"tensor_model_parallel_size": 2}},
 ]
 
@@ -43,6 +36,10 @@ def test_what_is_not_there_yet_is_refused_by_name(fields: dict) -> None:
         ({"eva_config": {"rho": 0.5}}, "rho"),
         ({"eva_config": {"roh": 1.5}}, "eva_config"),
         ({"corda_config": 3}, "corda_config"),
+        ({"corda_config": {}, "init_lora_weights": "corda"}, "lin0.*preprocess_corda"),
+        ({"lora_ga_config": {}, "init_lora_weights": "lora_ga"}, "lin0.*preprocess_loraga"),
+        ({"init_lora_weights": "loftq"}, "loftq_config"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3}}, "lin0.*loftq_bits=3"),
         ({"use_bdlora": {"target_modules_bd_a": ["x"], "target_modules_bd_b": ["x"]}}, "overlapping"),
         ({"lora_dropout": -0.1}, "lora_dropout"),
         ({"bias": "some"}, "bias"),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lorica import parallel
 from lorica.errors import CheckpointError, LoricaError, RecipeError
 from lorica.files import atomic
-from lorica.train import evaluate, layouts, metrics, models, optim, ranks, sources, state
+from lorica.train import calibrate, evaluate, layouts, metrics, models, optim, ranks, sources, state
 from lorica.train.collate import Batches, Collator, documents_are_separate, pack
 from lorica.train.data import fingerprint
 from lorica.train.loop import Schedule, Trainer, train
@@ -32,7 +32,7 @@ from lorica.train.signals import Interrupted, StopRequest
 
 # What a run writes into its output directory, and all that --overwrite removes from it.
 _FILES = ("recipe.yaml", "metrics.jsonl", "loss.png")
-_DIRECTORIES = ("checkpoints", "adapter", "tensorboard")
+_DIRECTORIES = ("checkpoints", "adapter", "tensorboard", calibrate.START)
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ def run(
         if joined.first:
             _open_output(recipe, fresh=checkpoint is None, step=prepared.trainer.live.progress.step)
         joined.wait()
+        if checkpoint is None and calibrate.keeps_start(recipe.lora.init_lora_weights):
+            prepared.trainer.live.model.save_pretrained(str(calibrate.start_of(recipe.output)))  # type: ignore[operator]
+        joined.wait()
         _train(prepared, progress=progress)
         return _finish(prepared)
 
@@ -112,17 +115,32 @@ def _say_nothing(message: str) -> None:
     pass
 
 
-def adapt(base: nn.Module, section: LoraSection) -> Any:
+def adapt(base: nn.Module, section: LoraSection, data: calibrate.Data | None = None, *, progress: bool = False) -> Any:
     """Put the recipe's adapter on a base model.
+
+    Args:
+        base: the model.
+        section: of the recipe.
+        data: what an initialisation may look at.
+        progress: show a bar, where that takes its time.
 
     Raises:
         RecipeError: the settings contradict each other or fit nothing in the model.
     """
     from lorica import LoraConfig, TaskType, get_peft_model
 
+    fields = section.model_dump()
+    if calibrate.from_data(section.init_lora_weights):
+        name = f"{section.init_lora_weights}_config"
+        fields[name] = fields[name] or {}
     try:
-        config = LoraConfig(task_type=TaskType.CAUSAL_LM, **section.model_dump())
-        return get_peft_model(base, config)
+        config = LoraConfig(task_type=TaskType.CAUSAL_LM, **fields)
+        if data is not None:
+            data.before(base, config)
+        model = get_peft_model(base, config)
+        if data is not None:
+            data.after(model, config, progress=progress)
+        return model
     except (ValueError, TypeError, NotImplementedError, LoricaError) as error:
         raise RecipeError(f"lora: {error}") from error
 
@@ -147,14 +165,15 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
         attn_implementation=model.attn_implementation,
         quantization=model.quantization,
     )
-    _seed(training.seed)
-    adapted = adapt(base, recipe.lora)
-    _checkpoint_gradients(adapted, training.gradient_checkpointing)
-
     pad = evaluate.pad_id(tokenizer)
     packs = pack(loaded.training, length) if recipe.data.packing else [[example] for example in loaded.training]
     flash = "flash" in str(getattr(base.config, "_attn_implementation", ""))
     collate = Collator(pad, flatten=flash and recipe.data.packing)
+    seen = recipe.data.calibration_batches
+    data = calibrate.Data(packs, collate, training.batch_size, seen, training.seed, pad, joined)
+    _seed(training.seed)
+    adapted = adapt(base, recipe.lora, data)
+    _checkpoint_gradients(adapted, training.gradient_checkpointing)
     batches = Batches(packs, collate, training.batch_size, training.seed, joined.share)
     if recipe.data.packing:
         _check_packing(adapted, packs, Collator(pad, flatten=flash), where)
@@ -206,7 +225,11 @@ def _train(prepared: _Run, *, progress: bool) -> None:
 def _finish(prepared: _Run) -> Result:
     output, live, joined = prepared.recipe.output, prepared.trainer.live, prepared.trainer.ranks
     adapter, plot = output / "adapter", output / "loss.png"
-    live.model.save_pretrained(str(adapter))  # type: ignore[operator]
+    # Its start came out of the base weights and depends on data: what is saved is plain LoRA for the model as it was.
+    start = str(calibrate.start_of(output)) if calibrate.keeps_start(prepared.recipe.lora.init_lora_weights) else None
+    live.model.save_pretrained(  # type: ignore[operator]
+        str(adapter), path_initial_model_for_weight_conversion=start
+    )
     records = metrics.read(output / "metrics.jsonl")
     if joined.first:
         metrics.plot(records, plot)

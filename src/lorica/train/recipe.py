@@ -89,6 +89,8 @@ class DataSection(_Section):
     """Where the columns have other names, as in {prompt: question, completion: answer}."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Tokens per example; longer ones are cut (plain text: into several). null: what the model takes, at most 1024."""
+    calibration_batches: _Count = 8
+    """Batches that lora.init_lora_weights eva, corda and lora_ga look at before the first step."""
     packing: bool = False
     """Lay several examples in one row, each with its own positions and attention, so that little is padding."""
 
@@ -109,6 +111,10 @@ class LoraSection(_Section):
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    loftq_config: dict[str, Any] = Field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     modules_to_save: list[str] | None = None
