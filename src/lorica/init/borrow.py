@@ -1,4 +1,4 @@
-"""Starts computed where it is fast: weights visit the accelerator and stay where they are (``ephemeral_gpu_offload``)."""
+"""Starts computed where it is fast: weights visit the accelerator and stay where they are (ephemeral_gpu_offload)."""
 
 from __future__ import annotations
 

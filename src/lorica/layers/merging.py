@@ -277,10 +277,13 @@ class Merging(nn.Module):
     def _check_writable(self) -> None:
         stored = self.stored
         storage_of(stored, self.target_name)
-        if isinstance(stored, Packed) and stored.storage.reason:
-            raise AdapterError(
-                f"{self.target_name}: a weight stored as {stored.kind} cannot take a delta: {stored.storage.reason}"
-            )
+        if not isinstance(stored, Packed):
+            return
+        reason = stored.storage.reason
+        if stored.divided:
+            reason = "ranks hold shards of its numbers, which are only made all together; merge on one process"
+        if reason:
+            raise AdapterError(f"{self.target_name}: a weight stored as {stored.kind} cannot take a delta: {reason}")
 
     def whole_factors(self, name: str) -> Factors:
         """Return an adapter's factors as they are in a forward, detached: gathered where they are sharded at rest."""

@@ -90,15 +90,20 @@ class Packed:
         tensor: Tensor = getattr(self.base, self.storage.fields[0])
         return tensor
 
+    @property
+    def divided(self) -> bool:
+        """Whether ranks hold parts of it between forwards."""
+        return is_distributed(self._tensor)
+
     def check_whole(self, where: str) -> None:
         """Refuse a quantised weight that is divided over ranks: which numbers a shard stands for, its format knows.
 
         Raises:
             LayoutError: names the module.
         """
-        if is_distributed(self._tensor):
+        if self.divided and not self.storage.sharded:
             raise LayoutError(
-                f"{where}: its weight is stored as {self.kind} and divided over ranks ({self._tensor.placements}); "
+                f"{where}: its weight is stored as {self.kind} and divided over ranks; "
                 "adapters need each rank to hold all of a quantised weight. Divide batches (DDP) instead, or load the "
                 "model without quantisation"
             )
@@ -177,11 +182,13 @@ class Quantised:
         fields: attributes of the base layer in which the weight is stored; the first is a tensor. Writing replaces
             them and changes none in place.
         chunked: whether some rows can be dequantised without the others.
+        sharded: whether ``fully_shard`` can shard it.
         reason: why values cannot be written; empty: they can.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("weight",)
     chunked: ClassVar[bool] = True
+    sharded: ClassVar[bool] = False
     reason: ClassVar[str] = ""
     exact: bool = False
     whole: bool = True

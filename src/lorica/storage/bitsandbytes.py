@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorica.engines.kinds import is_distributed
 from lorica.storage.base import Quantised
 
 _LEVELS = 127.0
@@ -88,25 +89,30 @@ def _scales(base: Any, name: str) -> Tensor:
 
 
 class FourBit(Quantised):
-    """``Params4bit``: blocks of 64 numbers in NF4 or FP4, with a scale each, which may be quantised in turn."""
+    """``Params4bit``: blocks of 64 numbers in NF4 or FP4, with a scale each, which may be quantised in turn.
+
+    ``fully_shard`` shards the packed numbers; every rank has the scales, in the layer's ``quant_state``.
+    """
+
+    sharded = True
 
     def holds(self, base: Any, name: str) -> bool:
         """Before the layer is on its device, the numbers are plain ones."""
-        return getattr(getattr(base, name), "quant_state", None) is not None
+        return _state(base, name) is not None
 
     def title(self, base: Any, name: str) -> str:
         """The package's name and the format's."""
-        return f"bitsandbytes {getattr(base, name).quant_state.quant_type}"
+        return f"bitsandbytes {_state(base, name).quant_type}"
 
     def shape(self, base: Any, name: str) -> torch.Size:
         """The packed tensor is a column of bytes; the state knows the shape."""
-        return torch.Size(getattr(base, name).quant_state.shape)
+        return torch.Size(_state(base, name).shape)
 
     def read(self, base: Any, name: str, rows: slice) -> Tensor:
         """In the dtype that the layer computes its weight in; of these rows alone where each begins a block."""
         from bitsandbytes import functional
 
-        numbers, state = _plain(getattr(base, name))
+        numbers, state = _plain(base, name)
         count, columns = state.shape
         start, stop, _ = rows.indices(count)
         size = state.blocksize
@@ -159,15 +165,21 @@ class FourBit(Quantised):
             base.quant_state = new
 
 
-def _plain(weight: Any) -> tuple[Tensor, Any]:
-    """Return the numbers and their state in the order in which they are stored in files."""
-    state = weight.quant_state
+def _state(base: Any, name: str) -> Any:
+    state = getattr(getattr(base, name), "quant_state", None)
+    return getattr(base, "quant_state", None) if state is None else state
+
+
+def _plain(base: Any, name: str) -> tuple[Tensor, Any]:
+    """Return the numbers, gathered where they are sharded, and their state, in the order that files have."""
+    weight, state = getattr(base, name), _state(base, name)
+    numbers = weight.full_tensor() if is_distributed(weight) else weight.data
     if not getattr(state, "packing_format_for_cpu", False):
-        return weight.data, state
+        return numbers, state
     # A forward in inference on some CPUs packed them otherwise, in the layer itself; here in a copy.
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    numbers, state = _convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))
+    numbers, state = _convert_weight_packed_for_cpu_inverse(numbers, copy.copy(state))
     return numbers, state
 
 
