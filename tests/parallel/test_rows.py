@@ -147,6 +147,13 @@ def test_ranks_with_other_adapters_in_their_batches_wait_for_each_other(tmp_path
     ranks.run(2, mixed, "transformers ep2", "qwen3-moe", EXPERTS, names, str(tmp_path))
 
 
+@pytest.mark.parametrize("division", ["native tp2", "transformers tp2", "torch tp2"])
+def test_whole_copies_are_each_rows_own(division: str, tmp_path: Path) -> None:
+    SUBJECTS["llama"].save(tmp_path)
+    adapters = {**ADAPTERS, "small": {**ADAPTERS["small"], "modules_to_save": ["lm_head", "norm"]}}
+    ranks.run(2, mixed, division, "llama", adapters, ROWS, str(tmp_path))
+
+
 def test_hidden_values_that_travel_are_each_rows_own(tmp_path: Path) -> None:
     adapters = {**ADAPTERS, "small": {**ADAPTERS["small"], "a2a_experimental": True}}
     ranks.run(2, mixed, "native tp2 sp", "llama", adapters, ROWS, str(tmp_path))
