@@ -27,7 +27,13 @@ from lorica.config import (
     TaskType,
     VeloraConfig,
 )
-from lorica.helpers import cast_mixed_precision_params, prepare_model_for_kbit_training
+from lorica.helpers import (
+    DoraCaching,
+    cast_mixed_precision_params,
+    check_if_peft_model,
+    prepare_model_for_kbit_training,
+    rescale_adapter_scale,
+)
 from lorica.model import (
     LoraModel,
     PeftModel,
@@ -44,11 +50,19 @@ from lorica.model import (
     inject_adapter_in_model,
     route_rows,
 )
+from lorica.model.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
+from lorica.optim import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from lorica.targets.kappa import find_kappa_target_modules
 
 __all__ = [
     "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",
+    "DoraCaching",
     "EvaConfig",
     "KasaConfig",
     "LoftQConfig",
@@ -70,21 +84,30 @@ __all__ = [
     "VeloraConfig",
     "__version__",
     "cast_mixed_precision_params",
+    "check_if_peft_model",
     "convert_to_lora",
     "create_arrow_model",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
+    "find_kappa_target_modules",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "intruder_dimensions",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "reduce_intruder_dimension",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
     "route_rows",
     "save_as_lora",
     "set_peft_model_state_dict",

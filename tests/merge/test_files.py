@@ -55,6 +55,18 @@ BLOCKS = {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
     "llama": (models.tiny_llama, torch.bfloat16, {"target_modules": "all-linear"}),
+    "rows": (models.tiny_llama, torch.bfloat16, {"target_modules": TWO, "trainable_token_indices": [17, 3]}),
+    "rows of a shared weight": (tied, torch.float32, {"target_modules": TWO, "trainable_token_indices": [17, 3]}),
+    "rows of two ends": (
+        tied,
+        torch.float32,
+        {"target_modules": TWO, "trainable_token_indices": {"embed_tokens": [17], "lm_head": [3, 17]}},
+    ),
+    "rows and factors": (
+        tied,
+        torch.float32,
+        {"target_modules": [*TWO, "lm_head"], "trainable_token_indices": [17, 3]},
+    ),
     "biases": (
         biased,
         torch.float32,
@@ -282,3 +294,11 @@ def test_ranks_share_the_files(tmp_path: Path):
     assert all(name in text for text in said)
     assert not (tmp_path / "broken").exists()
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_layers_that_files_do_not_have_are_refused(tmp_path: Path):
+    base = save_base(models.tiny_llama(), tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=TWO, layer_replication=[(0, 2), (1, 2)])
+    with pytest.raises(AdapterError, match="call merge_and_unload"):
+        merge_files(adapter, base, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

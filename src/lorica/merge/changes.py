@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lorica.adapt.inject import lora_layers, prepare_to_fill, unload
+from lorica.adapt.inject import lora_layers, prepare_to_fill, token_layers, unload
 from lorica.adapt.tying import untie
 from lorica.checkpoint import loading, reading
 from lorica.checkpoint.names import Entry, adapter_entries, embedding_entries
@@ -44,6 +44,7 @@ class Changes:
         replaced: parameters that get a new value altogether (``modules_to_save``, ``bias``, saved embeddings).
         layers: parameters that get a delta → the adapted layer.
         biases: parameters that get the bias of a B → the adapted layer.
+        rows: parameters that get rows of their own for a few tokens → the rows' name in the file, and the tokens.
         groups: names of parameters that are one in the base model.
         parted: those groups that are not one any more afterwards.
 
@@ -61,6 +62,11 @@ class Changes:
         for name, module in model.named_modules(remove_duplicate=False):
             modules[id(module)].append(name)
         config = loading.read_config(adapter, None, {}, is_trainable=False)
+        if config.layer_replication:
+            raise AdapterError(
+                f"{adapter}: layer_replication={config.layer_replication} makes new layers, which the model's files "
+                "have no tensors for; load the adapter and call merge_and_unload"
+            )
         self._path = reading.find_weights(adapter)
         shapes = reading.read_shapes(self._path)
         wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -78,6 +84,11 @@ class Changes:
         for layer in lora_layers(wrapped):
             for name in modules[id(layer.get_base_layer())]:
                 self._note_layer(name, layer)
+        self.rows: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for tokens in token_layers(wrapped):
+            key = next(n for n, e in wanted.items() if e.owner is tokens.trainable_tokens_delta)
+            for name in modules[id(tokens.bare)]:
+                self.rows[f"{name}.{tokens.op.weight_name}"] = (key, tokens.token_indices[ADAPTER])
         base = wrapped.get_base_model()
         untie(base, [ADAPTER])
         unload(base, [ADAPTER])
@@ -109,7 +120,7 @@ class Changes:
     @property
     def names(self) -> set[str]:
         """Every parameter that changes."""
-        return {*self.replaced, *self.layers, *self.biases}
+        return {*self.replaced, *self.layers, *self.biases, *self.rows}
 
     def check(self, name: str, piece: Piece, shape: torch.Size, dtype: torch.dtype) -> None:
         """Refuse a piece of a parameter that the change cannot be made to.
@@ -145,6 +156,8 @@ class Changes:
             with safe_open(self._path, framework="pt") as file:
                 value = file.get_slice(self.replaced[name])
                 weight.copy_(value[box] if box else value[:])
+        if name in self.rows:
+            self._put_rows(*self.rows[name], weight, box)
         if name in self.layers:
             self._add_delta(name, self.layers[name], weight, box)
         if name in self.biases:
@@ -152,6 +165,13 @@ class Changes:
             bias = self._factors(layer).bias
             assert bias is not None
             weight.add_(bias[box].to(weight), alpha=layer.specs[ADAPTER].scaling)
+
+    def _put_rows(self, key: str, indices: tuple[int, ...], weight: Tensor, box: tuple[slice, ...]) -> None:
+        with safe_open(self._path, framework="pt") as file:
+            rows = file.get_tensor(key)
+        for slot, token in enumerate(indices):
+            if box[0].start <= token < box[0].stop:
+                weight[token - box[0].start] = rows[slot, box[1]].to(weight)
 
     @torch.no_grad()
     def _add_delta(self, name: str, layer: LoraLayer, weight: Tensor, box: tuple[slice, ...]) -> None:

@@ -120,6 +120,8 @@ class LoraSection(_Section):
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False
     ensure_weight_tying: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
     use_dora: bool = False
     lora_dtype: str | None = None
     share_expert_adapters: bool = False
