@@ -363,3 +363,84 @@ def test_neither_importing_nor_adapting_a_plain_model_imports_a_quantiser() -> N
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_tensors_of_torchao_whose_grid_is_not_known_are_read_through_their_product_and_refused() -> None:
+    utils = pytest.importorskip("torchao.utils")
+
+    class Opaque(utils.TorchAOBaseTensor):
+        """A weight packed for a kernel: it can be multiplied with, and nothing else."""
+
+        @staticmethod
+        def __new__(cls, numbers: Tensor) -> Opaque:
+            return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype, device=numbers.device)
+
+        def __init__(self, numbers: Tensor) -> None:
+            super().__init__()
+            self.numbers = numbers
+
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is nn.functional.linear:
+                return nn.functional.linear(args[0], args[1].numbers, *args[2:])
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+        def detach(self) -> Opaque:
+            return self
+
+        def dequantize(self) -> Tensor:
+            raise NotImplementedError
+
+    def opaque(layer: nn.Linear) -> nn.Linear:
+        numbers = layer.weight.detach()
+        del layer.weight
+        layer.weight = Opaque(numbers)
+        return layer
+
+    torch.manual_seed(0)
+    plain = layers.dense()
+    wanted = plain.weight.detach().clone()
+    first, second = (
+        nn.Sequential(opaque(plain)),
+        nn.Sequential(layers.bnb4(layers.dense()), opaque(layers.dense(64, 96))),
+    )
+    assert error(packed(first[0]).dequantize(), wanted) < 1e-6
+    model = get_peft_model(second, LoraConfig(target_modules=["0", "1"], init_lora_weights=False, use_dora=True))
+    bits = second[0].base_layer.weight.data.clone()
+    with pytest.raises(AdapterError, match=r"^1: a weight stored as torchao Opaque cannot take a delta: only Float8"):
+        model.merge_adapter()
+    assert torch.equal(second[0].base_layer.weight.data, bits)  # the layer before it was not merged either
+
+
+@pytest.mark.parametrize("name", ["linear.Linear", "layernorm_linear.LayerNormLinear"])
+def test_layers_of_transformer_engine_are_found_by_name(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+
+    class Engine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = layers.IN, layers.OUT
+            self.weight = nn.Parameter(torch.randn(layers.OUT, layers.IN))
+            self.bias = nn.Parameter(torch.randn(layers.OUT))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.layer_norm(x, x.shape[-1:]) if cls != "Linear" else x
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    named = type(cls, (Engine,), {"__module__": f"transformer_engine.pytorch.module.{module}", "__qualname__": cls})
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(named()), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    x, layer = inputs("TransformerEngine"), the_layer(model)
+    with torch.no_grad():
+        y = model(x)
+        factors, scale = layer.whole_factors("default"), layer.specs["default"].scaling
+        part = y - layer.base_layer(x)
+        assert error(part, scale * x.double() @ factors.a.double().T @ factors.b.double().T) < 1e-5
+        if cls == "Linear":
+            model.merge_adapter()
+            assert error(model(x), y) < 1e-6
+        else:
+            with pytest.raises(TargetError, match="A sees the input before it is normalised"):
+                model.merge_adapter()
+            with pytest.raises(TargetError, match="use_dora"):
+                get_peft_model(nn.Sequential(named()), LoraConfig(target_modules=["0"], use_dora=True))

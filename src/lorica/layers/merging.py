@@ -279,7 +279,7 @@ class Merging(nn.Module):
         storage_of(stored, self.target_name)
         if not isinstance(stored, Packed):
             return
-        reason = stored.storage.reason
+        reason = stored.refusal
         if stored.divided:
             reason = "ranks hold shards of its numbers, which are only made all together; merge on one process"
         if reason:

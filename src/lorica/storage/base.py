@@ -67,6 +67,11 @@ class Packed:
         return self.storage.title(self.base, self.name)
 
     @property
+    def refusal(self) -> str:
+        """Why values cannot be written; empty: they can."""
+        return self.storage.refusal(self.base, self.name)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the packed numbers, as the layer's own parameter says."""
         return self._tensor.dtype
@@ -183,13 +188,11 @@ class Quantised:
             them and changes none in place.
         chunked: whether some rows can be dequantised without the others.
         sharded: whether ``fully_shard`` can shard it.
-        reason: why values cannot be written; empty: they can.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("weight",)
     chunked: ClassVar[bool] = True
     sharded: ClassVar[bool] = False
-    reason: ClassVar[str] = ""
     exact: bool = False
     whole: bool = True
 
@@ -200,6 +203,10 @@ class Quantised:
     def title(self, base: Any, name: str) -> str:
         """Return what the form is called."""
         raise NotImplementedError
+
+    def refusal(self, base: Any, name: str) -> str:
+        """Return why values cannot be written; empty: they can."""
+        return ""
 
     def shape(self, base: Any, name: str) -> torch.Size:
         """Return ``[rows, cols]``."""
@@ -226,11 +233,12 @@ class Quantised:
         Raises:
             AdapterError: the form cannot take new values; it says why.
         """
-        if self.reason:
-            raise AdapterError(f"a weight stored as {stored.kind} cannot take a delta: {self.reason}")
+        if stored.refusal:
+            raise AdapterError(f"a weight stored as {stored.kind} cannot take a delta: {stored.refusal}")
         self.write(stored.base, stored.name, values)
 
 
+@torch.no_grad()
 def seen_through(base: nn.Module, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the weight ``[rows, columns]`` of a linear layer that offers no other way: its outputs for unit vectors.
 

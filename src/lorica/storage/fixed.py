@@ -24,14 +24,17 @@ class Fixed(Quantised):
     """
 
     chunked = False
-    reason = (
-        "its numbers were fitted to the weight as it was, and cannot be fitted again here. Merge into the model as it "
-        "was before it was quantised (`lorica merge`), and quantise that"
-    )
 
     def __init__(self, label: str, field: str) -> None:
         self.label = label
         self.fields = (field,)  # type: ignore[misc]
+
+    def refusal(self, base: Any, name: str) -> str:
+        """They never can."""
+        return (
+            "its numbers were fitted to the weight as it was, and cannot be fitted again here. Merge into the model as "
+            "it was before it was quantised (`lorica merge`), and quantise that"
+        )
 
     def title(self, base: Any, name: str) -> str:
         """The form's name."""

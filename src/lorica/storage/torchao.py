@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.errors import AdapterError
 from lorica.storage.base import Quantised, seen_through
 
 
@@ -32,6 +31,15 @@ class TorchAO(Quantised):
         shape: torch.Size = getattr(base, name).shape
         return shape
 
+    def refusal(self, base: Any, name: str) -> str:
+        """Of classes whose grid is not known here."""
+        if type(getattr(base, name)).__name__ in _MAKERS:
+            return ""
+        return (
+            f"only {', '.join(sorted(_MAKERS))} can be made again here. Merge into the model as it was before it was "
+            "quantised (`lorica merge`), and quantise that"
+        )
+
     def read(self, base: Any, name: str, rows: slice) -> Tensor:
         """Of these rows where the tensor can be cut; the tensor is asked, or else seen through its product."""
         weight = getattr(base, name).detach()
@@ -43,18 +51,9 @@ class TorchAO(Quantised):
         return _values(base, weight)[rows]
 
     def write(self, base: Any, name: str, values: Tensor) -> None:
-        """In the tensor's own grid: as many scales, of the same kind.
-
-        Raises:
-            AdapterError: the class is one whose grid is not known here.
-        """
+        """In the tensor's own grid: as many scales, of the same kind."""
         old = getattr(base, name)
-        make = _MAKERS.get(type(old).__name__)
-        if make is None:
-            raise AdapterError(
-                f"a weight stored as {self.title(base, name)} cannot take a delta; known are {sorted(_MAKERS)}. Merge "
-                "into the model as it was before it was quantised, and quantise that"
-            )
+        make = _MAKERS[type(old).__name__]
         setattr(base, name, nn.Parameter(make(old, values.to(old.dtype)), requires_grad=False))
 
 

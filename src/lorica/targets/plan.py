@@ -138,10 +138,10 @@ def _check_start(model: nn.Module, config: LoraConfig, targets: Iterable[Target]
                     f"{[name for name in shared if name != target.name]} would see; untie the model's weights first"
                 )
             weight = stored_weight(target.base, target.op.weight_name)
-            if isinstance(weight, Packed) and weight.storage.reason:
+            if isinstance(weight, Packed) and weight.refusal:
                 raise TargetError(
                     f"{target.name}: {cause} changes the base weight, which is stored as {weight.kind}: "
-                    f"{weight.storage.reason}"
+                    f"{weight.refusal}"
                 )
             if not weight.is_floating_point():
                 raise TargetError(f"{target.name}: {cause} needs a floating-point base weight")
