@@ -55,7 +55,9 @@ def test_nothing_of_pefts_is_found_in_them():
             value = getattr(type(part), name, None)
             found = getattr(value, "fget", value)
             place = getattr(found, "__module__", None) or ""
-            assert not place.startswith(("peft", "transformers.utils.hub")), f"{type(part).__name__}.{name} is from {place}"
+            assert not place.startswith(("peft", "transformers.utils.hub")), (
+                f"{type(part).__name__}.{name} is from {place}"
+            )
 
 
 def test_what_only_peft_has_is_looked_up_in_the_base_model():

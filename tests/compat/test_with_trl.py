@@ -114,6 +114,38 @@ def test_sft_resumes_and_keeps_its_configuration(tmp_path):
     assert real.losses(again)[2:] == real.losses(whole)[2:]
 
 
+def test_sft_with_tokens_that_a_chat_template_adds(tmp_path):
+    """TRL lets them train, by ``trainable_token_indices`` and ``modules_to_save`` of the configuration.
+
+    The head has a weight of its own: of one that it shares with the embedding, TRL cannot train both.
+    """
+    source = real.tokenizer()
+    source.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}<|end|>{% endfor %}"
+    source.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"]})
+    source.save_pretrained(tmp_path / "source")
+    trained = {}
+    for name in real.LIBRARIES:
+        model = real.demo_model()
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        trainer = trl.SFTTrainer(
+            model,
+            args=trl.SFTConfig(str(tmp_path / name), chat_template_path=str(tmp_path / "source"), **COMMON),
+            train_dataset=datasets.Dataset.from_list(real.demo_rows(16)),
+            processing_class=real.tokenizer(),
+            peft_config=config_of(real.library(name)),
+        )
+        run(trainer, "config")
+        config = trainer.model.peft_config["default"]
+        assert {1024, 1025} <= set(config.trainable_token_indices["embed_tokens"])
+        trained[name] = real.losses(trainer), saved(trainer, tmp_path / name / "last")
+    ours, theirs = trained["lorica.compat.peft"], trained["peft"]
+    assert any("trainable_tokens_delta" in key for key in ours[1])
+    real.assert_same_losses(ours[0], theirs[0])
+    twice = [key for key in theirs[1] if "original_module" in key or "modules_to_save" in key]  # under live names too
+    assert_same_files(ours[1], {key: tensor for key, tensor in theirs[1].items() if key not in twice})
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_dpo(tmp_path, route):
     """A ready model is copied into a frozen adapter "ref", by names of parameters; a new one turns adapters off."""

@@ -16,6 +16,7 @@ from lorica.compat.peft.auto import (
     AutoPeftModelForTokenClassification,
 )
 from lorica.compat.peft.config import PeftConfig, PromptLearningConfig
+from lorica.compat.peft.helpers import find_kappa_target_modules
 from lorica.compat.peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -72,6 +73,9 @@ from lorica.compat.peft.utils import (
 )
 from lorica.compat.peft.utils.loftq_utils import replace_lora_weights_loftq
 
+#: The version of peft whose interface this is, for code that asks.
+__version__ = "0.21.2"
+
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -115,6 +119,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "convert_to_lora",
     "create_arrow_model",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
