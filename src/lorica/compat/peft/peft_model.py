@@ -36,9 +36,7 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        **kwargs: Any,
     ) -> None:
-        del kwargs
         super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     @staticmethod
