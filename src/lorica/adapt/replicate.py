@@ -15,6 +15,7 @@ from lorica.adapt.inject import lora_layers
 from lorica.engines import Engines, fsdp
 from lorica.engines.describe import DATA_AXES
 from lorica.engines.duplicate import duplicate
+from lorica.engines.kinds import is_distributed
 from lorica.errors import AdapterError, LayoutError, TargetError
 from lorica.layers import LoraLayer
 from lorica.targets.walk import base_modules, tied_with_embedding
@@ -140,6 +141,9 @@ def own_weights(model: nn.Module, names: Iterable[str]) -> None:
     Args:
         model: the base model. Its embedding and what is tied to it are not looked at.
         names: the adapters that are about to be merged.
+
+    Raises:
+        LayoutError: a shared parameter is sharded. Nothing was changed.
     """
     group, modules = tied_with_embedding(model), dict(base_modules(model))
     tied = set() if group is None else {id(modules[name]) for name in (group[0], *group[1])}
@@ -148,9 +152,16 @@ def own_weights(model: nn.Module, names: Iterable[str]) -> None:
     for layer in {id(layer.get_base_layer()): layer for layer in layers}.values():
         for parameter in layer.get_base_layer()._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    for layer in layers:
-        if any(name in layer.specs for name in names) and not layer.merged:
-            _own(layer, holders)
+    chosen = [layer for layer in layers if any(name in layer.specs for name in names) and not layer.merged]
+    for layer in chosen:
+        weight: Any = layer.get_base_layer()._parameters.get(layer.op.weight_name)
+        if is_distributed(weight) and holders[id(weight)] > 1:
+            raise LayoutError(
+                f"{layer.target_name}: shares its weight with another layer (layer_replication), and what fully_shard "
+                "manages cannot be copied; save the adapter, and merge it where the model is whole"
+            )
+    for layer in chosen:
+        _own(layer, holders)
 
 
 def _own(layer: LoraLayer, holders: dict[int, int]) -> None:

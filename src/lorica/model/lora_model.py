@@ -346,8 +346,8 @@ class LoraModel(nn.Module):
         rows = inject.token_layers(self.model)
         for tokens in rows:
             tokens.check_merge(names, finite=safe_merge)
-        untie(self.model, names)
         own_weights(self.model, names)
+        untie(self.model, names)
         for tokens in rows:
             tokens.merge(adapter_names=names)
         for layer in tqdm(layers, disable=not progressbar, desc="Merging"):
