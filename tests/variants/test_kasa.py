@@ -137,3 +137,8 @@ def test_a_state_dict_goes_into_another_model() -> None:
     other = adapt(op, **KASA)
     lorica.set_peft_model_state_dict(other, lorica.get_peft_model_state_dict(model))
     assert torch.equal(other(op.inputs()), model(op.inputs()))
+
+
+def test_plain_lora_on_the_whole_weight_is_another_model() -> None:
+    with pytest.raises(TypeError, match=r"kasa_config: it took a part of the base weights"):
+        lorica.convert_to_lora(randomise(adapt(OPS[0], **KASA)), 4)

@@ -86,4 +86,8 @@ class _RankByRank:
 FORMS: dict[Roles, Form] = {
     ("expert", "rank", "in"): _ExpertByExpert(),
     ("expert", "out", "rank"): _RankByRank(),
+    # Variants keep fewer columns.
+    ("expert", "rank", "group"): _ExpertByExpert(),
+    ("expert", "rank", "block"): _ExpertByExpert(),
+    ("expert", "out", "block"): _RankByRank(),
 }

@@ -144,11 +144,14 @@ def _check_rank(rank: int | float) -> None:
 def _checked_config(model: nn.Module, layers: list[LoraLayer], adapter: str) -> LoraConfig:
     if not layers:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
-    unfit = {layer.specs[adapter].variant for layer in layers if VARIANTS[layer.specs[adapter].variant].unmergeable}
+    kinds = {layer.specs[adapter].variant: VARIANTS[layer.specs[adapter].variant] for layer in layers}
+    gone = "it took a part of the base weights out for good, which plain LoRA on them would still see"
+    unfit = {name: kind.unmergeable or gone for name, kind in kinds.items() if kind.unmergeable or kind.subtracts}
     if unfit:
-        reasons = "; ".join(f"{field}: {VARIANTS[field].unmergeable}" for field in sorted(unfit))
+        reasons = "; ".join(f"{name}: {unfit[name]}" for name in sorted(unfit))
         raise TypeError(f"Some module types on this model do not support LoRA conversion: {reasons}")
     config = config_of_adapter(base_of(model), adapter)
+    place.refuse_tokens(adapter, config)
     if config.bias != "none":
         raise AdapterError(f"The adapter's config sets bias={config.bias}, this is not supported right now.")
     if place.starts_in_base(config):

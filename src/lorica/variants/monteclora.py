@@ -81,10 +81,6 @@ class Monteclora(Variant):
             LAST_WEIGHTS: torch.full(last.shape, 1 / spec.options.num_samples),
         }
 
-    def plain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Factors:
-        """The factors without the noise."""
-        return Factors(factors.a, factors.b, factors.bias)
-
     def in_forward(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Factors:
         """In training, A with noise."""
         if not layer.training:
