@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import layouts
 import torch
 import torch.distributed as dist
 from checks import FEATURES, Feature, NoMeaning
@@ -29,7 +30,8 @@ docs/make_features.py`, and a test compares it with what the checks say today. �
 arithmetic where the layer can be had so. ✗: refused by name. –: has no meaning there. A number leads to the reason, or
 to a remark.
 
-The same features on every layout of many ranks are the contract of `tests/parallel/test_contract.py`.
+The last table is of layouts: what the contract (`tests/parallel/test_contract.py`) tries there on ranks of their own,
+against one process: factors, outputs, gradients, steps, merged weights and files.
 """
 
 
@@ -55,6 +57,7 @@ def words(text: str) -> str:
     text = text.replace("adapter 'default'", "this")
     text = re.sub(r"\b(?:model\.layers\.0\.)[\w.]+", "the parameter", text)
     text = re.sub(r"\bof the kind \w+", "of this kind", text)
+    text = re.sub(r" \(\w*Linear\)", "", text)
     text = re.sub(r"\bstored as [\w. ]*?(?=:| already| cannot)", "stored so", text)
     text = re.sub(r"\binit_lora_weights='\w+'", "this start", text)
     text = re.sub(r"\(\d+(?:, \d+)*,?\)", "(…)", text)
@@ -107,11 +110,26 @@ def render(cells: dict[tuple[str, str], tuple[str, str]]) -> str:
             marks = [_mark(*cells[row, name], notes) for row in rows]
             lines.append(f"| {name} | " + " | ".join(marks) + " |")
         lines.append("")
+    lines += _of_layouts(notes)
     lines += ["## Reasons and remarks", ""]
     lines += [f"{number}. {note}" for note, number in notes.items()]
     lines += ["", "## Not run", ""]
     lines.append(f"What needs a package that is not installed where this page was written: {', '.join(missing())}.")
     return "\n".join(lines) + "\n"
+
+
+def _of_layouts(notes: dict[str, int]) -> list[str]:
+    cases = layouts.names()
+    lines = ["## Layouts: what the contract tries", ""]
+    lines.append(f"| layout | ranks | {' | '.join(name.removeprefix('variant ') for name in cases)} | starts |")
+    lines.append("|---|:-:|" + ":-:|" * (len(cases) + 1))
+    for name, division in layouts.DIVISIONS.items():
+        marks = []
+        for case in cases:
+            tried, why = layouts.cell(name, case)
+            marks.append(YES if tried else _mark(NONE, words(why), notes))
+        lines.append(f"| {name} | {division.ranks} | {' | '.join(marks)} | {layouts.starts(name)} |")
+    return [*lines, ""]
 
 
 def missing() -> list[str]:

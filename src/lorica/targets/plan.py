@@ -16,7 +16,7 @@ from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import find, freezes, subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
-from lorica.storage import Packed, stored_weight
+from lorica.storage import Packed, kind_of, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
 from lorica.targets.match import Names, entry_matches, excluded, matches, pattern_value, selected, shortest_names
 from lorica.targets.parameters import Found, find_parameters, rank_per_expert
@@ -432,7 +432,19 @@ def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[st
                 f"{key}: modules_to_save cannot be applied to modules of type {type(modules[key])}; name modules that "
                 "have a forward and that no adapter is on"
             )
+        _refuse_quantised(key, bare(modules[key]))
     return found
+
+
+def _refuse_quantised(key: str, module: nn.Module) -> None:
+    """Numbers that stand for a weight in another form cannot be trained."""
+    for inner in module.modules():
+        names = [name for name, parameter in inner._parameters.items() if parameter is not None]
+        if kind_of(type(inner)) or any(isinstance(stored_weight(inner, name), Packed) for name in names):
+            raise TargetError(
+                f"{key}: modules_to_save trains a whole module, and this one's weights are quantised "
+                f"({type(inner).__name__}); adapt it with target_modules, or load it without quantisation"
+            )
 
 
 def _endings(modules: Collection[str]) -> list[str]:
