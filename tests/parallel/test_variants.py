@@ -134,13 +134,21 @@ def test_files_from_layout_to_layout(division: str, fields: dict[str, Any], tmp_
         (2, ["k_proj"], {"use_dora": True}),
         (2, ["q_proj", "v_proj"], {"use_dora": True, "init_lora_weights": "pissa"}),
         (4, ["q_proj", "k_proj"], {"init_lora_weights": "olora"}),
+        (4, ["q_proj", "k_proj", "v_proj", "o_proj"], {"kasa_config": {"gamma": 0.1}}),
+        (2, ["q_proj", "v_proj"], {"kasa_config": {"beta": 0.1}}),
+        (4, ["q_proj", "k_proj", "v_proj"], {"r": 4, "use_bdlora": {"target_modules_bd_b": ["_proj"], "nblocks": 4}}),
+        (2, ["q_proj", "v_proj"], {"r": 4, "use_bdlora": {"target_modules_bd_a": ["_proj"], "nblocks": 2}}),
+        (4, ["q_proj", "v_proj", "o_proj"], {"lora_alpha": 1, "use_qalora": True, "qalora_group_size": 8}),
+        (4, ["q_proj", "k_proj", "o_proj"], {"velora_config": {"num_groups": 3, "init_type": "random"}}),
+        (2, ["k_proj", "v_proj"], {"monteclora_config": {"num_samples": 2, "sample_scaler": 0.0}}),
+        (4, ["q_proj", "k_proj", "v_proj"], {"init_lora_weights": "mica"}),
     ],
     ids=str,
 )
 def test_fused_projections_and_copies_of_heads(
     size: int, names: list[str], fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Each projection has its own start; those that are not adapted have no magnitudes, though their neighbours do."""
+    """Each projection has its own start and its own tensors; those that are not adapted have none, though neighbours do."""
     ranks.run(size, test_fused._same, names, True, "strided", fields, str(tmp_path))
     test_fused.compare(tmp_path)
 
