@@ -58,6 +58,22 @@ def test_a_planted_direction_is_found_and_made_smaller(kind: str):
     assert float(less.values[0]) < 6
 
 
+def test_a_direction_is_the_same_with_the_other_sign():
+    # The sign of a singular vector is that of its largest entry, and the adapter makes another one the largest.
+    base = nn.Sequential(nn.Linear(3, 3, bias=False))
+    with torch.no_grad():
+        base[0].weight.copy_(5 * torch.outer(torch.tensor([1.0, -0.99, 0.0]), torch.tensor([1.0, 0.0, 0.0])))
+        base[0].weight += 0.1 * torch.eye(3)
+    model = lorica.get_peft_model(base, lorica.LoraConfig(r=1, lora_alpha=1, target_modules=["0"]))
+    factors = lora_layers(model)[0].factors("default")
+    with torch.no_grad():
+        factors.a.copy_(torch.tensor([[1.0, 0.0, 0.0]]))
+        factors.b.copy_(torch.tensor([[0.0], [-0.2], [0.0]]))
+    (report,) = intruder_dimensions(model, top_k=1)
+    assert report.intruders == ()
+    assert float(report.similarity[0]) > 0.99
+
+
 def oracle(weight: Tensor, delta: Tensor, scale: float, rank: int, top: int, limit: float, left_over: float) -> Tensor:
     """The published procedure on dense matrices, in float64."""
     base, merged = torch.linalg.svd(weight), torch.linalg.svd(weight + delta)

@@ -152,6 +152,70 @@ def test_svd_of_dora_is_the_sum_of_the_changes_of_the_weight(op: str, others: di
     assert not model.peft_config["sum"].use_dora
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bdlora": {"use_bdlora": {"target_modules_bd_b": ["target"], "nblocks": 2}},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
+    "velora": {"velora_config": {}},
+    "monteclora": {"monteclora_config": {}},
+}
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_summed_as_the_plain_lora_that_they_amount_to(variant: str, kind: str):
+    case = BY_NAME["linear"]
+    model = adapted(case.build(), case.config(lorica, **VARIANTS[variant]), case.config(lorica, lora_alpha=10))
+    model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum", kind, svd_rank=8)
+    x = case.inputs()
+    expected = sum(w * effect(model, name, x) for w, name in zip(WEIGHTS, ["default", "second"], strict=True))
+    close(effect(model, "sum", x), expected)  # type: ignore[arg-type]
+    (layer,) = lora_layers(model)
+    assert layer.specs["sum"].variant == ""
+    model.add_weighted_adapter(["default"], [1.0], "again")
+    assert torch.equal(effect(model, "again", x), effect(model, "default", x))
+    assert model.peft_config["again"] == model.peft_config["default"]
+
+
+def test_kasa_is_copied_or_refused():
+    case = BY_NAME["linear"]
+    model = adapted(case.build(), case.config(lorica, kasa_config={}), case.config(lorica, kasa_config={}))
+    (layer,) = lora_layers(model)
+    weight = layer.base_layer.weight.clone()
+    with pytest.raises(AdapterError, match="started with kasa_config, which took its start out of the base weights"):
+        model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum")
+    model.add_weighted_adapter(["default"], [1.0], "again")
+    lorica.set_peft_model_state_dict(model, lorica.get_peft_model_state_dict(model), adapter_name="again")
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(effect(model, "again", case.inputs()), effect(model, "default", case.inputs()))
+
+
+def test_adapters_of_the_same_invocation_stay_activated_and_others_are_refused():
+    fields = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    first = lorica.LoraConfig(alora_invocation_tokens=[3, 4], **fields)
+    second = lorica.LoraConfig(alora_invocation_tokens=[3, 4], lora_alpha=3, **fields)
+    model = adapted(tiny_llama(), first, second)
+    model.add_weighted_adapter(["default", "second"], WEIGHTS, "sum", "cat")
+    assert model.peft_config["sum"].alora_invocation_tokens == [3, 4]
+    for layer in lora_layers(model):
+        parts = [w * layer.get_delta_weight(name) for w, name in zip(WEIGHTS, ["default", "second"], strict=True)]
+        close(layer.get_delta_weight("sum").double(), sum(parts).double())  # type: ignore[union-attr]
+    model.add_adapter("other", lorica.LoraConfig(**fields))
+    with pytest.raises(AdapterError, match="alora_invocation_tokens is combined only with adapters of the same"):
+        model.add_weighted_adapter(["default", "other"], WEIGHTS, "new", "cat")
+
+
+def test_rows_of_tokens_are_refused():
+    fields = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}
+    model = lorica.get_peft_model(tiny_llama(), lorica.LoraConfig(**fields))
+    for call in (
+        lambda: model.add_weighted_adapter(["default"], [1.0], "new"),
+        lambda: lorica.convert_to_lora(model, 2),
+        lambda: lorica.reduce_intruder_dimension(model),
+    ):
+        with pytest.raises(AdapterError, match=r"trainable_token_indices=\[1, 5\]"):
+            call()
+
+
 @pytest.mark.parametrize("kind", ["cat", "linear", "ties", "magnitude_prune"])
 def test_sums_of_factors_refuse_dora(kind: str):
     model = two(BY_NAME["linear"], use_dora=True)
@@ -268,6 +332,8 @@ def test_a_start_in_the_base_weight_is_copied_or_refused(init: str, tmp_path: Pa
     model.add_weighted_adapter(["default"], [1.0], "again")
     assert torch.equal(model.base_model.model.lin0.base_layer.weight, weight)
     assert torch.equal(effect(model, "again", x), effect(model, "default", x))
+    lorica.set_peft_model_state_dict(model, lorica.get_peft_model_state_dict(model), adapter_name="again")
+    assert torch.equal(model.base_model.model.lin0.base_layer.weight, weight)
     model.save_pretrained(tmp_path, selected_adapters=["again"])
     loaded = lorica.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval()
     model.set_adapter("default")

@@ -154,11 +154,7 @@ def _checked_config(model: nn.Module, layers: list[LoraLayer], adapter: str) -> 
     place.refuse_tokens(adapter, config)
     if config.bias != "none":
         raise AdapterError(f"The adapter's config sets bias={config.bias}, this is not supported right now.")
-    if place.starts_in_base(config):
-        raise AdapterError(
-            f"adapter {adapter!r} started with init_lora_weights={config.init_lora_weights!r}, which took its start "
-            "out of the base weights; save_pretrained(path_initial_model_for_weight_conversion=…) makes it plain LoRA"
-        )
+    place.refuse_start(adapter, config)
     if not any(layer.specs[adapter].variant for layer in layers):
         warnings.warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",

@@ -136,12 +136,8 @@ def reduce_intruder_dimension(
 
 def _checked(model: nn.Module, adapter: str) -> LoraConfig:
     config = config_of_adapter(base_of(model), adapter)
-    if place.starts_in_base(config):
-        raise AdapterError(
-            f"adapter {adapter!r} started with init_lora_weights={config.init_lora_weights!r}, which took its start "
-            "out of the base weights: they are not what it is to be compared with. Turn it into plain LoRA first: "
-            "save_pretrained(path_initial_model_for_weight_conversion=…)"
-        )
+    place.refuse_tokens(adapter, config)
+    place.refuse_start(adapter, config)
     return config
 
 

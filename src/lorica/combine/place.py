@@ -22,7 +22,7 @@ from lorica.targets import make_plan
 from lorica.targets.match import shortest_names
 from lorica.targets.plan import Plan
 from lorica.targets.walk import base_modules
-from lorica.variants import VARIANTS
+from lorica.variants import VARIANTS, variant_of
 
 
 class Tuner(Protocol):
@@ -125,8 +125,42 @@ def target_names(layer: LoraLayer, adapters: list[str]) -> set[str]:
 
 
 def starts_in_base(config: LoraConfig) -> bool:
-    """Whether an adapter's start took something out of the base weights (PiSSA and its like)."""
+    """Whether an adapter's start took something out of the base weights (PiSSA and its like, KaSA)."""
+    if VARIANTS[variant_of(config)].subtracts:
+        return True
     return find(config.init_lora_weights) is not None and subtracts(config.init_lora_weights, lookup=False)
+
+
+def refuse_start(adapter: str, config: LoraConfig) -> None:
+    """Refuse an adapter whose factors mean something only beside base weights that its start has changed.
+
+    Raises:
+        AdapterError: names the field, and the way to plain LoRA if there is one.
+    """
+    if not starts_in_base(config):
+        return
+    field = variant_of(config) if VARIANTS[variant_of(config)].subtracts else ""
+    start = field or f"init_lora_weights={config.init_lora_weights!r}"
+    way = (
+        "" if field else ": turn it into plain LoRA first, save_pretrained(path_initial_model_for_weight_conversion=…)"
+    )
+    raise AdapterError(
+        f"adapter {adapter!r} started with {start}, which took its start out of the base weights; its factors mean "
+        f"something beside those weights only{way}"
+    )
+
+
+def refuse_tokens(adapter: str, config: LoraConfig) -> None:
+    """Refuse an adapter that trains rows of an embedding, which are no low-rank change of it.
+
+    Raises:
+        AdapterError: names the field.
+    """
+    if config.trainable_token_indices is not None:
+        raise AdapterError(
+            f"adapter {adapter!r} has trainable_token_indices={config.trainable_token_indices!r}: rows that are "
+            "trained for themselves can be neither combined nor converted"
+        )
 
 
 def fill(model: nn.Module, adapter: str, made: Mapping[str, Factors], dtypes: Mapping[str, torch.dtype]) -> None:
@@ -148,6 +182,7 @@ def fill(model: nn.Module, adapter: str, made: Mapping[str, Factors], dtypes: Ma
         device, dtype = layer.base_weight.device, dtypes[layer.target_name]
         for live, tensor in zip(layer.factor_names(adapter).values(), local.tensors(), strict=True):
             _set(layer, live, tensor.detach().to(device, dtype).contiguous())
+        layer.owed.discard(adapter)  # the base weights were changed for it when it started
         layer.notes.clear()
 
 

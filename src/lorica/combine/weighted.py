@@ -52,6 +52,8 @@ def add_weighted_adapter(
         return
     kind, rank = _checked(tuner, adapters, weights, combination_type, svd_rank)
     _check_svd(svd_clamp, svd_driver)
+    for name in adapters:
+        place.refuse_tokens(name, tuner.peft_config[name])
     fsdp.reshard(tuner.model)  # what a forward gathered is not what is kept
     if _is_copy(tuner, adapters, weights):
         _add_copy(tuner, adapters[0], adapter_name, tuner.peft_config[adapters[0]])
@@ -145,14 +147,7 @@ def _check_can_be_summed(tuner: Any, adapters: Sequence[str]) -> None:
     """Refuse adapters whose factors do not say all of what they do."""
     for name in adapters:
         config: LoraConfig = tuner.peft_config[name]
-        if place.starts_in_base(config):
-            raise AdapterError(
-                f"adapter {name!r} started with init_lora_weights={config.init_lora_weights!r}, which took its start "
-                "out of the base weights: its factors mean something beside those weights only. Turn it into plain "
-                "LoRA first: save_pretrained(path_initial_model_for_weight_conversion=…)"
-            )
-        if config.trainable_token_indices is not None:
-            raise AdapterError(f"adapter {name!r} has trainable_token_indices, which cannot be combined")
+        place.refuse_start(name, config)
     shares = {
         tuner.peft_config[name].share_expert_adapters for name in adapters if tuner.peft_config[name].target_parameters
     }
