@@ -148,7 +148,7 @@ def test_files_from_layout_to_layout(division: str, fields: dict[str, Any], tmp_
 def test_fused_projections_and_copies_of_heads(
     size: int, names: list[str], fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Each projection has its own start and its own tensors; those that are not adapted have none, though neighbours do."""
+    """Each projection has a start and tensors of its own; one that is not adapted has none, though neighbours do."""
     ranks.run(size, test_fused._same, names, True, "strided", fields, str(tmp_path))
     test_fused.compare(tmp_path)
 
