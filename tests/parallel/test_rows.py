@@ -12,11 +12,13 @@ import torch.distributed as dist
 from divisions import DIVISIONS
 from subjects import SUBJECTS, batch, logits_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import lorica
 from lorica.checkpoint.names import adapter_entries
 from lorica.checkpoint.pieces import piece_of
-from lorica.parallel import verify
+from lorica.layout import Layout
+from lorica.parallel import Axis, Site, verify
 
 TOLERANCE = 1e-5
 #: Occurs in three rows of the batch, from other tokens on.
@@ -144,7 +146,7 @@ def test_ranks_with_other_adapters_in_their_batches_wait_for_each_other(tmp_path
     """Experts are computed in calls that all ranks take part in, also for adapters that only one of them has."""
     SUBJECTS["qwen3-moe"].save(tmp_path)
     names = ["plain", "__base__"] * 4  # one rank has the adapter in all rows, the other in none
-    ranks.run(2, mixed, "transformers ep2", "qwen3-moe", EXPERTS, names, str(tmp_path))
+    ranks.run(2, mixed, "transformers ep2", "qwen3-moe", {"plain": EXPERTS["plain"]}, names, str(tmp_path))
 
 
 @pytest.mark.parametrize("division", ["native tp2", "transformers tp2", "torch tp2"])
@@ -175,6 +177,27 @@ def generation(division: str, folder: str) -> None:
 def test_generation(division: str, tmp_path: Path) -> None:
     SUBJECTS["llama"].save(tmp_path)
     ranks.run(2, generation, division, str(tmp_path))
+
+
+def tokens_of_ranks() -> None:
+    """A layer that every rank has whole, between blocks: each has its tokens of each row, in shares of any size."""
+    torch.manual_seed(0)
+    config = lorica.LoraConfig(target_modules=["target"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    config.alora_invocation_tokens = INVOCATION
+    model = lorica.PeftModel(nn.ModuleDict({"target": nn.Linear(6, 5)}), config).eval()
+    layer = model.base_model.model["target"]
+    x, offsets = torch.randn(4, 5, 6), [4, 1, None, 5]
+    with torch.no_grad(), lorica.route_rows(model, alora_offsets=offsets):
+        wanted = layer(x)
+        axis = Axis.of(init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), 0)
+        layer.settle(Site(Layout({"out": 5, "in": 6}, (), sequence=("tp",)), {"tp": axis}))
+        for share in (slice(0, 3), slice(3, 5)), (slice(0, 1), slice(1, 5)), (slice(0, 5), slice(5, 5)):
+            mine = share[axis.rank]
+            assert torch.allclose(layer(x[:, mine]), wanted[:, mine], atol=1e-6)
+
+
+def test_tokens_of_a_rank_know_where_in_the_row_they_stand() -> None:
+    ranks.run(2, tokens_of_ranks)
 
 
 # ---- Arrow ----------------------------------------------------------------------------------------------------------
