@@ -154,3 +154,16 @@ def test_they_start_as_if_they_were_apart() -> None:
     assert same
     assert "v_proj" in message
     assert "r=2" in message
+
+
+def _blocks_apart() -> str:
+    blocks = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}
+    with pytest.raises(TargetError) as error:
+        adapt(Cut(whole(), fused=True, order="strided"), config(["q_proj", "v_proj"], r=4, use_bdlora=blocks))
+    return str(error.value)
+
+
+def test_blocks_of_different_factors_cannot_be_fused() -> None:
+    [message] = ranks.run(1, _blocks_apart)
+    assert "v_proj r=4, alpha=8, Blocks(factor='b', count=2)" in message
+    assert "q_proj r=4, alpha=8, Blocks(factor='a', count=2)" in message
