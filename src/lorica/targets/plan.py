@@ -182,9 +182,9 @@ def _spec_of_parts(config: LoraConfig, names: Names, key: str, base: nn.Module) 
     differing = [name for name in meant if specs[name] != spec]
     if differing:
         raise TargetError(
-            f"{key}: the projections fused in it need the same rank, alpha and options, but rank_pattern, alpha_pattern "
-            f"or the variant gives {differing[0]} {_said(specs[differing[0]])} and {meant[0]} {_said(spec)}; leave them "
-            "unfused or give them the same"
+            f"{key}: the projections fused in it need the same rank, alpha and options, but rank_pattern, "
+            f"alpha_pattern or the variant gives {differing[0]} {_said(specs[differing[0]])} and {meant[0]} "
+            f"{_said(spec)}; leave them unfused or give them the same"
         )
     return replace(spec, parts=tuple(name.rpartition(".")[2] for name in meant) if meant != parts else ())
 
