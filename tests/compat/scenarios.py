@@ -605,6 +605,16 @@ def auto_classes(lib: Any, tmp_path: Path) -> Any:
     return _seen(model), _seen(free), type(model).__name__, type(free).__name__, wrong, refused
 
 
+def generating_text(lib: Any, tmp_path: Path) -> Any:
+    model = _adapted(lib, task_type="CAUSAL_LM").eval()
+    batch = models.ids(2, 5)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    written = [model.generate(batch, **options), model.generate(input_ids=batch, num_beams=2, **options)]
+    with model.disable_adapter():
+        written.append(model.generate(batch, **options))
+    return written
+
+
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 

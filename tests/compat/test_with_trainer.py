@@ -151,6 +151,31 @@ def test_the_best_model_is_there_at_the_end(pieces, tmp_path):
     assert trained["lorica.compat.peft"] == pytest.approx(trained["peft"], rel=1e-4)
 
 
+def test_a_classifier_trains_its_head(tmp_path):
+    """The head trains whole beside the factors, and is in the file."""
+    import datasets
+    from transformers import Trainer, TrainingArguments
+
+    import models
+
+    rows = [{"input_ids": [3 + i % 7, 5, 8, 2 + i % 3], "labels": i % 3} for i in range(24)]
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "seed": 3}
+    settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    trained = {}
+    for name in real.LIBRARIES:
+        lib = real.library(name)
+        model = real.start(lib.get_peft_model(models.tiny_bert(), lib.LoraConfig(task_type="SEQ_CLS")))
+        arguments = TrainingArguments(str(tmp_path / name), **settings)
+        trainer = Trainer(model, arguments, train_dataset=datasets.Dataset.from_list(rows))
+        trainer.train()
+        trainer.save_model()
+        trained[name] = real.losses(trainer), load_file(tmp_path / name / "adapter_model.safetensors")
+    (theirs, their_file), (ours, our_file) = (trained[name] for name in real.LIBRARIES)
+    real.assert_same_losses(ours, theirs)
+    assert our_file.keys() == their_file.keys()
+    assert "base_model.model.classifier.weight" in our_file
+
+
 def test_gradient_checkpointing_and_label_smoothing(pieces, tmp_path):
     trained = {}
     for name in real.LIBRARIES:

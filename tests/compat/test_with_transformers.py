@@ -127,6 +127,35 @@ def test_a_saved_adapter_is_loaded_with_our_configuration(tmp_path, writer):
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
+def test_weights_are_swapped_in_place(tmp_path):
+    lib = real.library("lorica.compat.peft")
+    for name, seed in (("one", 3), ("two", 4)):
+        model = models.randomise(lib.get_peft_model(models.tiny_llama(), lib.LoraConfig(**FIELDS)), seed=seed)
+        model.save_pretrained(tmp_path / name)
+    loaded = models.tiny_llama()
+    config = lib.PeftConfig.from_pretrained(tmp_path / "one")
+    loaded.load_adapter(str(tmp_path / "one"), adapter_name="default", peft_config=config)
+    before = layers(loaded)
+    loaded.load_adapter(str(tmp_path / "two"), adapter_name="default", peft_config=config, hotswap=True)
+    assert layers(loaded) == before
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+def test_pipelines_write_the_same():
+    """A pipeline asks for the name of the class."""
+    from transformers import pipeline
+
+    written = {}
+    for name in real.LIBRARIES:
+        lib = real.library(name)
+        model = lib.get_peft_model(real.demo_model(), lib.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+        models.randomise(model, scale=0.05)
+        writer = pipeline("text-generation", model=model, tokenizer=real.tokenizer())
+        (row,) = real.demo_rows(1)
+        written[name] = writer(row["prompt"], max_new_tokens=12, do_sample=False)
+    assert written["lorica.compat.peft"] == written["peft"]
+
+
 def test_without_taking_over_a_path_is_loaded_by_peft(tmp_path):
     added("lorica.compat.peft").save_pretrained(tmp_path)
     loaded = models.tiny_llama()
