@@ -3,6 +3,7 @@
 from benchmarks.measures import training  # isort: skip  (the order of the tables)
 from benchmarks.measures import layers, lifecycle  # isort: skip
 from benchmarks.measures import combining, files, merging, rows  # isort: skip
+from benchmarks.measures import calibration  # isort: skip
 from benchmarks.measures import parallel  # isort: skip
 
-__all__ = ["combining", "files", "layers", "lifecycle", "merging", "parallel", "rows", "training"]
+__all__ = ["calibration", "combining", "files", "layers", "lifecycle", "merging", "parallel", "rows", "training"]

@@ -161,11 +161,12 @@ def test_a_pickle_is_never_read(field: str, legacy: bool, tmp_path: Path) -> Non
             return (path.with_name("ran").write_text, ("it ran",))
 
     torch.save({"x": Trap()}, path, _use_new_zipfile_serialization=not legacy)
+    if field == "lora_ga":
+        chosen, arguments = config("lora_ga"), {"cache_file": str(path)}
+    else:
+        chosen, arguments = config("corda", corda_config={field: str(path)}), {}
     with pytest.raises(CheckpointError, match=r"old.pt' is a pickle.*run code"):
-        if field == "lora_ga":
-            prepare(models.tiny_llama(), config("lora_ga"), cache_file=str(path))
-        else:
-            prepare(models.tiny_llama(), config("corda", corda_config={field: str(path)}))
+        prepare(models.tiny_llama(), chosen, **arguments)
     assert not path.with_name("ran").exists()
 
 
@@ -198,13 +199,14 @@ def test_embeddings_start_as_by_default_and_convolutions_are_refused(init: str) 
     getattr(lorica, "preprocess_corda" if init == "corda" else "preprocess_loraga")(base, chosen, step)
     model = lorica.get_peft_model(base, chosen)
     assert not factors(model)["base_model.model.emb.lora_embedding_A"].any()
-    conv = nn.Sequential(nn.Conv1d(4, 6, 3))
-    with pytest.raises(ConfigError, match=r"linear layers"):
-        if init == "corda":
-            lorica.preprocess_corda(conv, config(init, target_modules=["0"]), lambda: conv(models.floats(2, 4, 8)))
-        else:
-            lorica.preprocess_loraga(conv, config(init, target_modules=["0"]), lambda: None)
-        lorica.get_peft_model(conv, config(init, target_modules=["0"]))
+    conv, alone = nn.Sequential(nn.Conv1d(4, 6, 3)), config(init, target_modules=["0"])
+    if init == "corda":
+        lorica.preprocess_corda(conv, alone, lambda: conv(models.floats(2, 4, 8)))
+    else:
+        with pytest.raises(ConfigError, match="starts linear layers"):
+            lorica.preprocess_loraga(conv, alone, lambda: None)
+    with pytest.raises(ConfigError, match=r"0.*linear layers"):
+        lorica.get_peft_model(conv, alone)
 
 
 def test_a_layer_that_was_not_reached_is_named() -> None:
@@ -390,3 +392,47 @@ def test_a_quantised_base_is_not_quantised_again() -> None:
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     with pytest.raises(TargetError, match=r"0.*replace_lora_weights_loftq"):
         lorica.get_peft_model(nn.Sequential(layer.to("cpu")), config("loftq", target_modules=["0"]))
+
+
+def quantised() -> tuple[nn.Module, nn.Module]:
+    """Two linears in NF4 and what they compute, as plain ones."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    packed = nn.Sequential(
+        bitsandbytes.nn.Linear4bit(64, 128, quant_type="nf4", compute_dtype=torch.float32),
+        nn.Tanh(),
+        bitsandbytes.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.float32),
+    )
+    packed.load_state_dict(plain.state_dict())
+    packed = packed.to("cpu")
+    for index in (0, 2):
+        weight = packed[index].weight
+        plain[index].weight.data = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    return packed, plain
+
+
+@pytest.mark.filterwarnings("ignore:The adapter's start was taken out of 2 weight")
+@pytest.mark.parametrize("init", ["eva", *DATA])
+def test_quantised_bases_start_as_the_numbers_they_stand_for(init: str) -> None:
+    x, found = models.floats(40, 64), []
+    for base in quantised():
+        if init == "eva":
+            chosen = lorica.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights="eva", eva_config={"rho": 1.0})
+            model = lorica.get_peft_model(base, chosen)
+            lorica.initialize_lora_eva_weights(
+                model,
+                [x],
+                forward_fn=lambda model, x: model(x),
+                prepare_model_inputs_fn=None,
+                prepare_layer_inputs_fn=None,
+                show_progress_bar=False,
+            )
+        else:
+            chosen = config(init, target_modules=["0", "2"])
+            step = {"corda": lambda: base(x), "lora_ga": lambda: base(x).square().mean().backward()}[init]  # noqa: B023
+            (lorica.preprocess_corda if init == "corda" else lorica.preprocess_loraga)(base, chosen, step)
+            model = lorica.get_peft_model(base, chosen)
+        found.append(factors(model))
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], atol=1e-3 * float(found[1][name].abs().max() + 1e-9)), name

@@ -1,8 +1,8 @@
 """EVA's statistics: in which directions the inputs of each layer vary most (https://arxiv.org/abs/2410.07170).
 
 The second moments of the inputs are streamed, so every batch costs one product per distinct input, and the directions
-are worked out after 1, 2, 4, 8 … batches. They have settled when each is within ``tau`` (by cosine) of what it was half
-the batches ago; at the end of the data they are those of all of it.
+are worked out after 1, 2, 4, 8 … batches. They have settled when the last of these batches alone would have moved none
+of them by more than the cosine ``tau``; at the end of the data they are those of all of it.
 """
 
 from __future__ import annotations
@@ -69,14 +69,19 @@ class _Eva:
         self.everyone = everyone
         self._streams: dict[str, Stream] = {}
         self._directions: dict[str, Directions] = {}
+        self._features = {name: _features(target) for name, target in self.targets.items()}
+        self._most = {name: self._most_of(target) for name, target in self.targets.items()}
+        # Whoever else is given an input is not known yet: the most that any layer may ask for.
+        self._widest = max(self._most.values())
+        self._looked = 0
         self.watch = Watch(self.targets.values(), self._record, lambda target: id(self._function(target)))
 
     def _function(self, target: Target) -> LayerInputs:
         return self._layer_inputs.of(self.names[target.name])
 
-    def most(self, target: Target) -> int:
+    def _most_of(self, target: Target) -> int:
         """Return the largest rank that a layer can get."""
-        features = _features(target)
+        features = self._features[target.name]
         return features if self.options.rho > _ANY_RHO else min(round(target.spec.r * self.options.rho), features)
 
     def _record(self, target: Target, x: Tensor, y: Tensor) -> Tensor:
@@ -89,16 +94,19 @@ class _Eva:
             rows = pick((tokens,), self.model_input, self.names[target.name])
             rows = over_ranks.whole_features(rows, target.site)
             if target.name not in self._streams:
-                self._streams[target.name] = stream_for(_features(target), self._wanted(target), rows.device)
+                self._streams[target.name] = stream_for(self._features[target.name], self._wanted(target), rows.device)
             self._streams[target.name].add(rows)
         return y
 
     def _wanted(self, target: Target) -> int:
-        # Whoever else is given this input is not known yet: the most that any layer may ask for.
-        return min(max(map(self.most, self.targets.values())), _features(target))
+        return min(self._widest, self._features[target.name])
 
-    def look(self) -> bool:
-        """Work out the directions of what was seen so far; return whether all that are needed have settled."""
+    def look(self, seen: int) -> bool:
+        """Work out the directions of what was seen so far; return whether all that are needed have settled.
+
+        Args:
+            seen: how many batches that was.
+        """
         before, self._directions = self._directions, {}
         unseen = [name for name in self.targets if self.watch.leader.get(name) not in self._streams]
         if unseen:
@@ -109,16 +117,21 @@ class _Eva:
             self._directions[name] = stream.directions(self._wanted(target), name, groups)
         claims = {name: self._claim(target) for name, target in self.targets.items()}
         self.ranks = shared_out(over_ranks.told(claims, everyone=self.everyone))
-        self.settled = {name: self._has_settled(name, before) for name in self.targets}
+        # Directions move by the root of 1/m - 1/n from m batches to n. tau speaks of a step from n - 1 to n.
+        steps = (seen - self._looked) * (seen - 1) / max(1, self._looked)
+        self.settled = {
+            name: self._has_settled(name, before, 1 - (1 - self.options.tau) * steps) for name in self.targets
+        }
+        self._looked = seen
         return all(self.settled.values())
 
     def _claim(self, target: Target) -> Claim:
         leader = self.watch.leader[target.name]
         squares, _, total, _ = self._directions[leader]
         explained = (squares.double() / max(total, torch.finfo(torch.float32).tiny)).tolist()
-        return Claim(target.spec.r, self.most(target), leader, explained, len(target.op.parts(target.base)) or 1)
+        return Claim(target.spec.r, self._most[target.name], leader, explained, len(target.op.parts(target.base)) or 1)
 
-    def _has_settled(self, name: str, before: Mapping[str, Directions]) -> bool:
+    def _has_settled(self, name: str, before: Mapping[str, Directions], least: float) -> bool:
         leader = self.watch.leader[name]
         if leader not in before:
             return False
@@ -126,7 +139,7 @@ class _Eva:
         old, new = before[leader].vectors[:needed], self._directions[leader].vectors[:needed]
         if len(old) < len(new):
             return False
-        return bool(((old * new).sum(1) >= self.options.tau).all())
+        return bool(((old * new).sum(1) >= least).all())
 
     def result(self) -> dict[str, Tensor]:
         """Return the rows that A starts with, ``[rank, in]``, by the layers' names in the model."""
@@ -237,7 +250,7 @@ def _run(
         seen += 1
         if seen == max(1, 2 * looked):
             looked = seen
-            all_settled = over_ranks.every(eva.look(), everyone=everyone)
+            all_settled = over_ranks.every(eva.look(seen), everyone=everyone)
             bar.set_description(f"{sum(eva.settled.values())}/{len(eva.settled)} layers have converged")
             if all_settled:
                 return
@@ -245,7 +258,7 @@ def _run(
     if not seen:
         raise ConfigError("dataloader is empty")
     if looked < seen:
-        eva.look()
+        eva.look(seen)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from lorica.lowrank import sketched_svd
 #: Up to so many features the matrix is kept whole: 64 MiB in float32.
 WHOLE_UP_TO = 4096
 #: Up to so many features it is decomposed exactly, in float64.
-EXACT_UP_TO = 512
+EXACT_UP_TO = 128
 #: Rows of a sketch, and how many times the wanted directions it has at least.
 SKETCH_ROWS, SKETCH_TIMES = 256, 8
 #: Rounds of the subspace iteration on a moment matrix, whose values are squares already.
