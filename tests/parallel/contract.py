@@ -116,6 +116,7 @@ def cases(division: str = "native tp2 sp", subject: str = "llama") -> dict[str, 
         "a2a": Case({"a2a_experimental": True}, collectives=True, within="native sp"),
         # fully_shard gathers what it stores of a module again where the module's own output requires a gradient.
         "tokens": Case({"trainable_token_indices": [37, 5, 20, 3]}, collectives=set(division.split()) >= SHARDED_ENDS),
+        "tokens at the start": Case({"trainable_token_indices": [37, 5, 20, 3], "init_lora_weights": True}, start=True),
         "replicated layers": Case({"layer_replication": [(0, 2), (1, 2)]}, within="tp2, before"),
         "shared experts": Case({"share_expert_adapters": True}),
         "mica": Case({"init_lora_weights": "mica"}),

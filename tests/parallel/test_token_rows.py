@@ -51,6 +51,9 @@ def keeps(division: str, which: str, folder: str) -> None:
     oracle = contract.adapt(subject.build(), config_of(subject, case))
     contract.check_all(place, case, oracle, place.division.cut(subject, str(place.folder / "base")))
     dist.barrier()
+    started = Case({**fields, "init_lora_weights": True}, start=True)
+    oracle = contract.adapt(subject.build(), config_of(subject, started))
+    contract.check_start(place, started, oracle, place.division.cut(subject, str(place.folder / "base")))
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
