@@ -324,6 +324,33 @@ def test_sglang_has_no_room_for_a_router_nor_for_matrices(tmp_path: Path):
     gpt2.export("vllm")
 
 
+def test_experts_that_do_not_say_how_they_lie(tmp_path: Path):
+    """Llama 4 multiplies ``[E, in, out]`` and does not say so: which dimension A belongs to is a guess."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=8,
+        intermediate_size_mlp=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    parameters = ["feed_forward.experts.down_proj"]
+    case = Case(tmp_path, Llama4ForCausalLM(config), target_modules=[], target_parameters=parameters)
+    for target in ("vllm", "sglang"):
+        with pytest.raises(ExportError, match=r"Llama4TextExperts does not say how its experts' weights lie"):
+            case.export(target)
+
+
 def test_what_is_asked_wrongly(tmp_path: Path):
     case = Case(tmp_path, models.tiny_llama(), target_modules=["q_proj"])
     for options, reason in (

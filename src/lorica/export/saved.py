@@ -211,6 +211,11 @@ def weight_problems(saved: Saved, target: str) -> list[str]:
             found.append(f"{weight.module}: {target} adapts no layer of the kind {type(weight.owner).__name__}")
         elif weight.op.kind == "ParamWrapper" and not weight.experts:
             found.append(f"{weight.name}: {target} adapts no bare matrices, only linear layers and stacks of experts")
+        elif weight.experts and not hasattr(weight.owner, "is_transposed"):
+            found.append(
+                f"{weight.name}: {type(weight.owner).__name__} does not say how its experts' weights lie, so their "
+                f"factors cannot be given to {target}"
+            )
     return found
 
 
