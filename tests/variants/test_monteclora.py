@@ -70,15 +70,20 @@ def test_the_noise_has_the_stated_moments() -> None:
     assert float((noise.mean((0, 2)) / found.sqrt()).abs().max()) < 0.02
 
 
-def test_one_draw_a_layer_from_the_default_generator() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+def test_a_seed_governs_and_training_compiles() -> None:
     op = OPS[0]
-    model = adapt(op, **noisy()).train()
-    torch.manual_seed(4)
-    seen(model)
-    after = torch.get_rng_state()
-    torch.manual_seed(4)
-    torch.randint(0, 2**62, ())
-    assert torch.equal(torch.get_rng_state(), after)
+    model = randomise(adapt(op, **noisy())).train()
+    torch.compiler.reset()
+    outs = []
+    for forward in (model, model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(4)
+        outs.append(forward(op.inputs()))
+    assert torch.equal(outs[0], outs[1])
+    assert outs[2].shape == outs[0].shape
+    assert bool(outs[2].isfinite().all())
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

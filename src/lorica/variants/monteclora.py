@@ -50,9 +50,9 @@ class Sample:
 class Monteclora(Variant):
     """Noise on A, the same for all tokens of a forward; every pair (expert, fused projection) has its own.
 
-    Each layer takes one draw from torch's default generator in a forward, so that activation checkpointing draws it
-    again. Ranks that share a batch draw the same, but for what is theirs alone of A; ranks with batches of their own
-    draw apart.
+    On one process it is drawn from torch's default generator. A layer that lies over ranks takes one draw from it in a
+    forward (so that activation checkpointing draws again what it drew), to seed generators of its own: ranks that share
+    a batch draw the same, but for what is theirs alone of A; ranks with batches of their own draw apart.
     """
 
     random = True
@@ -103,11 +103,13 @@ def draws(layer: Hosting, a_LRI: Tensor, options: MontecloraConfig) -> tuple[Ten
         Normal noise ``[samples, L, r, in]``; the diagonal of a Wishart matrix of ``r`` degrees of freedom, ``[L, r]``,
         which is ``r`` independent χ² values; normal ``[L, samples]``.
     """
-    seed, device = int(torch.randint(0, 2**62, (), dtype=torch.int64)), a_LRI.device
-    own, common = (
-        torch.Generator(device).manual_seed(mixed(seed + shift, layer.site, roles))
-        for shift, roles in ((0, ("in", "expert")), (1, ("expert",)))
-    )
+    device, own, common = a_LRI.device, None, None
+    if layer.site is not None:
+        seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+        own, common = (
+            torch.Generator(device).manual_seed(mixed(seed + shift, layer.site, roles))
+            for shift, roles in ((0, ("in", "expert")), (1, ("expert",)))
+        )
     pairs, r, _ = a_LRI.shape
     noise = torch.randn((options.num_samples, *a_LRI.shape), generator=own, device=device, dtype=a_LRI.dtype)
     chance = torch.randn((pairs, r, r), generator=common, device=device, dtype=a_LRI.dtype).square().sum(-1)
