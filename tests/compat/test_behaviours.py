@@ -13,15 +13,13 @@ pytest.importorskip("peft", reason="the comparison is with peft")
 
 import real
 import scenarios
+import scenarios_of_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NAMES = [
-    name
-    for name, value in vars(scenarios).items()
-    if inspect.isfunction(value) and "lib" in inspect.signature(value).parameters
-]
-NAMES = [name for name in NAMES if not name.startswith("_")]
+FOUND = {**vars(scenarios), **vars(scenarios_of_state)}
+FUNCTIONS = {name: value for name, value in FOUND.items() if inspect.isfunction(value) and name[0] != "_"}
+NAMES = [name for name, value in FUNCTIONS.items() if "lib" in inspect.signature(value).parameters]
 
 
 def assert_same(ours: Any, theirs: Any, where: str = "result") -> None:
@@ -46,7 +44,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "result") -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_import_changes_nothing(name, tmp_path, capsys):
-    scenario = getattr(scenarios, name)
+    scenario = FUNCTIONS[name]
     found = {}
     for library in real.LIBRARIES:
         torch.manual_seed(0)
