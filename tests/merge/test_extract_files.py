@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from saved import load_base, save_base
+from test_memory import MIB, peak, write_base
 from torch import Tensor, nn
 
 from lorica import PeftModel
@@ -210,3 +211,26 @@ def test_a_real_model(tmp_path: Path):
         assert set(before) == set(found)
         errors.append(sum(change.error for change in changes))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_is_that_of_one_parameter(tmp_path: Path):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 1000, "num_attention_heads": 4}
+    config = LlamaConfig(num_hidden_layers=6, num_key_value_heads=4, dtype="bfloat16", **sizes)
+    total, largest = write_base(tmp_path / "base", config)
+    write_base(tmp_path / "tuned", config)
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            tensor[: len(tensor) // 2] += 1
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    del tensors
+    for directory in ("first", "again"):  # the first loads what torch loads when it first computes
+        before = peak(reset=True)
+        changes = extract_files(tmp_path / "base", tmp_path / "tuned", tmp_path / directory, wanted=Wanted(rank=1))
+    assert all(change.explained > 1 - 1e-5 for change in changes)
+    allowed = 6 * largest + 8 * MIB  # two of float32, one as it is stored, and what Python and the file system take
+    assert 2 * total > 5 * allowed
+    assert peak() - before < allowed

@@ -9,6 +9,7 @@ from typing import Any
 import contract
 import pytest
 import ranks
+import test_fused
 import torch
 import torch.distributed as dist
 from divisions import DIVISIONS
@@ -269,3 +270,35 @@ def refused_on_all(folder: str) -> str:
 def test_a_refusal_is_one_on_every_rank(tmp_path: Path) -> None:
     first, second = ranks.run(2, refused_on_all, str(tmp_path))
     assert first == second
+
+
+def of_parts(order: str) -> None:
+    """Adapters on different projections of one fused layer, with copies of key/value heads on neighbouring ranks."""
+    fields = {"r": 3, "init_lora_weights": False}
+    first, second = ["q_proj", "o_proj"], ["v_proj", "o_proj"]
+    oracle: Any = lorica.get_peft_model(test_fused.whole(), lorica.LoraConfig(target_modules=first, **fields))
+    oracle.add_adapter("second", lorica.LoraConfig(target_modules=second, lora_alpha=5, **fields))
+    cut = test_fused.Cut(test_fused.whole(), fused=True, order=order)
+    model: Any = lorica.get_peft_model(cut, lorica.LoraConfig(target_modules=first, **fields))
+    model.add_adapter("second", lorica.LoraConfig(target_modules=second, lora_alpha=5, **fields))
+    fused = next(layer for layer in lora_layers(model) if layer.op.parts(layer.base_layer))
+    for adapter in NAMES:
+        tensors = {
+            name.replace(".q", ".qkv.q").replace(".v_", ".qkv.v_"): t for name, t in wholes(oracle, adapter).items()
+        }
+        lorica.set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    for kind in ("svd", "cat", "ties"):
+        for one in (oracle, model):
+            one.add_weighted_adapter(NAMES, WEIGHTS, kind, **CASES[kind])
+        found = {name.replace(".qkv.", "."): tensor for name, tensor in wholes(model, kind).items()}
+        same(found, wholes(oracle, kind), kind)
+        # k_proj is nobody's: its pair is zero, so that training leaves it so.
+        place = [name for name, _, _ in fused.op.parts(fused.base_layer)].index("k_proj")
+        rank = fused.specs[kind].r
+        assert not fused.factors(kind).a[place * rank : (place + 1) * rank].any()
+        assert fused.specs[kind].parts == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize("order", ["strided", "neighbours"])
+def test_parts_of_a_fused_layer_are_combined_as_if_apart(order: str) -> None:
+    ranks.run(4, of_parts, order)

@@ -94,7 +94,9 @@ def combined(layer: LoraLayer, recipe: Recipe) -> Factors:
     weighted = zip(recipe.adapters, recipe.weights, strict=True)
     taken = [_taken(layer, recipe, name, weight) for name, weight in weighted if name in layer.specs]
     found = []
-    for shares in zip(*taken, strict=True):
+    for of_unit in zip(*taken, strict=True):
+        # As if fused projections stood alone: an adapter that is on others of them has no part here.
+        shares = [share for share in of_unit if share.unit.adapted] or of_unit[:1]
         generator = target_generator(recipe.seed, shares[0].unit.name)
         unit = _combine(layer, shares, recipe, generator)
         if recipe.bias:

@@ -36,6 +36,7 @@ from lorica.targets.plan import Target
 
 ADAPTER = "default"
 _PREFIX = "base_model.model."
+_CHUNK = 128 * 1024
 #: The report that is written beside an extracted adapter.
 REPORT = "extraction.json"
 
@@ -261,7 +262,9 @@ def _look_at(
 
 
 def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    """Return the Frobenius norm, summed in float64 without a copy in it."""
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(values.flatten(), _CHUNK)]
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
 
 
 def matrix_of(op: Op, weight: Tensor) -> Tensor:
