@@ -257,7 +257,7 @@ def test_dora_with_dropout_keeps_no_plain_weight_for_the_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs("bitsandbytes nf4")).sum().backward()
+        model(inputs("bitsandbytes nf4").requires_grad_()).sum().backward()
     assert sizes
     assert max(sizes) < layers.OUT * layers.IN
 
@@ -312,6 +312,18 @@ def test_the_broken_are_found_before_the_weight_is_touched() -> None:
     with pytest.raises(AdapterError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight.data, bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merged_layer_computes_in_the_dtype_it_had(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = layers.bnb4(layers.dense(dtype=dtype))
+    model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with pytest.warns(UserWarning, match="nf4"):
+        merged = model.merge_and_unload()
+    assert merged[0].weight.quant_state.dtype == dtype
+    assert torch.equal(packed(merged[0]).dequantize(), packed(merged[0]).dequantize().to(dtype).float())
 
 
 def test_eight_bits_beyond_float16() -> None:
