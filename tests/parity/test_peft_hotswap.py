@@ -48,7 +48,7 @@ def test_outputs_are_pefts(fields, prepared, tmp_path):
 
 
 def test_ranks_of_single_layers_scale_as_in_a_model_that_loads_the_adapter(tmp_path):
-    """PEFT looks for ``rank_pattern`` at the end of a tensor's name, where it never is, and takes the scale of ``r``."""
+    """PEFT looks for ``rank_pattern`` at the end of a tensor's name, where it never is, and scales by ``r``."""
     first, second = saved(tmp_path / "0", r=4), saved(tmp_path / "1", r=3, rank_pattern={"v_proj": 8})
     batch = models.ids(2, 7)
     with quiet():

@@ -133,3 +133,18 @@ def test_ensuring_ties_that_are_not_there_says_so():
         words = " ".join(str(warning.message) for warning in said)
         assert "the model does not have tied weights" in words
         assert "no tied modules were found" in words
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_base_models_tensors_keep_their_names(tied):
+    from lorica.compat.peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
+
+    theirs, ours = adapted(tied, trainable_token_indices=[3])
+    found = get_base_model_state_dict(ours)
+    assert (
+        found.keys()
+        == peft.get_base_model_state_dict(theirs).keys()
+        == models.tiny_llama(tied=tied).state_dict().keys()
+    )
+    set_base_model_state_dict(ours, {name: tensor + 1 for name, tensor in found.items()})
+    assert torch.equal(ours.get_base_model().model.norm.weight, torch.full((16,), 2.0))

@@ -14,7 +14,7 @@ from lorica.adapt.inject import adapter_modules, base_of
 from lorica.checkpoint.loading import set_peft_model_state_dict
 from lorica.checkpoint.reading import find_weights, map_keys
 from lorica.checkpoint.saving import get_peft_model_state_dict
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, TrainableTokensWrapper
 
 
 class IncompatibleKeys(NamedTuple):
@@ -82,7 +82,12 @@ def set_base_model_state_dict(
 
 def _names(base: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
     """Return, for each tensor of the base model, its name without adapters → its live name."""
-    inner = {name: "base_layer" if isinstance(m, LoraLayer) else "original_module" for name, m in adapter_modules(base)}
+    inner: dict[str, str] = {}
+    for name, module in adapter_modules(base):
+        if isinstance(module, TrainableTokensWrapper):
+            inner |= {name: "token_adapter", f"{name}.token_adapter": "base_layer"}
+        else:
+            inner[name] = "base_layer" if isinstance(module, LoraLayer) else "original_module"
     found = {}
     for live in state:
         plain = _plain(live, inner)
