@@ -88,5 +88,5 @@ class Beside(Linear):
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """Refused."""
         raise TargetError(
-            f"the delta of a {type(base).__name__} cannot be added to its weight: A sees the input before it is normalised"
+            f"the delta of a {type(base).__name__} has no place in its weight: A sees the input before it is normalised"
         )
