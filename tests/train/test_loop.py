@@ -26,9 +26,12 @@ def documents(count: int) -> list[Example]:
     return found
 
 
-def trainer(rows: list[Example], *, batch: int, accumulation: int, **settings: Any) -> loop.Trainer:
+def trainer(
+    rows: list[Example], *, batch: int, accumulation: int, adapter: dict[str, Any] | None = None, **settings: Any
+) -> loop.Trainer:
     torch.manual_seed(0)
-    config = lorica.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    fields = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **(adapter or {})}
+    config = lorica.LoraConfig(task_type="CAUSAL_LM", **fields)
     model = lorica.get_peft_model(runs.llama(), config)
     chosen = recipe.TrainingSection(
         batch_size=batch, gradient_accumulation=accumulation, schedule="constant", warmup_steps=0, **settings
@@ -53,6 +56,23 @@ def test_accumulated_batches_make_the_same_step_as_one_large_batch() -> None:
         assert float(first.norm) == pytest.approx(float(second.norm), rel=1e-5)
     for name, expected in factors(one).items():
         torch.testing.assert_close(factors(four)[name], expected, rtol=0, atol=1e-6)
+
+
+def test_the_loss_of_a_variant_counts_once_in_a_step() -> None:
+    """However many batches are accumulated: with nothing to learn the step is that of the penalty alone."""
+    rows, kasa = documents(8), {"kasa_config": {"beta": 0.5, "gamma": 0.5}}
+    rows = [Example(row.ids, torch.full_like(row.labels, IGNORE)) for row in rows]
+    settings = {"learning_rate": 1e-3, "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1e9}
+    one, four = (trainer(rows, batch=b, accumulation=a, adapter=kasa, **settings) for b, a in ((4, 1), (1, 4)))
+    penalty = one.live.model._get_kasa_loss()
+    penalty.backward()
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in one.live.model.parameters() if p.grad is not None])
+    one.live.model.zero_grad()
+    for run in (one, four):
+        step = run.step()
+        assert float(step.loss) == 0
+        assert float(step.norm) == pytest.approx(float(wanted), rel=1e-5)
+        assert float(run.live.model._get_kasa_loss().detach()) < float(penalty.detach())
 
 
 def test_the_loss_is_the_mean_over_all_learned_tokens() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorica import parallel
-from lorica.errors import LoricaError
+from lorica.errors import LayoutError, LoricaError
 from lorica.train import evaluate, layouts
 from lorica.train.collate import Batch
 from lorica.train.data import Example
@@ -23,6 +23,8 @@ from lorica.train.pipeline import Pipelines
 from lorica.train.ranks import Ranks
 from lorica.train.recipe import TrainingSection
 from lorica.train.state import Live, Progress
+from lorica.variants import variant_of
+from lorica.variants.losses import WITH_LOSS
 
 
 class DivergedError(LoricaError):
@@ -67,6 +69,13 @@ class Trainer:
         self._device = next(self.live.model.parameters()).device
         stages = layouts.stages(self.live.model)
         self._pipelines = Pipelines(self.live.model, stages, self.pad_id) if stages is not None else None
+        if self._pipelines is not None:
+            adapters = getattr(self.live.model, "peft_config", {})
+            found = [name for config in adapters.values() if (name := variant_of(config)) in WITH_LOSS]
+            if found:
+                raise LayoutError(
+                    f"{found[0]}: its loss is summed over all layers, and a pipeline stage has only its own"
+                )
 
     def step(self) -> Step:
         """One optimiser step, over ``gradient_accumulation`` batches."""
@@ -91,9 +100,15 @@ class Trainer:
         for batch in batches:
             with self._autocast():
                 summed, _ = evaluate.token_losses(self.live.model, batch)
-            torch.autograd.backward(summed * shares / learned)
+            torch.autograd.backward(summed * shares / learned + self._added() / len(batches))
             total += summed.detach()
         return total
+
+    def _added(self) -> Tensor | float:
+        """The loss that the adapter's variant adds to the task's: 0 for most. It is no part of what is reported."""
+        model: Any = self.live.model
+        added: Tensor | float = model._get_kasa_loss() + model._get_monteclora_loss()
+        return added
 
     def evaluate(self, stop: Callable[[], bool]) -> float:
         """The held-out loss; NaN if asked to stop meanwhile."""

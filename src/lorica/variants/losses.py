@@ -48,6 +48,8 @@ def monteclora_loss(layers: Iterable[Hosting], adapters: Iterable[str]) -> Tenso
 
 
 _MONTE = "monteclora_config"
+#: Variants that add a loss.
+WITH_LOSS = ("kasa_config", _MONTE)
 
 
 def _having(layers: Iterable[Hosting], adapters: Iterable[str], variant: str) -> Iterator[tuple[Hosting, str]]:
