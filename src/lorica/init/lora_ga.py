@@ -65,7 +65,7 @@ def _scaled(a: Tensor, b: Tensor, s_b: Tensor, request: InitRequest) -> tuple[Te
     if options.scale == "stable":
         return a, b * (request.shape_b[0] ** 0.25 / options.stable_gamma**0.5)
     if options.scale == "weight_svd":
-        return a, b * (_largest(request) / s_b[0]) if s_b[0] > 0 else b
+        return a, b * (_largest(request).to(s_b) / s_b[0]) if s_b[0] > 0 else b
     if options.scale == "gd_scale":
         return a / request.scaling, b / request.scaling
     return a, b
