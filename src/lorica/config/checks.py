@@ -18,9 +18,6 @@ from lorica.init import INITS, find
 if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
 
-#: Initialisations that PEFT has and this version does not.
-LATER_INITS: tuple[str, ...] = ()
-
 #: Fields that turn a variant on.
 VARIANT_FIELDS = (
     *("use_dora", "kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config"),
@@ -57,12 +54,6 @@ def _refuse_later_fields(config: LoraConfig) -> None:
             raise NotImplementedError(
                 f"LoraConfig.{name}={value!r} is not implemented in this version of lorica; leave the field out"
             )
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(LATER_INITS):
-        raise NotImplementedError(
-            f"LoraConfig.init_lora_weights={init!r} is not implemented in this version of lorica; "
-            f"use True, False or one of {sorted(_known_inits())}"
-        )
 
 
 def _known_inits() -> list[str]:
@@ -111,7 +102,7 @@ def _check_flags(config: LoraConfig) -> None:
 def _check_init(config: LoraConfig) -> None:
     init = config.init_lora_weights
     _need(isinstance(init, bool | str), "init_lora_weights", init, "True, False or a name")
-    if isinstance(init, str) and not init.lower().startswith(LATER_INITS):
+    if isinstance(init, str):
         known = _known_inits()
         if find(init) is None:
             raise ConfigError(f"Unknown initialization {init!r}.{suggest(init, known)} Known: {known}")

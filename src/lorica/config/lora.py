@@ -81,8 +81,8 @@ class LoraConfig(PeftConfig):
         default=True,
         metadata=_help(
             "How the factors start. True: A Kaiming-uniform, B zero. False: both random. Or one of 'gaussian', "
-            "'orthogonal', 'xavier', 'kaiming', 'normal', and, from the base weight: 'pissa', 'pissa_niter_N', 'olora', "
-            "'loftq'; from data: 'eva', 'corda', 'lora_ga'."
+            "'orthogonal', 'xavier', 'kaiming', 'normal'; from the base weight 'pissa', 'pissa_niter_N', 'olora', "
+            "'mica', 'loftq'; from data 'eva', 'corda', 'lora_ga'."
         ),
     )
     layers_to_transform: list[int] | int | None = field(

@@ -66,7 +66,7 @@ class Native(nn.Module):
 
     def site(self, layout: Layout, axes: Mapping[str, Axis]) -> Site:
         """Return where this layer lies, given what is known of it from outside: its layout and all axes."""
-        # The product leaves the bias to be added after the sum of a layer that is cut by its inputs, be it for one rank.
+        # The product leaves the bias to be added after the sum of a layer cut by its inputs, be it for one rank.
         bias = 1.0 if layout.cut_of("in") is None else 0.0
         across = None
         if getattr(self, "sequence_parallel_enabled", False):
