@@ -10,6 +10,7 @@ import torch
 
 import lorica
 import runs
+from lorica.errors import LayoutError
 from lorica.train import collate, evaluate, job, loop, metrics, optim, recipe, state
 from lorica.train.collate import Batches, Collator
 from lorica.train.data import IGNORE, Example
@@ -73,6 +74,14 @@ def test_the_loss_of_a_variant_counts_once_in_a_step() -> None:
         assert float(step.loss) == 0
         assert float(step.norm) == pytest.approx(float(wanted), rel=1e-5)
         assert float(run.live.model._get_kasa_loss().detach()) < float(penalty.detach())
+
+
+def test_stages_of_a_pipeline_cannot_add_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.layouts, "stages", lambda model: "some")
+    monkeypatch.setattr(loop, "Pipelines", lambda *given: given)
+    with pytest.raises(LayoutError, match="kasa_config"):
+        trainer(documents(1), batch=1, accumulation=1, adapter={"kasa_config": {}})
+    trainer(documents(1), batch=1, accumulation=1)
 
 
 def test_the_loss_is_the_mean_over_all_learned_tokens() -> None:
