@@ -123,6 +123,13 @@ class LoraSection(_Section):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layer_replication: list[tuple[int, int]] | None = None
     use_dora: bool = False
+    kasa_config: dict[str, Any] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    use_qalora: bool = False
+    qalora_group_size: _Count = 16
+    velora_config: dict[str, Any] | None = None
+    monteclora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
     lora_dtype: str | None = None
     share_expert_adapters: bool = False
     normalize_moe_lora: bool = False
