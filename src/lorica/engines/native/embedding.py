@@ -71,7 +71,7 @@ class ParallelEmbedding(Native, nn.Embedding):
             raise LayoutError(f"{length} rows or features do not reach all of {cut.size} ranks")
         self.num_embeddings, self.embedding_dim = local
         self.start_index = 0 if shard_across_embedding else cut.held[self.axis.rank][0][0]
-        self.padding_idx = self._local_padding(padding_idx)
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.shard_across_embedding = shard_across_embedding
         self.sequence_parallel_enabled = sequence_parallel_enabled
@@ -79,10 +79,10 @@ class ParallelEmbedding(Native, nn.Embedding):
         self.weight = nn.Parameter(torch.empty(local, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def _local_padding(self, padding_idx: int | None) -> int | None:
-        if padding_idx is None:
-            return None
-        place = padding_idx % self.vocabulary_size - self.start_index
+    @property
+    def _padding(self) -> int | None:
+        """The row of this rank's weight that is the padding token's."""
+        place = -1 if self.padding_idx is None else self.padding_idx - self.start_index
         return place if 0 <= place < self.num_embeddings else None
 
     def reset_parameters(self) -> None:
@@ -91,9 +91,9 @@ class ParallelEmbedding(Native, nn.Embedding):
             return
         whole = torch.empty(self.vocabulary_size, self.width, device=self.weight.device, dtype=self.weight.dtype)
         self.load_logical("weight", nn.init.normal_(whole))
-        if self.padding_idx is not None:
+        if self._padding is not None:
             with torch.no_grad():
-                self.weight[self.padding_idx] = 0
+                self.weight[self._padding] = 0
 
     @classmethod
     def from_embedding(cls, module: nn.Embedding, axis: AxisLike, **options: Any) -> Self:
@@ -135,7 +135,7 @@ class ParallelEmbedding(Native, nn.Embedding):
         """Return the rows (or their features) that this rank has for the ids ``x``; zeros for what it has not."""
         place = x if self.shard_across_embedding else x - self.start_index
         elsewhere = (place < 0) | (place >= self.num_embeddings)
-        rows = F.embedding(place.masked_fill(elsewhere, 0), self.weight, self.padding_idx, sparse=self.sparse)
+        rows = F.embedding(place.masked_fill(elsewhere, 0), self.weight, self._padding, sparse=self.sparse)
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0)
         scale = getattr(self, "embed_scale", None)
         return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
