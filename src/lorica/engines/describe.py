@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorica.engines import fsdp
 from lorica.engines.dtensor import cuts_of
-from lorica.engines.kinds import is_distributed
+from lorica.engines.kinds import is_distributed, is_fully_sharded
 from lorica.engines.site import Axis, Site, opening_of
 from lorica.engines.stages import STAGES, axis_of_stages
 from lorica.layout import Cut, Layout, Roles
@@ -64,7 +64,8 @@ class Engines:
         if not self.axes:
             return None
         layout, axes = self._layout(weight, roles, module, name), self._axes_of(weight)
-        wrapped = layout.cuts or getattr(module, "_is_hooked", False)
+        # A layer that is a fully-sharded unit by itself has its bias whole inside its forward only.
+        wrapped = layout.cuts or getattr(module, "_is_hooked", False) or is_fully_sharded(module)
         # A product of distributed tensors adds this rank's equal share of the bias to its partial sum.
         return Site(layout, axes, opening_of(module) if wrapped else None, bias=1 / layout.shares())
 
