@@ -93,7 +93,7 @@ def test_llama(fields: dict) -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize(("build", "fields"), OTHERS, ids=str)
+@pytest.mark.parametrize(("build", "fields"), OTHERS, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
 def test_other_models(build, fields: dict) -> None:
     theirs, ours = both(build, fields)

@@ -94,7 +94,7 @@ def test_on_experts(fields: dict, shared: bool, tmp_path) -> None:
 GROUPED = [(op, group) for op in LAYERS for group in (1, 2, 3) if "embedding" not in op.name and "1x1" not in op.name]
 
 
-@pytest.mark.parametrize(("op", "group"), GROUPED, ids=str)
+@pytest.mark.parametrize(("op", "group"), GROUPED, ids=lambda value: getattr(value, "name", str(value)))
 def test_features_of_a_group_share_a_column(op: Op, group: int) -> None:
     fields = {"use_qalora": True, "qalora_group_size": group, "r": 3}
     plain = layer_of(adapt(op, r=3)).factors("default").a
