@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from contract import CHANGING, EXAMPLES
+from contract_cases import CHANGING, EXAMPLES
 from layers import Layer
 from torch import Tensor, nn
 

@@ -6,6 +6,7 @@ import functools
 import warnings
 
 import contract
+import contract_cases
 from divisions import DIVISIONS
 from subjects import SUBJECTS
 from torch import nn
@@ -18,20 +19,20 @@ def _can_be_had(subject: str, name: str) -> str:
     """Empty, or why a family of models cannot have a case."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        case = contract.cases(_widest(name), subject).get(name)
+        case = contract_cases.cases(_widest(name), subject).get(name)
         found = None if case is None else contract.adapted(SUBJECTS[subject], case)
     return "" if found is None or isinstance(found, nn.Module) else str(found).partition(": ")[2]
 
 
 def _widest(name: str) -> str:
     """A division that tries a case."""
-    return next(division for division in DIVISIONS if name in contract.cases(division))
+    return next(division for division in DIVISIONS if name in contract_cases.cases(division))
 
 
 def names() -> list[str]:
     """Every case but the starts, which are counted."""
-    every = {name for division in DIVISIONS for name in contract.cases(division)}
-    known = [name for division in DIVISIONS for name in contract.cases(division)]
+    every = {name for division in DIVISIONS for name in contract_cases.cases(division)}
+    known = [name for division in DIVISIONS for name in contract_cases.cases(division)]
     return [name for name in dict.fromkeys(known) if name in every and not name.startswith("init ")]
 
 
@@ -39,7 +40,7 @@ def cell(division: str, name: str) -> Cell:
     """Whether the contract tries a case on a layout, on a family that can have it; and if not, why."""
     reasons = []
     for subject in DIVISIONS[division].subjects:
-        if name not in contract.cases(division, subject):
+        if name not in contract_cases.cases(division, subject):
             reasons.append(_left_out(division, name))
         elif not (why := _can_be_had(subject, name)):
             return True, ""
@@ -50,8 +51,8 @@ def cell(division: str, name: str) -> Cell:
 
 def _left_out(division: str, name: str) -> str:
     field = name.removeprefix("variant ")
-    if field in contract.NOT_IN and contract.NOT_IN[field][0] in division:
-        return contract.NOT_IN[field][1]
+    if field in contract_cases.NOT_IN and contract_cases.NOT_IN[field][0] in division:
+        return contract_cases.NOT_IN[field][1]
     if DIVISIONS[division].brief:
         return "only variants are tried: a layout of fewer ranks says the rest"
     return "has a meaning or a way of its own in some layouts only, where it is tried"
@@ -59,5 +60,5 @@ def _left_out(division: str, name: str) -> str:
 
 def starts(division: str) -> int:
     """How many initialisations the contract tries on a layout."""
-    tried = {name for subject in DIVISIONS[division].subjects for name in contract.cases(division, subject)}
+    tried = {name for subject in DIVISIONS[division].subjects for name in contract_cases.cases(division, subject)}
     return sum(name.startswith("init ") for name in tried)

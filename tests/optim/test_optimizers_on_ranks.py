@@ -10,7 +10,8 @@ import divisions
 import pytest
 import ranks
 import torch
-from contract import Case, Place, check_replicas, compare, config_of, entries, wholes
+from contract import Place, check_replicas, compare, config_of, entries, wholes
+from contract_cases import Case
 from subjects import SUBJECTS, batch, logits_of, loss_of
 from torch import nn
 

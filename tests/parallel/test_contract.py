@@ -1,8 +1,8 @@
 """The contract: every initialisation, variant and base layer on every layout, by registration alone.
 
-``subjects.py`` has the models, ``divisions.py`` the ways of cutting them, ``contract.py`` the cases (taken from the
-registries of ``src``) and what is checked. What is registered and appears nowhere fails here; what cannot appear says
-why in :data:`NOWHERE`.
+``subjects.py`` has the models, ``divisions.py`` the ways of cutting them, ``contract_cases.py`` the adapters (taken from
+the registries of ``src``) and ``contract.py`` what is checked. What is registered and appears nowhere fails here; what
+cannot appear says why in :data:`NOWHERE`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import contract
+import contract_cases
 import pytest
 import ranks
 import torch
@@ -46,7 +47,7 @@ def test_the_contract(division: str, subject: str, tmp_path: Path, request: pyte
     words = request.config.getoption("--cases")
     left = [
         name
-        for name in contract.cases(division, subject)
+        for name in contract_cases.cases(division, subject)
         if not words or any(word.strip() in name for word in words.split(","))
     ]
     failures = []
@@ -63,10 +64,10 @@ def test_the_contract(division: str, subject: str, tmp_path: Path, request: pyte
     assert not failures, "\n\n".join(failures)
 
 
-@pytest.mark.parametrize("name", list(contract.cases()))
+@pytest.mark.parametrize("name", list(contract_cases.cases()))
 def test_every_case_can_be_had_somewhere(name: str) -> None:
     """A case that every subject refuses would pass everywhere."""
-    case = contract.cases()[name]
+    case = contract_cases.cases()[name]
     there = [subject for subject in SUBJECTS.values() if subject.there()]
     assert any(isinstance(contract.adapted(subject, case), nn.Module) for subject in there)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import contract
 import pytest
 import ranks
-from contract import Case, Place, config_of
+from contract import Place, config_of
+from contract_cases import Case
 from divisions import DIVISIONS, _mesh, native
 from subjects import SUBJECTS
 from torch import nn

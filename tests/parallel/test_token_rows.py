@@ -9,7 +9,8 @@ import contract
 import pytest
 import ranks
 import torch.distributed as dist
-from contract import Case, Place, config_of
+from contract import Place, config_of
+from contract_cases import Case
 from divisions import DIVISIONS
 from subjects import SUBJECTS, Subject
 from torch import nn

@@ -9,7 +9,8 @@ import contract
 import pytest
 import ranks
 import torch
-from contract import Case, adapt, batch, compare, config_of, entries, fill, gradients, near, wholes
+from contract import adapt, batch, compare, config_of, entries, fill, gradients, near, wholes
+from contract_cases import Case
 from divisions import DIVISIONS, Plain
 from subjects import SUBJECTS, logits_of, loss_of
 from torch import Tensor, nn

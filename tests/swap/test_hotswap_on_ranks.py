@@ -9,7 +9,8 @@ import divisions
 import pytest
 import ranks
 import torch.distributed as dist
-from contract import ROWS, Case, Place, compare, config_of, entries, near, wholes
+from contract import ROWS, Place, compare, config_of, entries, near, wholes
+from contract_cases import Case
 from divisions import Plain
 from subjects import SUBJECTS, batch
 
