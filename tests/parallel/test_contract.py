@@ -1,7 +1,7 @@
 """The contract: every initialisation, variant and base layer on every layout, by registration alone.
 
-``subjects.py`` has the models, ``divisions.py`` the ways of cutting them, ``contract_cases.py`` the adapters (taken from
-the registries of ``src``) and ``contract.py`` what is checked. What is registered and appears nowhere fails here; what
+``subjects.py`` has the models, ``divisions.py`` the ways of cutting them, ``contract_cases.py`` the adapters (from the
+registries of ``src``) and ``contract.py`` what is checked. What is registered and appears nowhere fails here; what
 cannot appear says why in :data:`NOWHERE`.
 """
 
