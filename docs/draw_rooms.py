@@ -10,40 +10,55 @@ import matplotlib as mpl
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import Rectangle
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src" / "lorica"
 
-#: Room → where it stands (column, row) and the question its files answer. Data flows downwards.
+#: Room → the question that its files answer, in the order in which data flows.
 ROOMS = {
-    "config": (-1, 0, "what does the\nuser ask for?"),
-    "layout": (0.4, 0, "how does a weight\nlie over ranks?"),
-    "files": (2.4, 0, "how are files written\nand read safely?"),
-    "init": (-1.2, 1, "how do the\nfactors start?"),
-    "engines": (0.3, 1, "who cut the model?\nwhere is this layer?"),
-    "storage": (1.6, 1, "how is the base\nweight stored?"),
-    "ops": (-0.2, 2, "what is the\nmathematics?"),
-    "variants": (-1, 3, "what else may\nfactors do?"),
-    "layers": (0.5, 3, "what stands in a\nbase layer's place?"),
-    "targets": (-0.7, 4, "which modules\nare meant?"),
-    "adapt": (0.6, 5, "how does an adapter\nget in and out?"),
-    "checkpoint": (1.6, 6, "which tensor has\nwhich name in a file?"),
-    "ranks": (-0.2, 7, "how do ranks\nstay equal?"),
-    "model": (1, 8, "what does the\nuser hold?"),
-    "parallel": (-0.6, 9, "what does the user\nof many ranks call?"),
-    "merge": (1.8, 9, "how are files merged\nwithout a model?"),
-    "train": (0.4, 10, "how is it\ntrained?"),
-    "cli": (0.9, 11, "what does the\nterminal say?"),
+    "lowrank": "what do small matrices say of large ones?",
+    "files": "how are files written and read safely?",
+    "layout": "how does a weight lie over ranks?",
+    "engines": "who cut the model, where is this layer?",
+    "init": "how do the factors start?",
+    "config": "what does the user ask for?",
+    "storage": "how is the base weight stored?",
+    "routing": "whose is which row of a batch?",
+    "ops": "what is the mathematics?",
+    "variants": "what else may factors do?",
+    "layers": "what stands in a base layer's place?",
+    "targets": "which modules are meant?",
+    "adapt": "how does an adapter get in and out?",
+    "checkpoint": "which tensor has which name in a file?",
+    "combine": "how do adapters become another one?",
+    "ranks": "how do ranks stay equal?",
+    "optim": "which steps suit factors?",
+    "model": "what does the user hold?",
+    "calibration": "what does data say of the start?",
+    "parallel": "what does the user of many ranks call?",
+    "merge": "how are files merged without a model?",
+    "export": "how do other loaders want it?",
+    "compat": "how do programs for others find it?",
+    "train": "how is it trained?",
+    "cli": "what does the terminal say?",
 }
-WIDTH, HEIGHT, COLUMN, ROW = 2.5, 1.0, 3.1, 2.0
 
 
 def imports_of(room: str) -> Counter[str]:
     """Count the imports of other rooms in the files of one."""
     found: Counter[str] = Counter()
     for path in (SOURCE / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for_types = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in for_types:
+                continue
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lorica."):
                 used = (node.module or "").split(".")[1]
                 if used in ROOMS and used != room:
@@ -56,41 +71,31 @@ def lines_of(room: str) -> int:
     return sum(len(path.read_text().splitlines()) for path in (SOURCE / room).rglob("*.py"))
 
 
-def centre(room: str) -> tuple[float, float]:
-    """Return where a room stands on the sheet."""
-    column, row, _ = ROOMS[room]
-    return column * COLUMN, -row * ROW
-
-
 def main() -> None:
-    """Draw rooms as boxes and imports as arrows, thicker where there are more."""
-    figure, axes = plt.subplots(figsize=(12, 20))
-    for room in ROOMS:
+    """Draw a row for each room, with a square under every room that it imports, darker where there are more."""
+    missing = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()} - ROOMS.keys()
+    assert not missing, f"rooms without a question: {missing}"
+    figure, axes = plt.subplots(figsize=(14, 8.5))
+    names = list(ROOMS)
+    for row, room in enumerate(names):
+        axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, facecolor="#7a4a1f"))
         for used, count in imports_of(room).items():
-            axes.add_patch(
-                FancyArrowPatch(
-                    centre(room), centre(used), arrowstyle="-|>", mutation_scale=11, shrinkA=34, shrinkB=34,
-                    linewidth=0.5 + 0.3 * count, color="#9aa5b1", connectionstyle="arc3,rad=0.12", zorder=1,
-                )
-            )  # fmt: skip
-    for room, (_, _, question) in ROOMS.items():
-        x, y = centre(room)
-        axes.add_patch(
-            FancyBboxPatch(
-                (x - WIDTH / 2, y - HEIGHT / 2), WIDTH, HEIGHT, boxstyle="round,pad=0.04,rounding_size=0.12",
-                facecolor="#f4efe6", edgecolor="#7a5c3e", linewidth=1.2, zorder=2,
-            )
-        )  # fmt: skip
-        axes.text(x, y + 0.27, f"{room}/", ha="center", va="center", fontsize=12, weight="bold", zorder=3)
-        axes.text(x, y - 0.08, question, ha="center", va="center", fontsize=8.5, style="italic", zorder=3)
-        axes.text(x, y - 0.41, f"{lines_of(room)} lines", ha="center", va="center", fontsize=7, color="#666", zorder=3)
-    axes.set_title("The rooms of lorica; an arrow says “imports”", fontsize=13)
-    columns, rows = ([place[side] for place in ROOMS.values()] for side in (0, 1))
-    axes.set_xlim((min(columns) - 0.6) * COLUMN, (max(columns) + 0.6) * COLUMN)
-    axes.set_ylim(-(max(rows) + 0.7) * ROW, 0.7 * ROW)
-    axes.set_aspect("equal")
+            shade = min(1.0, 0.25 + count / 12)
+            square = (names.index(used) - 0.45, row - 0.45)
+            axes.add_patch(Rectangle(square, 0.9, 0.9, facecolor="#3f6f9f", alpha=shade))
+            axes.text(names.index(used), row, str(count), ha="center", va="center", fontsize=7, color="white")
+        axes.text(-0.8, row, f"{room}/", ha="right", va="center", fontsize=10, weight="bold")
+        axes.text(len(names) - 0.2, row, ROOMS[room], ha="left", va="center", fontsize=9, style="italic")
+        axes.text(len(names) + 15, row, f"{lines_of(room):,} lines", ha="right", va="center", fontsize=8, color="0.4")
+        axes.text(row, -0.8, room, ha="left", va="bottom", fontsize=8, rotation=50)
+        axes.plot([-0.5, len(names) - 0.5], [row + 0.5] * 2, color="0.9", linewidth=0.5, zorder=0)
+    axes.set_xlim(-5, len(names) + 15.2)
+    axes.set_ylim(len(names) - 0.3, -4.5)
     axes.axis("off")
-    figure.savefig(HERE / "rooms.png", bbox_inches="tight", dpi=90)
+    axes.set_title(
+        "The rooms of lorica. A square: the room on the left imports from the one above, so often", fontsize=12
+    )
+    figure.savefig(HERE / "rooms.png", dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":
