@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorica.cli import use
-from lorica.cli.errors import note, quiet, readable
+from lorica.cli.errors import noted, quiet, readable
 from lorica.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def extract(
     files, tuned = (models.files_of(path) for path in (base, finetuned))
     named = [name for name in targets.split(",") if name]
     try:
-        with _noted():
+        with noted():
             changes = extract_files(
                 files,
                 tuned,
@@ -99,16 +98,6 @@ def table(changes: Sequence[Change]) -> list[str]:
     if left:
         lines.append(f"{len(left)} of {len(changes)} changes are not in the adapter; --whole changed saves them whole")
     return lines
-
-
-@contextlib.contextmanager
-def _noted() -> Iterator[None]:
-    """Say warnings as one line each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        note(message)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorica.cli import rank, use
-from lorica.cli.errors import note, quiet, readable
+from lorica.cli.errors import note, noted, quiet, readable
 from lorica.errors import RecipeError, suggest_path
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def merge(
     asked = None if dtype == "auto" else getattr(torch, dtype)
     where, files = models.device(device), models.files_of(base, revision)
     try:
-        with _group(shard_ranks), _noted():
+        with _group(shard_ranks), noted():
             progress = None if quietly else _bar
             merge_files(adapter_directory, files, output, dtype=asked, device=where, progress=progress)
     except NotFollowedError as reason:
@@ -70,7 +69,7 @@ def _load_and_merge(base: str, adapter: str, output: Path, dtype: str, device: s
     from lorica.files import atomic
 
     loaded, tokenizer = use.load(base, adapter, dtype, device)
-    with _noted():
+    with noted():
         merged = loaded.merge_and_unload(safe_merge=True)
     with atomic.complete_directory(output, marker=False) as temporary:
         try:
@@ -96,16 +95,6 @@ def _group(wanted: bool) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _noted() -> Iterator[None]:
-    """Say warnings as one line each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        note(message)
 
 
 @contextlib.contextmanager
