@@ -28,8 +28,9 @@ lint: $(STAMP)  ## ruff: rules, formatting, complexity
 types: $(STAMP)  ## mypy, strict, on all of src
 	$(BIN)/mypy
 
+# Two processes: most tests keep one core busy, and those on ranks wait for one another.
 test: lint types  ## lint, type check and all tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 bench: $(STAMP)  ## side by side with peft; writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.run
