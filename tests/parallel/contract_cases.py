@@ -51,8 +51,8 @@ NOT_IN = {
     "alora_invocation_tokens": ("pp2", "only the first stage of a pipeline sees tokens"),
     "arrow_config": ("", "it routes to other adapters, so test_rows.py has a model with some"),
 }
-#: Words in the names of divisions in which the embedding is cut and stored in shards of its own.
-SHARDED_ENDS = {"ep2", "tp2", "fsdp2"}
+#: Divisions in which the embedding is stored in shards of its own.
+SHARDED_ENDS = {f"transformers {axes}" for axes in ("fsdp2", "fsdp2 tp2", "ep2", "ep2 tp2 fsdp2")}
 #: What turns a variant on where that is more than True; and fields that a variant cannot do without.
 EXAMPLES: dict[str, Mapping[str, Any]] = {
     "kasa_config": {"kasa_config": {}},
@@ -92,7 +92,7 @@ def cases(division: str = "native tp2 sp", subject: str = "llama") -> dict[str, 
         "dropout post": Case({"lora_dropout": 0.25, "dropout_position": "post"}, oracle=False),
         "a2a": Case({"a2a_experimental": True}, collectives=True, within="native sp"),
         # fully_shard gathers what it stores of a module again where the module's own output requires a gradient.
-        "tokens": Case({"trainable_token_indices": [37, 5, 20, 3]}, collectives=set(division.split()) >= SHARDED_ENDS),
+        "tokens": Case({"trainable_token_indices": [37, 5, 20, 3]}, collectives=division in SHARDED_ENDS),
         "tokens at the start": Case({"trainable_token_indices": [37, 5, 20, 3], "init_lora_weights": True}, start=True),
         "replicated layers": Case({"layer_replication": [(0, 2), (1, 2)]}, within="tp2, before"),
         "shared experts": Case({"share_expert_adapters": True}),

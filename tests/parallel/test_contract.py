@@ -19,9 +19,14 @@ from subjects import SUBJECTS
 from torch import nn
 
 from lorica.ops import OPS
+from lorica.storage import LINEARS
 
 #: Base layers that no subject has, and why.
-NOWHERE: dict[str, str] = {}
+NOWHERE: dict[str, str] = {
+    **dict.fromkeys(LINEARS, "the contract compares plain weights; on ranks they are in test_quantised_ranks.py"),
+    "transformer_engine.pytorch.module.linear.Linear": "its package needs a GPU",
+    "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": "its package needs a GPU",
+}
 #: Seconds for one place; on an idle machine it takes a tenth.
 PATIENCE = 300
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import traceback
@@ -90,13 +91,15 @@ def quiet() -> None:
     """Silence the progress bars and advice of the libraries underneath; ours says what matters."""
     import datasets
     import huggingface_hub
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
+    for noisy in ("torchao", "torch.utils._pytree"):  # what comes with torchao is said of its kernels, at every start
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
 
 
 @contextlib.contextmanager

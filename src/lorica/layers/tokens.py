@@ -24,7 +24,7 @@ from lorica.engines.site import Site, localise
 from lorica.errors import AdapterError, LayoutError
 from lorica.layers.layer import LoraLayer
 from lorica.layers.switch import Switch
-from lorica.layout import Layout, Roles
+from lorica.layout import Roles
 from lorica.ops import Op
 from lorica.ops.base import autocast_off
 
@@ -253,19 +253,18 @@ class TrainableTokensLayer(nn.Module):
                     held |= here
                     place += stop - start
                 ids, rows, slots = ids[held], rows[held], slots[held]
-            self._found[name] = Found(ids, rows, slots, self._padding(ids, rows, slots))
+            self._found[name] = Found(ids, rows, slots, self._padding(ids, slots))
         device = self.bare._parameters[self.op.weight_name].device  # type: ignore[union-attr]
         if device.type != "meta":
             self._found[name] = self._found[name].to(device)
         return self._found[name]
 
-    def _padding(self, ids: Tensor, rows: Tensor, slots: Tensor) -> int | None:
+    def _padding(self, ids: Tensor, slots: Tensor) -> int | None:
         base: Any = self.bare
         padding = getattr(base, "padding_idx", None)
         if padding is None:
             return None
-        # lorica's own layers know their padding among their rows, all others among all words.
-        at = (rows if isinstance(getattr(base, "layout", None), Layout) else ids) == padding
+        at = ids == padding
         return int(slots[at]) if at.any() else None
 
     # ---- merging --------------------------------------------------------------------------------------------------
