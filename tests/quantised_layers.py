@@ -64,7 +64,8 @@ def torchao(name: str, **options: Any) -> Callable[[nn.Linear], nn.Module]:
 def hqq(layer: nn.Linear, axis: int = 1) -> nn.Module:
     quantize = pytest.importorskip("hqq.core.quantize", exc_type=ImportError)
     config = quantize.BaseQuantizeConfig(nbits=4, group_size=64, axis=axis)
-    return quantize.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
+    with torch.no_grad():  # scales that remember where they come from cannot be copied
+        return quantize.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
 
 
 def gptq(layer: nn.Linear, group: int = 32) -> nn.Module:
