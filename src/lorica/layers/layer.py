@@ -164,13 +164,12 @@ class LoraLayer(Merging):
 
     def _put(self, extra: Extra, adapter: str, value: Tensor) -> None:
         """Make a tensor a parameter (or a buffer) under its live name."""
-        container, _, tensor = extra.live.split(".", 2) if extra.live.count(".") > 1 else (*extra.live.split("."), "")
-        if container not in self._modules:
-            self._modules[container] = nn.ModuleDict() if tensor else Tensors()
-        held: Any = self._modules[container]
-        if tensor and adapter not in held:
+        if extra.container not in self._modules:
+            self._modules[extra.container] = nn.ModuleDict() if extra.tensor else Tensors()
+        held: Any = self._modules[extra.container]
+        if extra.tensor and adapter not in held:
             held[adapter] = nn.Module()
-        owner, key = (held[adapter], tensor) if tensor else (held, adapter)
+        owner, key = (held[adapter], extra.tensor) if extra.tensor else (held, adapter)
         if extra.trains:
             owner.register_parameter(key, nn.Parameter(value))
         else:
@@ -190,7 +189,7 @@ class LoraLayer(Merging):
         if name in self.merged_adapters:
             raise AdapterError(f"{self.target_name}: adapter {name!r} is merged; unmerge it before deleting it")
         if self.specs.pop(name, None) is not None and self.tied.pop(name, None) is None:
-            extras = {extra.live.split(".")[0] for extra in self.extras.pop(name, {}).values()}
+            extras = {extra.container for extra in self.extras.pop(name, {}).values()}
             for container in (*self._containers(), *(self._modules[key] for key in extras)):
                 if name in container:
                     del container[name]
@@ -212,9 +211,8 @@ class LoraLayer(Merging):
     def _extra_tensors(self, adapter: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, extra in self.extras[adapter].items():
-            container, _, *tensor = extra.live.split(".", 2)
-            held: Any = self._modules[container]
-            found[name] = getattr(held[adapter], tensor[0]) if tensor else held[adapter]
+            held: Any = self._modules[extra.container]
+            found[name] = getattr(held[adapter], extra.tensor) if extra.tensor else held[adapter]
         return found
 
     def factor_names(self, name: str) -> dict[str, str]:
@@ -229,7 +227,7 @@ class LoraLayer(Merging):
             names = {f"{first}.weight": f"{first}.{name}.weight", f"{second}.weight": f"{second}.{name}.weight"}
         if self.specs[name].bias:
             names[f"{second}.bias"] = f"{second}.{name}.bias"
-        return names | {key: extra.live.format(name) for key, extra in self.extras.get(name, {}).items()}
+        return names | {key: extra.live(name) for key, extra in self.extras.get(name, {}).items()}
 
     def windows(
         self, path: str, factor: str, adapter: str, shape: torch.Size

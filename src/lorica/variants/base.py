@@ -55,17 +55,23 @@ class Extra:
 
     Attributes:
         name: below the layer in a file (``"lora_magnitude_vector"``).
-        live: below the layer in the model, ``{}`` for the adapter (``"lora_magnitude_vector.{}.weight"``).
+        container: below the layer in the model, by the adapters' names.
+        tensor: below that and the adapter's name (``"weight"``); empty: the adapter's name is the tensor's.
         roles: role of each dimension (see :mod:`lorica.layout`).
         shape: of what this rank has.
         trains: whether it is a parameter; otherwise a buffer.
     """
 
     name: str
-    live: str
+    container: str
+    tensor: str
     roles: Roles
     shape: torch.Size
     trains: bool = True
+
+    def live(self, adapter: str) -> str:
+        """Return the name below the layer in the model."""
+        return f"{self.container}.{adapter}.{self.tensor}" if self.tensor else f"{self.container}.{adapter}"
 
 
 class Variant:

@@ -64,7 +64,7 @@ class Dora(Variant):
         assert roles is not None
         outputs = factors.b.shape[layer.op.roles_b.index("out")]
         shape = torch.Size(outputs if role == "out" else 1 for role in roles)
-        return [Extra(MAGNITUDE, f"{MAGNITUDE}.{{}}.weight", roles, shape)]
+        return [Extra(MAGNITUDE, MAGNITUDE, "weight", roles, shape)]
 
     def start(self, layer: Hosting, factors: Factors, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """The norms, so that the layer starts as plain LoRA would."""

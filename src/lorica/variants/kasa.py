@@ -41,7 +41,7 @@ class Kasa(Variant):
         """The singular values: ``[r]``, of stacked experts ``[E, r]``."""
         sides = [(role, n) for role, n in zip(layer.op.roles_a, factors.a.shape, strict=True) if role in _KEPT]
         roles, shape = zip(*sides, strict=True)
-        return [Extra(DIAGONAL, f"{DIAGONAL}.{{}}", roles, factors.a.new_empty(shape, device="meta").shape)]
+        return [Extra(DIAGONAL, DIAGONAL, "", roles, factors.a.new_empty(shape, device="meta").shape)]
 
     def start(self, layer: Hosting, factors: Factors, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """Standard normal; the delta is zero all the same, since B is."""

@@ -64,10 +64,12 @@ class Monteclora(Variant):
         roles = layer.op.roles_a[:rank]
         samples = rows // spec.r * spec.options.num_samples
         return [
-            Extra(LOG_STD, _live(LOG_STD), (*roles, "rank"), torch.Size((*lead, rows))),
-            Extra(LOG_WEIGHTS, _live(LOG_WEIGHTS), (*roles, "sample"), torch.Size((*lead, samples))),
-            Extra(LAST_VARIANCE, _live(LAST_VARIANCE), (*roles, "rank", "r"), torch.Size((*lead, rows, spec.r)), False),
-            Extra(LAST_WEIGHTS, _live(LAST_WEIGHTS), (*roles, "sample"), torch.Size((*lead, samples)), False),
+            Extra(LOG_STD, *_place(LOG_STD), (*roles, "rank"), torch.Size((*lead, rows))),
+            Extra(LOG_WEIGHTS, *_place(LOG_WEIGHTS), (*roles, "sample"), torch.Size((*lead, samples))),
+            Extra(
+                LAST_VARIANCE, *_place(LAST_VARIANCE), (*roles, "rank", "r"), torch.Size((*lead, rows, spec.r)), False
+            ),
+            Extra(LAST_WEIGHTS, *_place(LAST_WEIGHTS), (*roles, "sample"), torch.Size((*lead, samples)), False),
         ]
 
     def start(self, layer: Hosting, factors: Factors, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
@@ -139,5 +141,6 @@ def last_sample(layer: Hosting, adapter: str, factors: Factors) -> Sample:
     return Sample(variance, factors.extras[LAST_WEIGHTS].view(-1, spec.options.num_samples))
 
 
-def _live(name: str) -> str:
-    return name.replace(".", ".{}.")
+def _place(name: str) -> tuple[str, str]:
+    container, _, tensor = name.partition(".")
+    return container, tensor

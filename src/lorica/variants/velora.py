@@ -52,7 +52,7 @@ class Velora(Variant):
         """The direction, ``[in/groups]`` rounded up; of fused projections one after the other."""
         count = factors.a.shape[0] // spec.r
         length = _Groups.of(layer, factors.a.shape[1], spec.options).length
-        return [Extra(DIRECTION, f"{DIRECTION}.{{}}", ("group",), torch.Size((count * length,)), trains=False)]
+        return [Extra(DIRECTION, DIRECTION, "", ("group",), torch.Size((count * length,)), trains=False)]
 
     def start(self, layer: Hosting, factors: Factors, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """Zeros, until a batch has been seen; or random."""
