@@ -69,13 +69,14 @@ def write_json(path: Path, results: Results) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def write_markdown(path: Path, results: Results, picture: str) -> None:
-    """Write the page."""
+def write_markdown(path: Path, results: Results, picture: str, *sections: str) -> None:
+    """Write the page; ``sections`` stand before the tables."""
     parts = [
         _INTRODUCTION,
         "| made with | |\n|---|---|\n"
         + "\n".join(f"| {name} | {_code(name, value)} |" for name, value in results.facts.items()),
         f"![ratio of lorica to peft for every measure]({picture})",
+        *sections,
         "## Where lorica needs more\n\n" + _slower(results.figures),
         *tables(results.figures, results.apart),
     ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import chart, machine, measures, report
+from benchmarks import chart, machine, measures, report, targets
 from benchmarks.suite import MEASURES, Figure, Measure, seed_everything, take
 
 HERE = Path(__file__).resolve().parent
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only and before is not None:
             results = before.joined(results)
         report.write_json(out / "results.json", results)
-        report.write_markdown(out / "RESULTS.md", results, "results.png")
+        report.write_markdown(out / "RESULTS.md", results, "results.png", targets.section(results.figures))
         subtitle = "peft {peft}, torch {torch}, {processor}".format_map(results.facts)
         chart.draw(out / "results.png", results.figures, subtitle)
         print(f"\nwritten: RESULTS.md, results.json, results.png in {out}", file=sys.stderr)

@@ -1,0 +1,214 @@
+"""What was aimed at: each figure with its bound, what was measured, and why where it was not reached.
+
+One entry of :data:`TARGETS` per figure. It names a row of the tables (measure, case, quantity) and how that row is read
+(:data:`READINGS`). ``why`` says, with a measurement, why a bound is not reached; it is shown only where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.report import show
+from benchmarks.suite import FROZEN, LORICA, Figure
+
+Rows = Mapping[tuple[str, str, str], Figure]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One figure that was aimed at.
+
+    Attributes:
+        aim: what it is, in words; targets with the same words stand together.
+        measure: name of the measure.
+        case: of the measure.
+        quantity: of the case: ``time``, or one of the counts.
+        reading: how the row is read; a key of :data:`READINGS`.
+        bound: the most that the reading may be (for ``speed``: the least).
+        beside: the case that ``beside`` compares with, of the same measure.
+        why: why the bound is not reached.
+    """
+
+    aim: str
+    measure: str
+    case: str
+    quantity: str
+    reading: str
+    bound: float
+    beside: str = ""
+    why: str = ""
+
+    def value(self, rows: Rows) -> float | None:
+        """Return what was measured; None where it was not, or where what it is compared with takes nothing."""
+        figure = rows.get((self.measure, self.case, self.quantity))
+        if figure is None or LORICA not in figure.values:
+            return None
+        return READINGS[self.reading].of(self, figure, rows)
+
+    def reached(self, value: float) -> bool:
+        """Whether a value keeps to the bound."""
+        return value >= self.bound if self.reading == "speed" else value <= self.bound
+
+    def say(self, value: float) -> str:
+        """Return a value of the reading, as text."""
+        if self.reading in ("added", "own"):
+            return show(value, "B" if "bytes" in self.quantity else "s" if self.quantity == "time" else "")
+        return f"{value:.3g} ×"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A way to read a row.
+
+    Attributes:
+        of: the target, its row and all rows → what is compared with the bound.
+        says: what stands behind the bound's number.
+    """
+
+    of: Callable[[Target, Figure, Rows], float | None]
+    says: str
+
+
+def _speed(target: Target, figure: Figure, rows: Rows) -> float | None:
+    return 1 / figure.ratio if figure.ratio else None
+
+
+def _of_frozen(target: Target, figure: Figure, rows: Rows) -> float | None:
+    frozen = figure.values.get(FROZEN)
+    return figure.values[LORICA] / frozen if frozen else None
+
+
+def _added(target: Target, figure: Figure, rows: Rows) -> float | None:
+    return figure.values[LORICA] - figure.values[FROZEN] if FROZEN in figure.values else None
+
+
+def _beside(target: Target, figure: Figure, rows: Rows) -> float | None:
+    other = rows.get((target.measure, target.beside, target.quantity))
+    return figure.values[LORICA] / other.values[LORICA] if other and other.values.get(LORICA) else None
+
+
+#: Name → how lorica's side of a row is read. Ratios are to the side that the measure's table compares with.
+READINGS: dict[str, Reading] = {
+    "ratio": Reading(lambda target, figure, rows: figure.ratio, "the other's"),
+    "excess": Reading(lambda target, figure, rows: figure.excess, "the other's excess over the frozen base"),
+    "speed": Reading(_speed, "faster"),
+    "of frozen": Reading(_of_frozen, "the frozen base's"),
+    "added": Reading(_added, "beyond the frozen base"),
+    "own": Reading(lambda target, figure, rows: figure.values[LORICA], ""),
+    "beside": Reading(_beside, "lorica's own in the case"),
+}
+
+
+_STEP = "Training step, what it adds to the frozen base"
+_KINDS = ("fp32", "fp32, dropout 0.05", "bf16 base, fp32 factors", "bf16 base, fp32 factors, dropout 0.05")
+_FP32, _DROPOUT, _BF16, _ = _KINDS
+
+TARGETS: tuple[Target, ...] = (
+    Target(f"{_STEP}: bytes moved", "training", _FP32, "bytes moved", "excess", 0.45),
+    Target(f"{_STEP}: bytes moved", "training", _BF16, "bytes moved", "excess", 0.25),
+    Target(f"{_STEP}: bytes moved", "training", _DROPOUT, "bytes moved", "excess", 0.55),
+    *(Target(f"{_STEP}: time", "training", kind, "time", "excess", 0.65) for kind in _KINDS),
+    # 2 of the 10 are the frozen linear's own products.
+    Target("Kernels of an adapted linear, forward and backward", "linear", _FP32, "kernels", "added", 10 - 2),
+    Target("Saved bytes of a step", "training", _FP32, "saved bytes", "ratio", 1.0),
+    Target("Saved bytes of a step", "training", _BF16, "saved bytes", "ratio", 0.65),
+    Target("Saved bytes of a step", "training", _DROPOUT, "saved bytes", "ratio", 0.6),
+    Target("Small layers, forward and backward", "small", _FP32, "time", "speed", 1.3),
+    Target("Small layers, forward and backward", "small", _DROPOUT, "time", "speed", 1.3),
+    Target("Decoding with one adapter", "decode", "8 linears of width 256", "time", "speed", 1.15),
+    Target("Decoding with one adapter", "decode", "Llama, 4 layers of width 256", "time", "speed", 1.15),
+    *(
+        Target("Merging and unmerging", "merging", f"{dtype}, {shape}", "time", "speed", 2.5)
+        for shape in ("4 layers of width 512", "1 layer of width 2048")
+        for dtype in ("fp32", "bf16")
+    ),
+    Target("Merging and unmerging: beside the model", "merging", "fp32, 1 layer of width 2048", "peak bytes", "own", 0),
+    Target(
+        "Merging and unmerging: beside the model", "merging", "bf16, 1 layer of width 2048", "peak bytes", "own", 2**25
+    ),
+    Target("Injection into 448 linears", "injection", "get_peft_model, 7 names", "time", "speed", 8),
+    Target("Injection into 448 linears", "injection", "get_peft_model, all-linear", "time", "speed", 8),
+    Target("Switching, off and on, deleting", "injection", "set_adapter, there and back", "time", "speed", 10),
+    Target("Switching, off and on, deleting", "injection", "disable_adapter, off and on", "time", "speed", 10),
+    Target("Switching, off and on, deleting", "injection", "delete_adapter", "time", "speed", 10),
+    Target("Loading an adapter of 224 linears", "files", "from_pretrained", "time", "speed", 10),
+    Target("Loading an adapter of 224 linears", "files", "load_adapter, 1 there already", "time", "speed", 10),
+    Target("Loading an adapter of 224 linears", "files", "load_adapter, 8 there already", "time", "speed", 10),
+    Target(
+        "Loading: flat in the number of adapters there",
+        "files",
+        "load_adapter, 8 there already",
+        "time",
+        "beside",
+        1.25,
+        beside="load_adapter, 1 there already",
+    ),
+    # What peft needs here is the file itself, read into memory.
+    Target("Loading: peak, at most the file", "files", "load_adapter, 1 there already", "peak bytes", "ratio", 1.0),
+    Target("Saving an adapter of 224 linears", "files", "save_pretrained", "time", "speed", 3),
+    Target(
+        "PiSSA, 1024², rank 16, against the exact SVD", "starts", "pissa, lorica: pissa_niter_4", "time", "speed", 28
+    ),
+    Target("OLoRA", "starts", "olora", "time", "speed", 15),
+    Target("EVA, at equal variance explained", "calibration", "4 layers of width 256, 512 rows", "time", "speed", 10),
+    Target("EVA, at equal variance explained", "calibration", "4 layers of width 1024, 2048 rows", "time", "speed", 10),
+    Target("`add_weighted_adapter` by SVD, width 2048", "combining", "svd, width 2048", "time", "speed", 50),
+    Target(
+        "64 adapters in a batch of 64 rows, decoding", "rows", "decode, 64 rows of 64 adapters", "time", "speed", 2.5
+    ),
+    Target("The same in prompts", "rows", "prompts of 64 tokens, 16 rows of 16 adapters", "bytes moved", "excess", 0.1),
+    *(
+        Target("Tensor parallelism: collectives of LoRA's own", "parallel", case, f"collectives, {phase}", "added", 0)
+        for case in ("tp2, medium", "tp2 sp, medium", "tp4 sp, tiny", "transformers tp2, columns, medium")
+        for phase in ("forward", "backward")
+    ),
+    Target("Tensor parallelism: bytes beside Megatron's", "parallel", "tp2, medium", "bytes sent", "ratio", 1.0),
+    Target("Tensor parallelism: bytes beside Megatron's", "parallel", "tp2 sp, medium", "bytes sent", "ratio", 1.0),
+    Target(
+        "Tensor parallelism: bytes beside PEFT's on transformers' layers",
+        "parallel",
+        "transformers tp2, columns, medium",
+        "bytes sent",
+        "ratio",
+        1.0,
+        why="the sum of the factors' gradients, once per optimiser step and independent of the tokens, is counted with "
+        "the step; peft sums its activations' gradients once per layer and pass instead, which grows with the tokens, "
+        "and cannot adapt row-parallel layers at all",
+    ),
+)
+
+
+def by_row(figures: Iterable[Figure]) -> dict[tuple[str, str, str], Figure]:
+    """Return the figures under measure, case and quantity."""
+    return {(figure.measure, figure.case, figure.quantity): figure for figure in figures}
+
+
+def section(figures: Iterable[Figure], targets: Iterable[Target] = TARGETS) -> str:
+    """Return the Markdown section that says of each target what was measured and whether it is reached."""
+    rows = by_row(figures)
+    lines = ["| aim | row | bound | measured | reached |", "|---|---|---|---:|---|"]
+    reasons: list[str] = []
+    previous = ""
+    for target in targets:
+        value = target.value(rows)
+        reached = value is not None and target.reached(value)
+        cells = [
+            "" if target.aim == previous else target.aim,
+            f"`{target.measure}`, {target.case}: {target.quantity}",
+            _bound(target),
+            "not measured" if value is None else target.say(value),
+            "–" if value is None else "yes" if reached else "**no**",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        previous = target.aim
+        if value is not None and not reached:
+            reasons.append(f"- `{target.measure}`, {target.case}, {target.quantity}: {target.why or 'not explained'}.")
+    why = "\n\nNot reached, and why:\n\n" + "\n".join(reasons) if reasons else ""
+    return "## What was aimed at\n\n" + "\n".join(lines) + why
+
+
+def _bound(target: Target) -> str:
+    sign = "≥" if target.reading == "speed" else "≤"
+    words = f"{sign} {target.say(target.bound)} {READINGS[target.reading].says}".rstrip()
+    return f"{words} “{target.beside}”" if target.beside else words
