@@ -1,23 +1,17 @@
-"""The models that are measured, and the two libraries around them with equal factors."""
+"""The models that are measured; what is done with them, the package says."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-import lorica
-from benchmarks.suite import FROZEN, LORICA, PEFT, quiet
-from benchmarks.timing import Task
+from lorica.bench.contest import LORICA, PEFT
+from lorica.bench.sides import Call, adapt, adapted, config, forward, library, step, with_frozen
 
-LIBRARIES: dict[str, Any] = {PEFT: peft, LORICA: lorica}
-
-Call = Callable[[nn.Module, Tensor], Tensor]
+LIBRARIES: dict[str, Any] = {side: library(side) for side in (PEFT, LORICA)}
 
 
 class Chain(nn.Module):
@@ -69,52 +63,19 @@ def call_llama(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def config(side: str, **fields: Any) -> Any:
-    """Return one library's ``LoraConfig``: rank 16 on every linear, unless told otherwise."""
-    return LIBRARIES[side].LoraConfig(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **fields})
-
-
-def adapt(side: str, base: nn.Module, **fields: Any) -> nn.Module:
-    """Return ``base`` adapted in place by one library."""
-    with quiet():
-        model: nn.Module = LIBRARIES[side].get_peft_model(base, config(side, **fields))
-    return model
-
-
-def adapted(base: nn.Module, **fields: Any) -> dict[str, nn.Module]:
-    """Return copies of ``base`` adapted by both libraries with the same random factors (neither is zero)."""
-    models = {side: adapt(side, copy.deepcopy(base), init_lora_weights=False, **fields) for side in (PEFT, LORICA)}
-    with quiet():
-        lorica.set_peft_model_state_dict(models[LORICA], peft.get_peft_model_state_dict(models[PEFT]))
-    return models
-
-
-def with_frozen(base: nn.Module, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the models and, as a third side, the base model itself with nothing to train."""
-    return {FROZEN: base.requires_grad_(False), **models}
-
-
-def step(model: nn.Module, call: Call, x: Tensor) -> Task:
-    """Forward and backward of ``model`` for the input ``x``.
-
-    The input requires a gradient on every side, so that backward runs through the whole frozen base too.
-    """
-    gradient = torch.ones_like(call(model, x)).div_(x.numel())
-
-    def run() -> Tensor:
-        y = call(model, x.detach().requires_grad_())
-        y.backward(gradient)
-        return y.detach()
-
-    return Task(run, reset=lambda: model.zero_grad(set_to_none=True))
-
-
-def forward(model: nn.Module, call: Call, x: Tensor) -> Task:
-    """Forward without autograd."""
-    model.eval()
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return call(model, x)
-
-    return Task(run)
+__all__ = [
+    "LIBRARIES",
+    "Call",
+    "Chain",
+    "adapt",
+    "adapted",
+    "call_chain",
+    "call_llama",
+    "chain",
+    "config",
+    "forward",
+    "library",
+    "llama",
+    "step",
+    "with_frozen",
+]

@@ -8,15 +8,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from benchmarks import chart, machine, measures, report, targets
-from benchmarks.suite import MEASURES, Figure, Measure, seed_everything, take
+from benchmarks import measures, targets
+from benchmarks.suite import MEASURES
+from lorica.bench import chart, machine, report
+from lorica.bench.contest import take_all
 
 HERE = Path(__file__).resolve().parent
 
@@ -28,27 +27,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=sorted(MEASURES), help="take this measure (repeatable)")
     parser.add_argument("--out", type=Path, help="write here; default: benchmarks/, and nowhere for a quick run")
     return parser.parse_args(arguments)
-
-
-def take_all(chosen: Sequence[Measure], *, quick: bool) -> list[Figure]:
-    """Take every case of the chosen measures, with a progress bar."""
-    jobs = [(measure, case) for measure in chosen for case in measure.cases]
-    figures: list[Figure] = []
-    with tqdm(total=len(jobs), unit="case", mininterval=0.5) as bar:
-        for measure, case in jobs:
-            rounds = 0
-
-            def tick(label: str = f"{measure.name}: {case.name}") -> None:
-                nonlocal rounds
-                rounds += 1
-                bar.set_description(f"{label}, round {rounds}")
-
-            seed_everything()
-            bar.set_description(f"{measure.name}: {case.name}")
-            figures += take(measure, case, quick=quick, tick=tick)
-            gc.collect()
-            bar.update()
-    return figures
 
 
 def command_of(options: argparse.Namespace) -> str:
@@ -64,19 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [measure for name, measure in MEASURES.items() if not options.only or name in options.only]
     machine.keep_freed_memory()
     facts = machine.describe(command_of(options))
-    figures = take_all(chosen, quick=options.quick)
-    print("\n\n".join(report.tables(figures)))
+    results = report.Results(facts, take_all(chosen, quick=options.quick), MEASURES)
+    print("\n\n".join(report.tables(results)))
     # A page that holds toy sizes must not take the place of the whole one; a measure takes that of its own section.
     out = options.out or (None if options.quick else HERE)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        results, before = report.Results(facts, figures), report.read_json(out / "results.json")
+        before = report.read_json(out / "results.json", MEASURES)
         if options.only and before is not None:
             results = before.joined(results)
         report.write_json(out / "results.json", results)
         report.write_markdown(out / "RESULTS.md", results, "results.png", targets.section(results.figures))
-        subtitle = "peft {peft}, torch {torch}, {processor}".format_map(results.facts)
-        chart.draw(out / "results.png", results.figures, subtitle)
+        title = "lorica beside peft\npeft {peft}, torch {torch}, {processor}".format_map(results.facts)
+        chart.draw(out / "results.png", results.figures, MEASURES, title)
         print(f"\nwritten: RESULTS.md, results.json, results.png in {out}", file=sys.stderr)
     return 0
 

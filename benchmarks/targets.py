@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks.report import show
 from benchmarks.suite import FROZEN, LORICA, Figure
+from lorica.bench.report import show
 
 Rows = Mapping[tuple[str, str, str], Figure]
 

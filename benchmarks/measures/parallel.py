@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks import timing
 from benchmarks.parallel import decoder, tensor_parallel
 from benchmarks.parallel.decoder import Sizes
 from benchmarks.parallel.ranks import on_ranks
@@ -24,6 +23,7 @@ from benchmarks.parallel.side import (
     seconds,
 )
 from benchmarks.suite import FROZEN, LORICA, PEFT, Case, Figure, Measure, measure, ratio_of
+from lorica.bench import timing
 
 TINY = Sizes(width=64, heads=8, inner=176, batch=2, tokens=32)
 MEDIUM = Sizes(width=1024, heads=16, inner=2816, batch=2, tokens=128)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from benchmarks import machine
 from benchmarks.suite import quiet
+from lorica.bench import machine
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import benchmarks.measures
-from benchmarks import report, suite
-from benchmarks.counting import KernelCounter, SavedBytes, count, tensor_bytes
-from benchmarks.suite import FROZEN, LORICA, MEASURES, PEFT, Case, Contest, Figure, Measure
-from benchmarks.timing import Task, excess, interleave, order_of
+from benchmarks.suite import MEASURES
+from lorica.bench import contest, report
+from lorica.bench.contest import FROZEN, LORICA, PEFT, Case, Contest, Figure, Measure
+from lorica.bench.counting import KernelCounter, SavedBytes, count, tensor_bytes
+from lorica.bench.timing import Task, excess, interleave, order_of
 
 FP32 = 4
 
@@ -128,7 +129,7 @@ def test_waits_give_their_ratio():
     machine = Machine()
     tasks = {LORICA: machine.task("l", 0.004), PEFT: machine.task("p", 0.012)}
     seconds = interleave(tasks, 9, clock=lambda: machine.now)
-    figure = suite._timed(_measure(), _case(), seconds)
+    figure = contest._timed(_measure(), _case(), seconds)
     assert figure.ratio == pytest.approx(1 / 3, rel=1e-6)
     assert all(len(samples) == 9 for samples in seconds.values())
 
@@ -138,7 +139,7 @@ def test_what_slows_the_machine_slows_both_sides_alike():
     tasks = {FROZEN: machine.task("f", 1.0), PEFT: machine.task("p", 2.0), LORICA: machine.task("l", 1.5)}
     seconds = interleave(tasks, 60, warmup=0, clock=lambda: machine.now)
     assert seconds[FROZEN][-1] > 5 * seconds[FROZEN][0], "the machine did get slower"
-    figure = suite._timed(_measure(), _case(), seconds)
+    figure = contest._timed(_measure(), _case(), seconds)
     assert figure.ratio == pytest.approx(0.75, rel=0.02)
     assert figure.excess == pytest.approx(0.5, rel=0.05)
 
@@ -191,14 +192,14 @@ def _case(theirs: float = 1.0, ours: float = 1.0) -> Case:
 
 
 def test_a_case_gives_a_time_and_its_counts():
-    figures = suite.take(_measure(), _case(), quick=True)
+    figures = contest.take(_measure(), _case(), quick=True)
     assert [(f.quantity, f.ratio) for f in figures[1:]] == [("kernels", 1.0), ("bytes moved", 1.0)]
     assert figures[0].quantity == "time"
 
 
 def test_sides_that_compute_different_things_are_not_compared():
     with pytest.raises(AssertionError, match="differ by"):
-        suite.take(_measure(), _case(ours=1.1), quick=True)
+        contest.take(_measure(), _case(ours=1.1), quick=True)
 
 
 def _figure(name: str, quantity: str, ratio: float, spread: tuple[float, float] | None = None) -> Figure:
@@ -214,7 +215,9 @@ def test_the_page_says_where_lorica_needs_more(tmp_path):
     )
     assert [report.needs_more(figure) for figure in (worse, noisy, better)] == [True, False, False]
     page = tmp_path / "RESULTS.md"
-    report.write_markdown(page, report.Results({"command": "make bench"}, [worse, noisy, better]), "results.png")
+    report.write_markdown(
+        page, report.Results({"command": "make bench"}, [worse, noisy, better], MEASURES), "results.png"
+    )
     text = page.read_text(encoding="utf-8")
     assert f"- {name}, one: saved bytes 1.50" in text
     for quantity in ("saved bytes", "time", "kernels"):

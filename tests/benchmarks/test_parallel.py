@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 import benchmarks.measures
-from benchmarks import report
 from benchmarks.parallel import decoder, side, tensor_parallel
 from benchmarks.parallel.sent import sent
 from benchmarks.parallel.side import LORICA_A2A, MEGATRON, MEGATRON_A2A, PHASES
 from benchmarks.suite import FROZEN, LORICA, MEASURES, PEFT, Figure
+from lorica.bench import report
 
 assert benchmarks.measures.__all__  # imported for what it enters into the registry
 
@@ -133,12 +133,12 @@ def test_a_measure_taken_alone_leaves_the_others_as_they_are(tmp_path: Any) -> N
     first, second = list(MEASURES)[:2]
     values = {PEFT: 1.0, LORICA: 0.5}
     old = [Figure(name, "one", "time", "s", values, 0.5, (0.4, 0.6), None, 9) for name in (first, second)]
-    report.write_json(tmp_path / "results.json", report.Results({"date": "then"}, old))
-    read = report.read_json(tmp_path / "results.json")
+    report.write_json(tmp_path / "results.json", report.Results({"date": "then"}, old, MEASURES))
+    read = report.read_json(tmp_path / "results.json", MEASURES)
     assert read is not None
     assert read.figures == old
     new = Figure(first, "two", "time", "s", values, 0.5, (0.4, 0.6), None, 9, remark="it `fails`")
-    joined = read.joined(report.Results({"date": "now"}, [new]))
+    joined = read.joined(report.Results({"date": "now"}, [new], MEASURES))
     assert joined.figures == [new, old[1]]
     assert (joined.facts, joined.apart) == ({"date": "then"}, {first: {"date": "now"}})
     report.write_markdown(tmp_path / "RESULTS.md", joined, "results.png")

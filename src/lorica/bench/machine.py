@@ -7,7 +7,7 @@ import datetime
 import os
 import platform
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -27,8 +27,15 @@ def describe(command: str) -> dict[str, str]:
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "load at the start": f"{os.getloadavg()[0]:.1f} ({_LOAD})",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        **{name: version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

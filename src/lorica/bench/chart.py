@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.suite import AGAINST_PEFT, MEASURES, Figure
+from lorica.bench.contest import AGAINST_PEFT, Figure, Measure
+from lorica.errors import RecipeError
+from lorica.files import atomic
 
 #: Bars end here; the number beside the axis says how far they would go.
 SHORTEST = 0.02
@@ -13,14 +15,22 @@ SHORTEST = 0.02
 _LESS, _MORE, _EXCESS, _MOVED = "#2a6f97", "#c8553d", "#1b1b1b", "#8a9a5b"
 
 
-def draw(path: Path, figures: Sequence[Figure], subtitle: str) -> None:
-    """Write the chart as PNG."""
-    import matplotlib
+def draw(
+    path: Path, figures: Sequence[Figure], measures: Mapping[str, Measure], title: str, against: str = AGAINST_PEFT
+) -> None:
+    """Write the chart as PNG: the times of all measures that compare with ``against``.
 
+    Raises:
+        RecipeError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise RecipeError("a chart needs matplotlib. Install it with: pip install 'lorica[train]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figures = [figure for figure in figures if MEASURES[figure.measure].against == AGAINST_PEFT]
+    figures = [figure for figure in figures if measures[figure.measure].against == against]
     times = [figure for figure in figures if figure.quantity == "time" and figure.ratio is not None]
     moved = {(f.measure, f.case): f for f in figures if f.quantity == "bytes moved" and f.ratio}
     rows = range(len(times))
@@ -40,14 +50,14 @@ def draw(path: Path, figures: Sequence[Figure], subtitle: str) -> None:
     axes.set_ylim(max(len(times), 1) - 0.5, -0.5)
     axes.set_xlim(left=SHORTEST)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("lorica / peft, logarithmic; left of 1: lorica needs less")
+    axes.set_xlabel(f"{against}, logarithmic; left of 1: lorica needs less")
     axes.plot([], [], "s", color=_LESS, label="time, less than peft")
     axes.plot([], [], "s", color=_MORE, label="time, more than peft")
     axes.plot([], [], "|", color=_EXCESS, markersize=11, markeredgewidth=2, label="time over the frozen base")
     axes.plot([], [], "D", color=_MOVED, markersize=5, label="bytes moved")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=4, frameon=False)
-    axes.set_title(f"lorica beside peft\n{subtitle}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.grid(axis="x", which="both", linewidth=0.3)
     axes.set_axisbelow(True)
-    picture.savefig(path, dpi=120)
+    atomic.write_file(path, lambda temporary: picture.savefig(temporary, dpi=120))
     plt.close(picture)

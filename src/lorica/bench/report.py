@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.suite import FROZEN, MEASURES, Figure
+from lorica.bench.contest import FROZEN, Figure, Measure
+from lorica.files import atomic
 
 #: A ratio beyond this is said at the top of the page. A time must lie beyond it in three rounds out of four.
 NOTABLE = 1.02
 
-_INTRODUCTION = """\
-# lorica beside peft
-
+#: How the tables are read.
+READING = """\
 Every ratio is lorica / peft: below 1, lorica needs less. Times are medians of 6 to 200 interleaved rounds in one
 process (A B, B A, …; garbage is collected between rounds, glibc keeps freed memory), with the quartiles of the ratio
 within a round in brackets. Counts do not jitter. *Excess* is what a library adds to the frozen base model: lorica's
@@ -36,59 +36,72 @@ class Results:
     Attributes:
         facts: what the run was made on.
         figures: the rows.
+        measures: what was taken, by name, in the order of the tables.
         apart: the same facts for measures that were taken in a run of their own since.
     """
 
     facts: dict[str, str]
     figures: list[Figure]
+    measures: Mapping[str, Measure]
     apart: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def joined(self, new: Results) -> Results:
         """Return these results with the measures of ``new`` in the place of their own."""
         names = {figure.measure for figure in new.figures}
         figures = [figure for figure in self.figures if figure.measure not in names] + new.figures
-        order = {name: index for index, name in enumerate(MEASURES)}
+        order = {name: index for index, name in enumerate(self.measures)}
         figures.sort(key=lambda figure: order.get(figure.measure, len(order)))
         apart = {**self.apart, **dict.fromkeys(sorted(names), new.facts)}
-        return Results(self.facts, figures, apart)
+        return Results(self.facts, figures, self.measures, apart)
 
 
-def read_json(path: Path) -> Results | None:
+def read_json(path: Path, measures: Mapping[str, Measure]) -> Results | None:
     """Return what :func:`write_json` wrote, without measures that are gone; None where there is no file."""
     if not path.exists():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
-    figures = [Figure.from_json(values) for values in data["figures"] if values["measure"] in MEASURES]
-    return Results(data["environment"], figures, data.get("apart", {}))
+    figures = [Figure.from_json(values) for values in data["figures"] if values["measure"] in measures]
+    return Results(data["environment"], figures, measures, data.get("apart", {}))
 
 
 def write_json(path: Path, results: Results) -> None:
     """Write everything that was measured."""
     figures = [figure.to_json() for figure in results.figures]
     data = {"environment": results.facts, "apart": results.apart, "figures": figures}
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    atomic.write_bytes(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
-def write_markdown(path: Path, results: Results, picture: str, *sections: str) -> None:
+def write_markdown(
+    path: Path, results: Results, picture: str, *sections: str, title: str = "lorica beside peft"
+) -> None:
     """Write the page; ``sections`` stand before the tables."""
     parts = [
-        _INTRODUCTION,
+        f"# {title}",
+        READING,
         "| made with | |\n|---|---|\n"
         + "\n".join(f"| {name} | {_code(name, value)} |" for name, value in results.facts.items()),
         f"![ratio of lorica to peft for every measure]({picture})",
         *sections,
         "## Where lorica needs more\n\n" + _slower(results.figures),
-        *tables(results.figures, results.apart),
+        *tables(results),
     ]
-    path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    atomic.write_bytes(path, ("\n\n".join(part.strip() for part in parts) + "\n").encode())
 
 
-def tables(figures: Iterable[Figure], apart: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
-    """Return one Markdown section per measure; ``apart``: facts of those that were taken in a run of their own."""
-    grouped: dict[str, list[Figure]] = {}
+def tables(results: Results) -> list[str]:
+    """Return one Markdown section per measure."""
+    return [
+        _table(results.measures[name], rows) + _facts(results.apart.get(name))
+        for name, rows in grouped(results.figures).items()
+    ]
+
+
+def grouped(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
+    """Return the figures of each measure."""
+    found: dict[str, list[Figure]] = {}
     for figure in figures:
-        grouped.setdefault(figure.measure, []).append(figure)
-    return [_table(name, rows) + _facts((apart or {}).get(name)) for name, rows in grouped.items()]
+        found.setdefault(figure.measure, []).append(figure)
+    return found
 
 
 def _facts(facts: Mapping[str, str] | None) -> str:
@@ -98,23 +111,36 @@ def _facts(facts: Mapping[str, str] | None) -> str:
     return f"\n\nTaken in a run of its own: {said}."
 
 
-def _table(name: str, rows: Sequence[Figure]) -> str:
-    measure = MEASURES[name]
+def _table(measure: Measure, rows: Sequence[Figure]) -> str:
     remarks = "".join(f"\n\n{row.case}: {row.remark}" for row in rows if row.remark)
+    head, *lines = cells(measure, rows)
+    ruled = [head, ["---", "---", *["---:"] * (len(head) - 2)], *lines]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+    return f"## {measure.title}\n\n`{measure.name}`: {measure.note}\n\n{text}{remarks}"
+
+
+def cells(measure: Measure, rows: Sequence[Figure]) -> list[list[str]]:
+    """Return a measure's table as text: the head, then a line for each row that has values."""
     rows = [row for row in rows if row.values]
     sides = [side for side in measure.sides if any(side in row.values for row in rows)]
-    frozen = FROZEN in sides
-    head = ["case", "quantity", *("frozen base" if side == FROZEN else side for side in sides), measure.against]
-    head += ["excess"] if frozen else []
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
+    compared = any(row.ratio is not None for row in rows)
+    excess = any(row.excess is not None for row in rows)
+    lines = [
+        [
+            "case",
+            "quantity",
+            *("frozen base" if side == FROZEN else side for side in sides),
+            *([measure.against] if compared else []),
+            *(["excess"] if excess else []),
+        ]
+    ]
     previous = ""
     for row in rows:
-        cells = ["" if row.case == previous else row.case, row.quantity]
-        cells += [show(row.values[side], row.unit) if side in row.values else "" for side in sides]
-        cells += [_ratio_cell(row), *([_number(row.excess)] if frozen else [])]
-        lines.append(f"| {' | '.join(cells)} |")
+        values = [show(row.values[side], row.unit) if side in row.values else "" for side in sides]
+        ratios = [*([_ratio_cell(row)] if compared else []), *([_number(row.excess)] if excess else [])]
+        lines.append(["" if row.case == previous else row.case, row.quantity, *values, *ratios])
         previous = row.case
-    return f"## {measure.title}\n\n`{name}`: {measure.note}\n\n" + "\n".join(lines) + remarks
+    return lines
 
 
 def needs_more(figure: Figure) -> bool:
