@@ -46,10 +46,10 @@ class Alora(Variant):
 
     def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Add the adapter's part to the tokens it sees: to none, where nobody said which (as in PEFT)."""
-        offsets, reach = _offsets(layer, spec)
+        offsets = _offsets(layer, spec)
         behind = _behind(layer, y)
         tokens = _tokens_per_row(y, len(offsets))
-        reach = min(reach - behind, tokens)
+        reach = _reach(layer, spec, tokens, behind)
         if reach <= 0:
             return _nothing(y, x, layer, factors, spec)
         y_NTO = y.reshape(-1, tokens, y.shape[-1])
@@ -65,8 +65,22 @@ class Alora(Variant):
         return y_NTO.view(y.shape)
 
 
-def _offsets(layer: Hosting, spec: AdapterSpec) -> tuple[Tensor, int]:
-    """Return for each row how many tokens the adapter sees, and the most of these: none, where nobody said."""
+def _reach(layer: Hosting, spec: AdapterSpec, tokens: int, behind: int) -> int:
+    """Return how many of the last of these tokens hold all that the adapter sees.
+
+    A compiled graph is made for all of them: how many it is stands in a tensor, on which no graph can be cut to size.
+    """
+    if layer.rows is None:
+        return 0
+    return tokens if torch.compiler.is_compiling() else min(layer.rows.reach(_name(layer, spec)) - behind, tokens)
+
+
+def _name(layer: Hosting, spec: AdapterSpec) -> str:
+    return next(name for name, known in layer.specs.items() if known is spec)
+
+
+def _offsets(layer: Hosting, spec: AdapterSpec) -> Tensor:
+    """Return for each row how many tokens the adapter sees: none, where nobody said."""
     if layer.rows is None:
         if _in_backward():
             raise AdapterError(
@@ -78,13 +92,12 @@ def _offsets(layer: Hosting, spec: AdapterSpec) -> tuple[Tensor, int]:
                 f"{layer.target_name}: a pipeline's stages do not know which tokens activate an adapter; run the "
                 "step inside `with lorica.route_rows(model, alora_offsets=…)`"
             )
-        return torch.zeros(1, dtype=torch.long), 0
-    name = next(name for name, known in layer.specs.items() if known is spec)
-    return layer.rows.offsets[name], layer.rows.reach(name)
+        return torch.zeros(1, dtype=torch.long)
+    return layer.rows.offsets[_name(layer, spec)]
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _tokens_per_row(y: Tensor, rows: int) -> int:
