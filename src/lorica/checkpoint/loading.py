@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lorica.adapt import inject
 from lorica.adapt.replicate import restore_layers
 from lorica.checkpoint import reading
-from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, embedding_entries, of_other_stages
+from lorica.checkpoint.bulk import read_whole
+from lorica.checkpoint.names import adapter_entries, config_of_adapter, embedding_entries, of_other_stages
 from lorica.checkpoint.pieces import piece_of
+from lorica.checkpoint.placing import copy_whole, is_new, is_plain, take_over, write_pieces
 from lorica.checkpoint.reading import LoadResult
+from lorica.checkpoint.walk import base_parameters
 from lorica.config import LoraConfig, PeftConfig
 from lorica.engines.together import together
 from lorica.errors import CheckpointError
+from lorica.files.tensors import TensorReader
 
 if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
@@ -38,11 +40,11 @@ def load_first(
     source: Mapping[str, Any],
 ) -> PeftModel:
     """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`."""
-    with _as_it_was(model, adapter), together(model, f"loading {model_id}"):
+    flags = model.parameters() if inject.switch_of(model) is not None else base_parameters(model)
+    with _as_it_was(model, adapter, flags), together(model, f"loading {model_id}"):
         loaded = wrap()
-        weights = reading.find_weights(model_id, **source)
-        shapes = reading.read_shapes(weights)
-        _fill(loaded, adapter, weights, shapes, key_mapping, strict=strict)
+        file = TensorReader(reading.find_weights(model_id, **source))
+        _fill(loaded, adapter, file, key_mapping, strict=strict)
     return loaded
 
 
@@ -62,15 +64,14 @@ def load_further(
     base = model.get_base_model()
     if adapter in model.peft_config:
         with together(base, f"loading {model_id}"):
-            weights = reading.find_weights(model_id, **source)
-            return _fill(model, adapter, weights, reading.read_shapes(weights), key_mapping, strict=strict)
-    with _as_it_was(base, adapter), together(base, f"loading {model_id}"):
-        weights = reading.find_weights(model_id, **source)
-        shapes = reading.read_shapes(weights)
+            file = TensorReader(reading.find_weights(model_id, **source))
+            return _fill(model, adapter, file, key_mapping, strict=strict)
+    with _as_it_was(base, adapter, base_parameters(base)), together(base, f"loading {model_id}"):
+        file = TensorReader(reading.find_weights(model_id, **source))
         config = read_config(model_id, None, source, is_trainable=is_trainable)
         config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=offload)
         model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
-        result = _fill(model, adapter, weights, shapes, key_mapping, strict=strict)
+        result = _fill(model, adapter, file, key_mapping, strict=strict)
     if is_trainable:
         model.set_requires_grad(adapter)
     return result
@@ -120,7 +121,9 @@ def set_peft_model_state_dict(
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
     inject.prepare_to_fill(model, adapter_name, config_of_adapter(model, adapter_name))
-    _write(known, {name: piece_of(name, known[name]).read(tensor) for name, tensor in good.items()})
+    whole = {name for name in good if is_plain(known[name]) and not known[name].tied}
+    copy_whole((known[name], good[name]) for name in whole)
+    write_pieces(known, {n: piece_of(n, known[n]).read(tensor) for n, tensor in good.items() if n not in whole})
     missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
     return LoadResult(missing, [name for name in shapes if name not in known])
 
@@ -140,54 +143,38 @@ def read_config(
 
 
 def _fill(
-    model: PeftModel,
-    adapter: str,
-    weights: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    key_mapping: Mapping[str, str] | None,
-    *,
-    strict: bool,
+    model: PeftModel, adapter: str, file: TensorReader, key_mapping: Mapping[str, str] | None, *, strict: bool
 ) -> LoadResult:
-    wanted = adapter_entries(model, adapter, model.peft_config[adapter])
+    config, where = model.peft_config[adapter], str(file.path)
+    wanted = adapter_entries(model, adapter, config)
     extra = embedding_entries(model)
-    stored = reading.map_keys(shapes, key_mapping)
+    stored = reading.map_keys(file.tensors, key_mapping)
     theirs = of_other_stages(model, stored)
-    found = {name: shapes[key] for name, key in stored.items() if name not in theirs}
-    result = reading.check_names(found, wanted, extra, where=str(weights), strict=strict)
-    known = {**extra, **wanted}
+    found = {name: file.tensors[key].shape for name, key in stored.items() if name not in theirs}
+    result = reading.check_names(found, wanted, extra, where=where, strict=strict)
     # A tied factor's source is in the file too and is the same tensor.
-    wanted_pieces = [piece_of(name, entry) for name, entry in known.items() if name in stored and not entry.tied]
-    parts = reading.read_pieces(weights, stored, wanted_pieces)
-    inject.prepare_to_fill(model, adapter, model.peft_config[adapter])  # base weights may come from the file too
-    _write(known, parts)
+    known = {name: entry for name, entry in {**extra, **wanted}.items() if name in stored and not entry.tied}
+    whole = {name: entry for name, entry in known.items() if is_plain(entry)}
+    new = {name for name, entry in whole.items() if is_new(entry)}
+    dtypes = {stored[name]: entry.tensor.dtype if name in new else None for name, entry in whole.items()}
+    read = read_whole(file, dtypes)
+    parts = reading.read_pieces(file.path, stored, [piece_of(n, e) for n, e in known.items() if n not in whole])
+    inject.prepare_to_fill(model, adapter, config)  # base weights may come from the file too
+    for name in new:
+        take_over(whole[name], read[stored[name]])
+    copy_whole((whole[name], read[stored[name]]) for name in whole if name not in new)
+    write_pieces(known, parts)
     return result
 
 
-@torch.no_grad()
-def _write(known: Mapping[str, Entry], parts: Mapping[str, list[Tensor]]) -> None:
-    for name, read in parts.items():
-        entry = known[name]
-        if not entry.tied:  # a tied factor's source is in the file too and is the same tensor
-            piece_of(name, _materialised(entry)).write(read)
-
-
-def _materialised(entry: Entry) -> Entry:
-    """Give a factor that was put in without values memory on the device of its base layer."""
-    if entry.owner is None or not entry.tensor.is_meta:
-        return entry
-    leaf = entry.live.rpartition(".")[2]
-    held: dict[str, Any] = entry.owner._parameters if leaf in entry.owner._parameters else entry.owner._buffers
-    tensor = held[leaf]
-    if tensor.is_meta:
-        made = torch.zeros_like(tensor, device=entry.device)
-        held[leaf] = tensor = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return replace(entry, tensor=tensor)
-
-
 @contextmanager
-def _as_it_was(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Undo, when the block fails, what putting an adapter into ``model`` changed."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def _as_it_was(model: nn.Module, adapter: str, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Undo, when the block fails, what putting an adapter into ``model`` changed.
+
+    Args:
+        parameters: those that it may freeze or thaw.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     configs: dict[str, LoraConfig] | None = getattr(model, "peft_config", None)
     known = None if configs is None else dict(configs)
     switch = inject.switch_of(model)

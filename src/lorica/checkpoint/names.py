@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorica.adapt.inject import adapter_modules, base_of
 from lorica.adapt.trainable import named_biases
 from lorica.checkpoint.forms import FORMS
+from lorica.checkpoint.walk import live_modules
 from lorica.config import LoraConfig
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.stages import is_elsewhere
@@ -66,15 +67,20 @@ class Entry:
     @property
     def whole_shape(self) -> torch.Size:
         """The logical shape of the live tensor, of which ``window`` may be a part."""
-        if self.site is None:
-            return self.tensor.shape
-        sizes = self.site.layout.sizes
-        return torch.Size(sizes.get(role, size) for role, size in zip(self.roles, self.tensor.shape, strict=True))
+        return whole_shape(self.tensor, self.roles, self.site)
 
     def saved(self, tensor: Tensor) -> Tensor:
         """Return a whole live tensor as it is in a file."""
         form = FORMS.get(self.roles)
         return tensor if form is None else form.saved(tensor)
+
+
+def whole_shape(tensor: Tensor, roles: Roles, site: Site | None) -> torch.Size:
+    """Return the logical shape of a tensor of which this rank may have a part."""
+    if site is None:
+        return tensor.shape
+    sizes = site.layout.sizes
+    return torch.Size(sizes.get(role, size) for role, size in zip(roles, tensor.shape, strict=True))
 
 
 def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[str, Entry]:
@@ -85,10 +91,11 @@ def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[
     inside: dict[int, str] = {}
     for path, module in adapter_modules(model):
         if isinstance(module, LoraLayer):
-            saved_as = inside.get(id(module), path)
+            saved_as, base = inside.get(id(module), path), module._modules["base_layer"]
             # Of layers around one another, those without this adapter leave no trace in the names of a file.
-            inside[id(module.base_layer)] = f"{saved_as}.base_layer" if adapter in module.specs else saved_as
-            entries.update(_factors(path, saved_as, module, adapter))
+            inside[id(base)] = f"{saved_as}.base_layer" if adapter in module.specs else saved_as
+            if adapter in module.specs:
+                _enter_factors(entries, path, saved_as, module, adapter)
         elif isinstance(module, TrainableTokensWrapper):
             inside[id(module.original_module)] = path
             entries.update(_rows(path, module.token_adapter, adapter))
@@ -117,20 +124,23 @@ def _whole(live: str, tensor: Tensor, inside: nn.Module, name: str, engines: Eng
     return Entry(live, tensor, roles=roles, site=engines.parameter_site(owner_name, owner, parameter, roles))
 
 
-def _factors(path: str, saved_as: str, layer: LoraLayer, adapter: str) -> dict[str, Entry]:
-    if adapter not in layer.specs:
-        return {}
-    tensors = layer.factors(adapter).tensors()
-    tied = adapter in layer.tied
-    device = layer.stored.device
-    entries = {}
-    roles = layer.factor_roles(adapter)
+def _enter_factors(entries: dict[str, Entry], path: str, saved_as: str, layer: LoraLayer, adapter: str) -> None:
+    """Enter an adapter's factors in one layer; runs for every layer of a model, so it asks for everything once."""
+    tied, spec, site = adapter in layer.tied, layer.specs[adapter], layer.site
+    tensors, roles = layer.factors(adapter).tensors(), layer.factor_roles(adapter)
+    op, base, device = layer.op, layer._modules["base_layer"], layer.stored.device
     for (name, live), tensor, role in zip(layer.factor_names(adapter).items(), tensors, roles, strict=True):
-        owner = None if tied else layer.get_submodule(live.rpartition(".")[0])
-        entry = Entry(f"{path}.{live}", tensor, tied, owner, device, role, layer.site)
-        for key, window in layer.windows(saved_as, name, adapter, entry.whole_shape):
-            entries[key] = replace(entry, window=window)
-    return entries
+        owner = None if tied else _owner(layer, live)
+        logical = whole_shape(tensor, role, site)
+        for key, window in op.windows(saved_as, name, spec, base, logical, role):
+            entries[key] = Entry(f"{path}.{live}", tensor, tied, owner, device, role, site, window)
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    """Return the module that holds ``module``'s tensor of that name; what wraps attributes is not asked."""
+    for part in name.split(".")[:-1]:
+        module = module._modules[part]  # type: ignore[assignment]
+    return module
 
 
 def _rows(path: str, layer: TrainableTokensLayer, adapter: str) -> dict[str, Entry]:
@@ -150,11 +160,11 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
         adapted_only: only those whose layer is adapted.
     """
     base = base_of(model)
-    ends = [getattr(base, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    ends = {id(getattr(base, get, lambda: None)()) for get in ("get_input_embeddings", "get_output_embeddings")}
     entries = {}
     engines: Engines | None = None
-    for path, module in model.named_modules():
-        if not any(module is end for end in ends) or isinstance(module, ModulesToSaveWrapper):
+    for path, module in live_modules(model):
+        if id(module) not in ends or isinstance(module, ModulesToSaveWrapper):
             continue
         if isinstance(module, TrainableTokensWrapper):
             path, module = f"{path}.token_adapter.base_layer", module.original_module
@@ -162,7 +172,7 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
             path = f"{path}.base_layer"
         elif adapted_only or ".modules_to_save." in path or path.endswith(".original_module"):
             continue
-        layer = module.base_layer if isinstance(module, LoraLayer) else module
+        layer: Any = module.base_layer if isinstance(module, LoraLayer) else module
         if getattr(layer, "weight", None) is None:
             continue  # on another stage of a pipeline
         engines = engines or Engines(base)
@@ -173,7 +183,7 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
 
 def of_other_stages(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return those names in a file that belong to modules which another stage of a pipeline has."""
-    places = tuple(f"{path}." for path, module in model.named_modules() if is_elsewhere(module))
+    places = tuple(f"{path}." for path, module in live_modules(model) if is_elsewhere(module))
     return {name for name in names if name.startswith(places)} if places else set()
 
 

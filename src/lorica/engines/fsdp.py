@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +31,8 @@ def managed(model: nn.Module) -> set[int]:
 
 def _groups(model: nn.Module) -> list[Any]:
     """Return the groups of parameters inside a model, and of what stands around it and runs forwards with it."""
+    if not dist.is_available() or not dist.is_initialized():
+        return []  # without looking at every module: nothing is sharded on one process
     states: dict[int, Any] = {}
     for module in model.modules():
         if is_fully_sharded(module):

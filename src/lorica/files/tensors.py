@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -81,6 +83,7 @@ class TensorReader:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
+                size = os.fstat(file.fileno()).st_size
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: not a readable safetensors file: {error}") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -89,7 +92,26 @@ class TensorReader:
             name: Stored(value["dtype"], tuple(value["shape"]), *(first + offset for offset in value["data_offsets"]))
             for name, value in header.items()
         }
-        self.tensors = dict(sorted(found.items(), key=lambda item: item[1].start))
+        self.tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
+        if size != max((stored.stop for stored in found.values()), default=first):
+            raise CheckpointError(f"{self.path} was changed while it was read")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype.
+
+        Raises:
+            CheckpointError: torch has no such dtype.
+        """
+        word = self.tensors[name].word
+        if word not in DTYPES:
+            raise CheckpointError(f"{self.path}: {name} is stored as {word}, which cannot be computed with")
+        return DTYPES[word]
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenTensors]:
+        """Open the file, to read many tensors."""
+        with self.path.open("rb", buffering=0) as file:
+            yield OpenTensors(self, file)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in memory of its own.
@@ -98,17 +120,30 @@ class TensorReader:
             CheckpointError: torch has no such dtype, or the file became shorter.
         """
         stored = self.tensors[name]
-        if stored.dtype is None:
-            raise CheckpointError(f"{self.path}: {name} is stored as {stored.word}, which cannot be computed with")
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            rest = _bytes_of(tensor)
-            while len(rest) and (count := file.readinto(rest)):
-                rest = rest[count:]
-        if len(rest):
-            raise CheckpointError(f"{self.path}: {name} ends too early")
+        tensor = torch.empty(stored.shape, dtype=self.dtype_of(name))
+        with self.opened() as file:
+            file.read_into(tensor, stored.start)
         return tensor
+
+
+class OpenTensors(NamedTuple):
+    """A file of tensors that is open."""
+
+    reader: TensorReader
+    file: FileIO
+
+    def read_into(self, tensor: Tensor, place: int) -> None:
+        """Fill a contiguous tensor on the CPU with what begins at ``place``.
+
+        Raises:
+            CheckpointError: the file became shorter.
+        """
+        self.file.seek(place)
+        rest = _bytes_of(tensor)
+        while len(rest) and (count := self.file.readinto(rest)):
+            rest = rest[count:]
+        if len(rest):
+            raise CheckpointError(f"{self.reader.path}: the tensors end too early")
 
 
 class TensorWriter:

@@ -22,6 +22,7 @@ from lorica.checkpoint import reading
 from lorica.checkpoint.loading import read_config
 from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, of_other_stages
 from lorica.checkpoint.pieces import piece_of
+from lorica.checkpoint.placing import write_pieces
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError, SwapError
@@ -336,8 +337,7 @@ class _Swap:
         if grew:
             _describe_ranks(self._old, [change.layer for change in self._changes], self._adapter)
         entries = adapter_entries(self._model, self._adapter, self._old)
-        for name, values in parts.items():
-            piece_of(name, entries[name]).write(values)
+        write_pieces(entries, parts)
         for change in self._changes:
             change.layer.notes.clear()
             if change.absent:
