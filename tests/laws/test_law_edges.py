@@ -191,12 +191,12 @@ def encoder() -> nn.Module:
 
 
 def test_the_size_of_a_merging_chunk_does_not_matter(monkeypatch) -> None:
-    import lorica.storage
+    from lorica.storage import deltas
 
     for op in MERGEABLE:
         base, results = op.build(), []
-        for elements in (lorica.storage.CHUNK_ELEMENTS, 1, 25):
-            monkeypatch.setattr(lorica.storage, "CHUNK_ELEMENTS", elements)
+        for elements in (deltas.CHUNK_ELEMENTS, 1, 25):
+            monkeypatch.setattr(deltas, "CHUNK_ELEMENTS", elements)
             results.append(adapt(base, op).merge_and_unload().state_dict())
         for name, tensor in results[0].items():
             assert_close(results[1][name], tensor, 1e-6)

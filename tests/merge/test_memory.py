@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorica import LoraConfig, get_peft_model, get_peft_model_state_dict, storage
+from lorica import LoraConfig, get_peft_model, get_peft_model_state_dict
 from lorica.files.tensors import Stored, TensorWriter
 from lorica.merge import stream
 
@@ -65,7 +65,7 @@ def test_memory_is_that_of_the_largest_tensor(dora: bool, tmp_path: Path, monkey
     total, largest = write_base(tmp_path / "base", config)
     write_adapter(tmp_path / "adapter", config, use_dora=dora)
     chunk = 128 * 1024
-    monkeypatch.setattr(storage, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("lorica.storage.deltas.CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr("lorica.variants.dora.CHUNK_ELEMENTS", chunk)
     merge = stream.Merge(tmp_path / "adapter", tmp_path / "base")
     for directory in ("first", "merged"):  # the first loads what torch loads when it first computes

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorica import storage
 from lorica.errors import AdapterError, CheckpointError, RankError
 from lorica.files.atomic import complete_directory
 from lorica.files.json import read_json_object
@@ -24,6 +23,7 @@ from lorica.files.tensors import Stored, TensorReader, TensorWriter
 from lorica.merge.changes import Changes
 from lorica.merge.follow import Conversion, skeleton
 from lorica.merge.traced import NotFollowedError, Piece
+from lorica.storage import chunks
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -227,8 +227,7 @@ def _finite(values: Tensor) -> bool:
     if values.dim() > 2:
         return all(map(_finite, values))
     rows = values.reshape(-1, 1) if values.dim() < 2 else values
-    step = max(1, storage.CHUNK_ELEMENTS // max(1, rows.shape[1]))
-    return all(bool(part.isfinite().all()) for part in torch.split(rows, step))
+    return all(bool(rows[part].isfinite().all()) for part in chunks(rows))
 
 
 def merge_files(
@@ -245,7 +244,7 @@ def merge_files(
     The new directory has the same files with the same tensors under the same names. It appears when it is complete.
     Where a process group was initialised, each rank does some of the files; all must see the same file system.
 
-    Memory: the largest stored tensor, a chunk of :data:`lorica.storage.CHUNK_ELEMENTS` float32 values (and as many
+    Memory: the largest stored tensor, :data:`lorica.storage.deltas.CHUNK_ELEMENTS` float32 values at most (and as many
     again for DoRA's norms), and the factors of the four layers last used. PiSSA and OLoRA need some more of the largest
     weight, for they start from its decomposition.
 

@@ -14,21 +14,38 @@ from lorica.errors import AdapterError, LayoutError
 _ALL = slice(None)
 
 
+class Room:
+    """Memory for one chunk of a weight in the dtype that is computed in, which chunk after chunk is copied into."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a copy in a dtype; it lasts until the next one is made."""
+        size, memory = tensor.numel(), self._memory
+        if memory is None or len(memory) < size or memory.dtype != dtype or memory.device != tensor.device:
+            self._memory = memory = None  # the old goes before the new comes
+            self._memory = memory = torch.empty(size, dtype=dtype, device=tensor.device)
+        return memory[:size].view(tensor.shape).copy_(tensor)
+
+
 class Storage(Protocol):
     """What merging needs to know of a way to store a weight ``[rows, cols]``.
 
     ``stored`` is a tensor, or the rows of a quantised weight (:class:`Packed`).
 
     Attributes:
+        compute: the dtype in which deltas are added.
         exact: whether a merged delta can be taken out again up to the rounding of float32.
         whole: whether all rows are written at once, since what a row is stored as depends on the others.
     """
 
+    compute: torch.dtype
     exact: bool
     whole: bool
 
-    def dequantize(self, stored: Any) -> Tensor:
-        """Return the values as float32 (float64 stays). May share memory with ``stored``."""
+    def dequantize(self, stored: Any, room: Room | None = None) -> Tensor:
+        """Return the values as float32 (float64 stays). May share memory with ``stored``, or lie in ``room``."""
 
     def requantize(self, stored: Any, values: Tensor) -> None:
         """Write ``values`` over ``stored``, rounding once."""
@@ -193,6 +210,7 @@ class Quantised:
     fields: ClassVar[tuple[str, ...]] = ("weight",)
     chunked: ClassVar[bool] = True
     sharded: ClassVar[bool] = False
+    compute: torch.dtype = torch.float32
     exact: bool = False
     whole: bool = True
 
@@ -223,7 +241,7 @@ class Quantised:
     def part(self, shadow: Any) -> None:
         """Give a shallow copy of a base layer its own of what :meth:`write` changes in place."""
 
-    def dequantize(self, stored: Packed) -> Tensor:
+    def dequantize(self, stored: Packed, room: Room | None = None) -> Tensor:
         """Return the values of rows as float32."""
         return self.read(stored.base, stored.name, stored.rows).to(torch.float32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorica.storage.base import Storage
+from lorica.storage.base import Room, Storage
 
 
 class Dense:
@@ -22,9 +22,11 @@ class Dense:
         self.compute = compute
         self.exact = exact
 
-    def dequantize(self, stored: Tensor) -> Tensor:
-        """Return ``stored`` itself where its dtype is the one computed in, else a copy."""
-        return stored.to(self.compute)
+    def dequantize(self, stored: Tensor, room: Room | None = None) -> Tensor:
+        """Return ``stored`` itself where its dtype is the one computed in, else a copy, in ``room`` where there is."""
+        if room is None or stored.dtype == self.compute:
+            return stored.to(self.compute)
+        return room.copy(stored, self.compute)
 
     def requantize(self, stored: Tensor, values: Tensor) -> None:
         """Copy, unless ``values`` already is ``stored``."""
