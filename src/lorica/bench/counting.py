@@ -8,7 +8,11 @@ All are taken from outside, at torch's dispatcher, with the same rules for every
 - **saved bytes**: distinct storages that autograd keeps for backward, without parameters and buffers of the model.
 - **peak bytes**: the most that was alive at once of the storages that operators allocated during the call. Memory
   mapped from a file, and what a kernel allocates for itself, cannot be seen.
-- **FLOPs**: ``torch.utils.flop_counter``, so products and attention only; with the in-place products it leaves out.
+- **FLOPs**: by the formulas of ``torch.utils.flop_counter``, so products and attention only; with the in-place products
+  it leaves out.
+
+Nothing is attached to modules for it. What autograd saves is seen through hooks on saved tensors, in a call of its own,
+since code may take another way under such hooks.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 #: The quantities of :func:`count`, in the order of the tables.
 QUANTITIES = ("FLOPs", "kernels", "bytes moved", "saved bytes", "peak bytes")
@@ -38,7 +42,10 @@ def _product_flops(c: Any, a: Any, b: Any, *rest: Any, out_shape: Any = None, **
 
 
 # torch's counter knows addmm and baddbmm but not their in-place forms, which would let an in-place product go free.
-_IN_PLACE_PRODUCTS: dict[Any, Any] = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+_IN_PLACE_PRODUCTS: dict[Any, Any] = {
+    torch.ops.aten.addmm_: shape_wrapper(_product_flops),  # type: ignore[no-untyped-call]
+    torch.ops.aten.baddbmm_: shape_wrapper(_product_flops),  # type: ignore[no-untyped-call]
+}
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -67,6 +74,7 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         kernels: operator name → how often it ran.
+        flops: those of products and attention.
         bytes_moved: bytes read plus bytes written.
         live_bytes: bytes allocated under this mode that are still alive.
         peak_bytes: the most that ``live_bytes`` has been.
@@ -75,6 +83,7 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: dict[str, int] = {}
+        self.flops = 0
         self.bytes_moved = 0
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -102,7 +111,10 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return  # a view in all but its schema, such as _unsafe_view
         if not (read or written or fresh):
             return  # nothing but meta tensors
-        name = func.overloadpacket.__name__
+        name, packet = func.overloadpacket.__name__, func.overloadpacket
+        formula = _IN_PLACE_PRODUCTS.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs))
         self.kernels[name] = self.kernels.get(name, 0) + 1
         self.bytes_moved += _distinct_bytes(read) + _distinct_bytes([*written, *fresh])
 
@@ -166,20 +178,27 @@ class SavedBytes:
         self._hooks.__exit__(*error)
 
 
-def count(run: Callable[[], object], model: nn.Module | None = None) -> dict[str, int]:
-    """Call ``run`` once and return its counts, by the names in :data:`QUANTITIES`.
+def count(
+    run: Callable[[], object], model: nn.Module | None = None, *, reset: Callable[[], object] = lambda: None
+) -> dict[str, int]:
+    """Call ``run`` twice and return its counts, by the names in :data:`QUANTITIES`.
 
     Args:
         run: what is counted; its result is thrown away only after the counting.
         model: whose parameters and buffers are not saved bytes.
+        reset: runs before each call and is not counted.
     """
-    flops = FlopCounterMode(display=False, custom_mapping=_IN_PLACE_PRODUCTS)
     kernels, saved = KernelCounter(), SavedBytes(model)
-    with flops, kernels, saved:
+    reset()
+    with kernels:
+        result = run()
+    del result
+    reset()
+    with saved:
         result = run()
     del result
     return {
-        "FLOPs": flops.get_total_flops(),
+        "FLOPs": kernels.flops,
         "kernels": sum(kernels.kernels.values()),
         "bytes moved": kernels.bytes_moved,
         "saved bytes": saved.total,

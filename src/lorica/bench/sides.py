@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,17 +47,22 @@ def adapt(side: str, base: nn.Module, **fields: Any) -> nn.Module:
     return model
 
 
-def adapted(base: nn.Module, *, share: bool = False, **fields: Any) -> dict[str, nn.Module]:
-    """Return copies of ``base`` adapted by both libraries with the same random factors (neither is zero).
+def adapted(
+    base: nn.Module,
+    *,
+    libraries: Sequence[str] = (PEFT, LORICA),
+    copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    **fields: Any,
+) -> dict[str, nn.Module]:
+    """Return copies of ``base`` adapted by the libraries with the same random factors (neither is zero).
 
-    Without PEFT there is only lorica's. With ``share`` the copies hold the base's own parameters and buffers, so that
-    a large model is there once; what changes the base's weights then changes them for all.
+    Args:
+        base: stays as it is.
+        libraries: the sides.
+        copied: makes the copies; see :func:`twin`.
+        **fields: of the config.
     """
-    sides = (PEFT, LORICA) if has_peft() else (LORICA,)
-    models = {
-        side: adapt(side, twin(base) if share else copy.deepcopy(base), init_lora_weights=False, **fields)
-        for side in sides
-    }
+    models = {side: adapt(side, copied(base), init_lora_weights=False, **fields) for side in libraries}
     if PEFT in models:
         with quiet():
             state = library(PEFT).get_peft_model_state_dict(models[PEFT])
@@ -66,7 +71,10 @@ def adapted(base: nn.Module, *, share: bool = False, **fields: Any) -> dict[str,
 
 
 def twin(base: nn.Module) -> nn.Module:
-    """Return a copy of a model that holds the same parameters and buffers."""
+    """Return a copy of a model that holds the same parameters and buffers, so that they are in memory once.
+
+    What changes them, such as merging, changes them for both.
+    """
     held = [*base.parameters(), *base.buffers()]
     return copy.deepcopy(base, {id(tensor): tensor for tensor in held})
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 
+import torch
+
 Clock = Callable[[], float]
 
 #: A task without a reset is called in a loop until one sample lasts this long, in seconds.
@@ -18,6 +20,13 @@ SHORTEST_SAMPLE = 2e-3
 
 #: Six rounds hold every order of three sides once.
 FEWEST_ROUNDS = 6
+
+
+def settled() -> float:
+    """Return the seconds of a clock, read once the accelerator (if there is one) has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorica._version import __version__
-from lorica.cli import export, extract, inspect, launch, merge, plan, state, use
+from lorica.cli import bench, export, extract, inspect, launch, merge, plan, state, use
 from lorica.cli.errors import note, quiet, readable
 
 app = typer.Typer(
@@ -128,5 +128,6 @@ app.command()(extract.extract)
 app.command()(export.export)
 app.command("inspect")(inspect.inspect)
 app.command()(plan.plan)
+app.command()(bench.bench)
 app.command()(state.consolidate)
 app.command()(state.reshard)
