@@ -14,6 +14,7 @@ ROOMS = [
     "_version",
     "errors",
     "lowrank",
+    "kernels",
     "files",
     "layout",
     "engines",

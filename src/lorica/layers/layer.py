@@ -22,6 +22,7 @@ from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Site
 from lorica.errors import AdapterError, LayoutError
 from lorica.init import Factors
+from lorica.layers import lean
 from lorica.layers.merging import Merging
 from lorica.layers.mixed import add_by_rows, refuse_merged
 from lorica.layers.switch import Switch
@@ -89,6 +90,7 @@ class LoraLayer(Merging):
         self.specs: dict[str, AdapterSpec] = {}
         self.tied: dict[str, LoraLayer] = {}
         self.extras: dict[str, dict[str, Extra]] = {}
+        self.lean: lean.Lean | None = None
         container = nn.ParameterDict if op.lookup else nn.ModuleDict
         for name in _container_names(op):
             self._modules[name] = container()  # add_module would find the name in a layer inside this one
@@ -98,6 +100,7 @@ class LoraLayer(Merging):
         """Take the place among the ranks that ``site`` describes; the factors are not touched."""
         self.leave()
         self.notes.clear()
+        self.lean = None
         self.site = site
         for place in _places(site):
             place.opening.put(partial(self._inside, place))
@@ -136,6 +139,7 @@ class LoraLayer(Merging):
                 in :attr:`owed`, to be done with the factors that the adapter started from.
             seed: of what the variant draws for itself.
         """
+        self.lean = None
         a, b = nn.Parameter(factors.a), nn.Parameter(factors.b)
         first, second = self._containers()
         if self.op.lookup:
@@ -177,6 +181,7 @@ class LoraLayer(Merging):
 
     def tie_adapter(self, name: str, spec: AdapterSpec, source: LoraLayer) -> None:
         """Take in an adapter whose factors are those of ``source``, an embedding with the same weight, transposed."""
+        self.lean = None
         self.specs[name] = spec
         self.tied[name] = source
 
@@ -195,6 +200,7 @@ class LoraLayer(Merging):
                     del container[name]
         self.owed.discard(name)
         self.notes.clear()
+        self.lean = None
 
     def factors(self, name: str) -> Factors:
         """Return the factors of an adapter, attached to the graph."""
@@ -336,6 +342,8 @@ class LoraLayer(Merging):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base layer's output plus the parts of the running adapters (of those in ``adapter_names``, one for
         each row of the input, where they are given)."""
+        if len(args) == 1 and not kwargs and (output := lean.forward(self, args[0])) is not None:
+            return output
         if "adapter_names" in kwargs:
             with self.switch.routed(Rows(kwargs.pop("adapter_names"))):
                 return self.forward(*args, **kwargs)

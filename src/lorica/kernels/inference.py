@@ -1,0 +1,39 @@
+"""Without autograd: the delta is added in place to what the base product has just returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorica.kernels.dropout import keep_mask, scale_of
+from lorica.kernels.projection import Projection
+
+
+def fits(x: Tensor, item: Any) -> bool:
+    """Nothing is recorded."""
+    return not torch.is_grad_enabled()
+
+
+def projection(x: Tensor, item: Projection) -> Tensor:
+    """See :func:`lorica.kernels.plain.projection`."""
+    weight, bias, a_RI, b_OR, scaling, dropped = item
+    dtype = x.dtype
+    if a_RI.dtype != dtype or weight.dtype != dtype:
+        weight, a_RI, b_OR = weight.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    y = F.linear(x, weight, bias)
+    if dropped is not None:
+        x, scaling = x * keep_mask(x, dropped), scaling * scale_of(dropped.p)
+    if x.dim() == 2:
+        return y.addmm_(x.mm(a_RI.t()), b_OR.t(), alpha=scaling)
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]).mm(a_RI.t()), b_OR.t(), alpha=scaling)
+    return y
+
+
+def projections(x: Tensor, items: Sequence[Projection]) -> Sequence[Tensor]:
+    """See :func:`lorica.kernels.plain.projections`."""
+    return [projection(x, item) for item in items]
