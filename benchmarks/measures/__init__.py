@@ -2,8 +2,22 @@
 
 from benchmarks.measures import training  # isort: skip  (the order of the tables)
 from benchmarks.measures import layers, lifecycle  # isort: skip
+from benchmarks.measures import experts  # isort: skip
 from benchmarks.measures import combining, files, merging, rows  # isort: skip
 from benchmarks.measures import calibration  # isort: skip
+from benchmarks.measures import compiled  # isort: skip
 from benchmarks.measures import parallel  # isort: skip
 
-__all__ = ["calibration", "combining", "files", "layers", "lifecycle", "merging", "parallel", "rows", "training"]
+__all__ = [
+    "calibration",
+    "combining",
+    "compiled",
+    "experts",
+    "files",
+    "layers",
+    "lifecycle",
+    "merging",
+    "parallel",
+    "rows",
+    "training",
+]

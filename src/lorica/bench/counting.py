@@ -41,11 +41,18 @@ def _product_flops(c: Any, a: Any, b: Any, *rest: Any, out_shape: Any = None, **
     return 2 * int(math.prod(a)) * int(b[-1])
 
 
-# torch's counter knows addmm and baddbmm but not their in-place forms, which would let an in-place product go free.
-_IN_PLACE_PRODUCTS: dict[Any, Any] = {
+def _grouped_flops(a: Any, b: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # [rows, k] times [experts, k, n], or [m, rows] times [rows, n] for each expert: a row meets one expert's matrix.
+    return 2 * int(math.prod(a)) * int(b[-1])
+
+
+# What torch's counter lets go free: the in-place forms of products that it knows, and the grouped product of experts.
+_FURTHER_PRODUCTS: dict[Any, Any] = {
     torch.ops.aten.addmm_: shape_wrapper(_product_flops),  # type: ignore[no-untyped-call]
     torch.ops.aten.baddbmm_: shape_wrapper(_product_flops),  # type: ignore[no-untyped-call]
 }
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _FURTHER_PRODUCTS[torch.ops.aten._grouped_mm] = shape_wrapper(_grouped_flops)  # type: ignore[no-untyped-call]
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -112,7 +119,7 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not (read or written or fresh):
             return  # nothing but meta tensors
         name, packet = func.overloadpacket.__name__, func.overloadpacket
-        formula = _IN_PLACE_PRODUCTS.get(packet) or flop_registry.get(packet)
+        formula = _FURTHER_PRODUCTS.get(packet) or flop_registry.get(packet)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs))
         self.kernels[name] = self.kernels.get(name, 0) + 1

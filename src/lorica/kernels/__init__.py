@@ -7,8 +7,8 @@ kernels where they fit. A kernel for a device is one more file and one more entr
 
 from __future__ import annotations
 
-from lorica.kernels import function, inference, plain, together
-from lorica.kernels.dropout import Dropped, draw_seed, keep_mask, scale_of
+from lorica.kernels import function, grouped, inference, plain, together
+from lorica.kernels.dropout import Dropped, draw_seed, keep_mask, mixed_seed, scale_of
 from lorica.kernels.projection import Projection
 from lorica.kernels.registry import KERNELS, Kernel, asked, kernel_for, register, using
 
@@ -23,6 +23,11 @@ register("projections", "inference", inference.projections, inference.fits)
 register("projections", "function", together.projections, together.fits)
 register("projections", "plain", plain.projections)
 
+# The experts of a stack, on rows sorted by expert: (multiply, x, weight, a, b, scaling, offsets) → y.
+register("grouped", "inference", grouped.inference, grouped.inference_fits)
+register("grouped", "function", grouped.function, grouped.function_fits)
+register("grouped", "plain", grouped.plain)
+
 __all__ = [
     "KERNELS",
     "Dropped",
@@ -32,6 +37,7 @@ __all__ = [
     "draw_seed",
     "keep_mask",
     "kernel_for",
+    "mixed_seed",
     "register",
     "scale_of",
     "using",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
+from lorica.kernels import Projection, grouped, kernel_for
 from lorica.ops.base import Host, autocast_off
 from lorica.ops.dropout import drop
 
@@ -26,8 +27,6 @@ _METADATA = {
     *("size", "dim", "numel", "stride", "storage_offset", "data_ptr", "get_device", "itemsize", "element_size"),
     *("nbytes", "is_contiguous", "is_floating_point"),
 }
-#: Bytes that the rows of an operand of torch's grouped product must be a multiple of.
-_ALIGNMENT = 16
 
 
 class Delta(NamedTuple):
@@ -55,7 +54,7 @@ class Delta(NamedTuple):
         """Return the delta of a vector of experts."""
         if self.left.dim() == 2:
             return self
-        return self._replace(left=self.left[experts], right=self.right[experts])
+        return self._replace(left=self.left.index_select(0, experts), right=self.right.index_select(0, experts))
 
 
 class AdaptedWeight:
@@ -80,20 +79,31 @@ class AdaptedWeight:
         """Return one expert's weight, or those of a vector of experts."""
         self.asked = True
         if self.weight.dim() == 3 and _is_integer(index):
-            return self._experts[int(index)]
+            return self._expert(int(index))
         if self.weight.dim() == 3 and isinstance(index, Tensor) and index.dim() == 1:
-            chosen = [
-                d if d.left.dim() == 2 else d._replace(left=d.left[index], right=d.right[index]) for d in self.deltas
-            ]
-            return AdaptedWeight(self.weight[index], chosen)
+            return AdaptedWeight(self.weight[index], [delta.chosen(index) for delta in self.deltas])
         return self.added_up("indexing")[index]
 
+    def _expert(self, index: int) -> AdaptedWeight:
+        if torch.is_grad_enabled():
+            pairs = [(left[index], right[index]) for left, right in self._apart]
+        else:
+            pairs = [(d.left, d.right) if d.left.dim() == 2 else (d.left[index], d.right[index]) for d in self.deltas]
+        parts = [d._replace(left=left, right=right) for d, (left, right) in zip(self.deltas, pairs, strict=True)]
+        return AdaptedWeight(self.weight[index], parts)
+
     @cached_property
-    def _experts(self) -> list[AdaptedWeight]:
+    def _apart(self) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
         # Taken apart once: indexing a factor expert by expert would make a whole stack of zeros for each in backward.
-        count = self.weight.shape[0]
-        parts = [_apart(delta, count) for delta in self.deltas]
-        return [AdaptedWeight(w, [part[e] for part in parts]) for e, w in enumerate(self.weight.unbind(0))]
+        # And cast once: a cast for each expert would be a kernel for each.
+        count, device, dtype = len(self.weight), self.weight.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        stacks = [(delta.left.to(dtype), delta.right.to(dtype)) for delta in self.deltas]
+        return [
+            ([left] * count, [right] * count) if left.dim() == 2 else (left.unbind(0), right.unbind(0))
+            for left, right in stacks
+        ]
 
     def transpose(self, first: int, second: int) -> Any:
         """Return the transposed weight."""
@@ -182,6 +192,9 @@ def _linear(func: Callable[..., Any], x: Any, weight: Any, bias: Any = None) -> 
     """``x Wᵀ + bias``."""
     if not (isinstance(x, Tensor) and isinstance(weight, AdaptedWeight)) or isinstance(bias, AdaptedWeight):
         return NotImplemented
+    delta = _lean(x, weight)
+    if delta is not None and (bias is None or not bias.requires_grad):
+        return _projection(x, Projection(weight.weight, bias, delta.right, delta.left, delta.spec.scaling))
     return _plus_deltas(func(x, weight.weight, bias), x, weight.mT)
 
 
@@ -192,6 +205,10 @@ def _matmul(func: Callable[..., Any], first: Any, second: Any, **kwargs: Any) ->
     if isinstance(first, Tensor) and isinstance(second, AdaptedWeight):
         if second.weight.dim() == 3 and first.dim() != 3:
             return NotImplemented
+        delta = _lean(first, second) if second.weight.dim() == 2 and first.dim() > 1 else None
+        if delta is not None:
+            item = Projection(second.weight.mT, None, delta.left.mT, delta.right.mT, delta.spec.scaling)
+            return _projection(first, item)
         return _plus_deltas(func(first, second.weight), first, second)
     if isinstance(first, AdaptedWeight) and isinstance(second, Tensor) and first.weight.dim() == second.dim():
         return _plus_deltas(func(first.weight, second).mT, second.mT, first.mT).mT
@@ -204,10 +221,32 @@ def _grouped(func: Callable[..., Any], x: Any, weight: Any, offs: Any = None, **
         return NotImplemented
     if any(value is not None for value in kwargs.values()):
         return NotImplemented
+    lean = _lean(x, weight)
+    if lean is not None:
+        arguments = (func, x, weight.weight, lean.left.mT, lean.right.mT, lean.spec.scaling, offs)
+        return kernel_for("grouped", *arguments)(*arguments)
     y = func(x, weight.weight, offs=offs)
     with autocast_off(y.device.type):
         for delta in weight.deltas:
-            y = _plus_grouped(func, y, x, delta, offs)
+            part = grouped.part(func, _drop(x.to(y.dtype), delta, "pre"), delta.left.mT, delta.right.mT, offs)
+            y = torch.add(y, _drop(part, delta, "post"), alpha=delta.spec.scaling)
+    return y
+
+
+def _lean(x: Tensor, weight: AdaptedWeight) -> Delta | None:
+    """Return the delta of a weight where it is the only one and nothing lies between it and the base product."""
+    if len(weight.deltas) != 1 or weight.weight.requires_grad or x.dtype != weight.weight.dtype:
+        return None
+    if torch.compiler.is_compiling():  # which does itself what a choice of implementations is for
+        return None
+    delta = weight.deltas[0]
+    if (delta.spec.dropout and delta.host.training) or torch.is_autocast_enabled(x.device.type):
+        return None
+    return delta
+
+
+def _projection(x: Tensor, item: Projection) -> Tensor:
+    y: Tensor = kernel_for("projection", x, item)(x, item)
     return y
 
 
@@ -236,39 +275,18 @@ def _plus_delta(y: Tensor, x: Tensor, delta: Delta) -> Tensor:
     return flat.view(y.shape)
 
 
-def _plus_grouped(func: Callable[..., Any], y: Tensor, x: Tensor, delta: Delta, offs: Tensor) -> Tensor:
-    if delta.left.dim() == 2:
-        return _plus_delta(y, x, delta)
-    left, right = delta.left.to(y.dtype), delta.right.to(y.dtype)
-    x = _drop(x.to(y.dtype), delta, "pre")
-    if func.__name__ == "grouped_mm_fallback" or delta.spec.r * y.element_size() % _ALIGNMENT == 0:
-        part = func(func(x, left, offs=offs), right, offs=offs)
-        return torch.add(y, _drop(part, delta, "post"), alpha=delta.spec.scaling)
-    parts, start = [], 0
-    for left_e, right_e, end in zip(left.unbind(0), right.unbind(0), offs.tolist(), strict=True):
-        if end > start:
-            parts.append(_plus(y[start:end], x[start:end] @ left_e, right_e, delta))
-        start = end
-    return torch.cat([*parts, y[start:]])
-
-
 def _plus(y: Tensor, h: Tensor, right: Tensor, delta: Delta) -> Tensor:
     """Return ``y + s·h·right`` in one product, unless the part is dropped from in between."""
     scale, spec = delta.spec.scaling, delta.spec
     if spec.dropout and delta.host.training and spec.dropout_position == "post":
         return torch.add(y, _drop(h @ right, delta, "post"), alpha=scale)
+    if not torch.is_grad_enabled():  # into what the base product has just returned
+        return (y.baddbmm_ if right.dim() == 3 else y.addmm_)(h, right, alpha=scale)
     return (torch.baddbmm if right.dim() == 3 else torch.addmm)(y, h, right, alpha=scale)
 
 
 def _drop(x: Tensor, delta: Delta, position: str) -> Tensor:
     return drop(x, delta.spec, position, delta.host.site, delta.host.training, delta.generator)
-
-
-def _apart(delta: Delta, count: int) -> list[Delta]:
-    if delta.left.dim() == 2:
-        return [delta] * count
-    pairs = zip(delta.left.unbind(0), delta.right.unbind(0), strict=True)
-    return [delta._replace(left=left, right=right) for left, right in pairs]
 
 
 def _is_integer(index: Any) -> bool:
