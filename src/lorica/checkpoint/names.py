@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorica.adapt.inject import adapter_modules, base_of
@@ -41,7 +42,7 @@ class Entry:
         tensor: the live tensor; for a tied factor, the value it has through its source.
         tied: whether it is another entry's tensor, written for readers that do not tie.
         owner: the module that holds it as a parameter, where it is a factor.
-        device: where its base layer lies, where it is a factor.
+        device: where it lies or, while it has no values, where its base layer lies; of a factor.
         roles: the role of each of its dimensions (see :mod:`lorica.layout`).
         site: where it lies among the ranks; None on one process.
         window: the part of the logical tensor that is meant, where one live tensor has several names in a file.
@@ -126,21 +127,26 @@ def _whole(live: str, tensor: Tensor, inside: nn.Module, name: str, engines: Eng
 
 def _enter_factors(entries: dict[str, Entry], path: str, saved_as: str, layer: LoraLayer, adapter: str) -> None:
     """Enter an adapter's factors in one layer; runs for every layer of a model, so it asks for everything once."""
-    tied, spec, site = adapter in layer.tied, layer.specs[adapter], layer.site
-    tensors, roles = layer.factors(adapter).tensors(), layer.factor_roles(adapter)
-    op, base, device = layer.op, layer._modules["base_layer"], layer.stored.device
-    for (name, live), tensor, role in zip(layer.factor_names(adapter).items(), tensors, roles, strict=True):
-        owner = None if tied else _owner(layer, live)
-        logical = whole_shape(tensor, role, site)
-        for key, window in op.windows(saved_as, name, spec, base, logical, role):
-            entries[key] = Entry(f"{path}.{live}", tensor, tied, owner, device, role, site, window)
+    spec, op, site, base = layer.specs[adapter], layer.op, layer.site, layer._modules["base_layer"]
+    tied = layer.factors(adapter).tensors() if adapter in layer.tied else None
+    device = None
+    names = layer.factor_names(adapter).items()
+    for index, ((name, live), role) in enumerate(zip(names, layer.factor_roles(adapter), strict=True)):
+        owner, tensor = _held(layer, live) if tied is None else (None, tied[index])
+        if device is None:
+            device = layer.stored.device if tensor.is_meta else tensor.device
+        shape = whole_shape(tensor, role, site)
+        for key, window in op.windows(saved_as, name, spec, base, shape, role):
+            entries[key] = Entry(f"{path}.{live}", tensor, tied is not None, owner, device, role, site, window)
 
 
-def _owner(module: nn.Module, name: str) -> nn.Module:
-    """Return the module that holds ``module``'s tensor of that name; what wraps attributes is not asked."""
-    for part in name.split(".")[:-1]:
+def _held(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
+    """Return the module that holds ``module``'s tensor of that name, and the tensor, without asking for attributes."""
+    *parts, leaf = name.split(".")
+    for part in parts:
         module = module._modules[part]  # type: ignore[assignment]
-    return module
+    held = module._parameters.get(leaf)
+    return module, module._buffers[leaf] if held is None else held  # type: ignore[return-value]
 
 
 def _rows(path: str, layer: TrainableTokensLayer, adapter: str) -> dict[str, Entry]:
@@ -183,6 +189,8 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
 
 def of_other_stages(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return those names in a file that belong to modules which another stage of a pipeline has."""
+    if not dist.is_available() or not dist.is_initialized():
+        return set()
     places = tuple(f"{path}." for path, module in live_modules(model) if is_elsewhere(module))
     return {name for name in names if name.startswith(places)} if places else set()
 
@@ -213,7 +221,7 @@ def saved_entries(model: nn.Module, adapter: str, save_embedding_layers: bool | 
     """
     config = config_of_adapter(model, adapter)
     entries = adapter_entries(model, adapter, config)
-    targeted = config.trainable_token_indices is None and _embeddings_targeted(model, adapter)
+    targeted = config.trainable_token_indices is None and _embeddings_targeted(model, adapter, entries)
     reason = "embedding layers found in `target_modules`" if targeted else "the vocabulary was resized"
     if save_embedding_layers == "auto":
         save_embedding_layers = targeted or _resized(model, config)
@@ -224,11 +232,10 @@ def saved_entries(model: nn.Module, adapter: str, save_embedding_layers: bool | 
     return entries
 
 
-def _embeddings_targeted(model: nn.Module, adapter: str) -> bool:
-    return any(
-        isinstance(module, LoraLayer)
-        and adapter in module.specs
-        and module.target_name.rpartition(".")[2] in ("embed_tokens", "lm_head")
+def _embeddings_targeted(model: nn.Module, adapter: str, entries: Iterable[str]) -> bool:
+    ends = ("embed_tokens", "lm_head")
+    return any(end in name for name in entries for end in ends) and any(
+        isinstance(module, LoraLayer) and adapter in module.specs and module.target_name.rpartition(".")[2] in ends
         for _, module in adapter_modules(model)
     )
 

@@ -35,7 +35,7 @@ def _gets_memory(entry: Entry) -> bool:
 def take_over(entry: Entry, value: Tensor) -> Tensor:
     """Make ``value`` itself the tensor of an entry that has none yet, and return it as it is held."""
     assert entry.owner is not None
-    leaf = entry.live.rpartition(".")[2]
+    leaf = entry.live[entry.live.rfind(".") + 1 :]
     old = entry.owner._parameters.get(leaf)
     if old is None:
         entry.owner._buffers[leaf] = value

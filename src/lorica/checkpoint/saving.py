@@ -103,24 +103,13 @@ def save_adapters(
         if write:
             folder = directory if name == "default" else directory / name
             folder.mkdir(parents=True, exist_ok=True)
-            # Tensors that share memory are written apart: the format does not know sharing.
-            write_tensors(folder / WEIGHTS_NAME, _apart(tensors), {"format": "pt"})
+            write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
             _write_config(model, config, folder)
     if write:
         directory.mkdir(parents=True, exist_ok=True)
         write_model_card(model, directory)
     if together:
         dist.barrier()  # no rank goes on to read what is still being written
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        result[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
-        seen.add(plain.untyped_storage().data_ptr())
-    return result
 
 
 def _write_config(model: PeftModel, config: LoraConfig, folder: Path) -> None:

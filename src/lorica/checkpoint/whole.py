@@ -15,13 +15,11 @@ from lorica.checkpoint.names import WEIGHTS_NAME
 from lorica.checkpoint.shards import Stored, find_shard, opened, read_index, read_shard
 from lorica.errors import CheckpointError
 from lorica.files import atomic
-from lorica.files.tensors import DTYPES, TensorWriter
+from lorica.files.tensors import DTYPES, ORDER, TensorWriter
 from lorica.files.tensors import Stored as Placed
 
 FACTORS = "factors/"
 
-# The order in which safetensors' own writer lays tensors out.
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -46,7 +44,7 @@ def consolidate(state: Path, output: Path, *, each: Callable[[str], object] = la
     }
     if not index:
         raise CheckpointError(f"{state} holds no adapter")
-    wanted = sorted(index, key=lambda name: (_ORDER.index(_WORDS[index[name][1].dtype]), name))
+    wanted = sorted(index, key=lambda name: (ORDER.index(_WORDS[index[name][1].dtype]), name))
 
     def write(path: Path) -> None:
         placed = {name: _placed(index[name][1]) for name in wanted}

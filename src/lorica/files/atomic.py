@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lorica.files import tensors as safetensors
 
 MARKER = "COMPLETE"
 _TEMPORARY = ".partial-"
@@ -65,7 +66,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file to ``path`` in one step."""
-    write_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
+    write_file(path, lambda temporary: safetensors.write_tensors(temporary, tensors, metadata))
 
 
 def begin_directory(final: str | os.PathLike[str]) -> Path:

@@ -38,9 +38,25 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()} | {
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.complex64: "C64",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
+#: The order in which safetensors' own writer lays tensors out: the most demanding in alignment first.
+ORDER = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+_RANK = {word: rank for rank, word in enumerate(ORDER)}
 _ALIGNMENT = 8
 _COPY_BYTES = 4 * 1024 * 1024
+_BUFFER_BYTES = 1024 * 1024
+# NumPy knows these: they are written as they are, without a view as bytes.
+_OF_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8}
 
 
 class Stored(NamedTuple):
@@ -88,10 +104,10 @@ class TensorReader:
             raise CheckpointError(f"{self.path}: not a readable safetensors file: {error}") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         first = 8 + length
-        found = {
-            name: Stored(value["dtype"], tuple(value["shape"]), *(first + offset for offset in value["data_offsets"]))
-            for name, value in header.items()
-        }
+        found = {}
+        for name, value in header.items():
+            start, stop = value["data_offsets"]
+            found[name] = Stored(value["dtype"], tuple(value["shape"]), first + start, first + stop)
         self.tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
         if size != max((stored.stop for stored in found.values()), default=first):
             raise CheckpointError(f"{self.path} was changed while it was read")
@@ -167,14 +183,15 @@ class TensorWriter:
             place = stop
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        self._file = Path(path).open("xb")  # noqa: SIM115 (closed by __exit__)
+        self._file = Path(path).open("xb", buffering=_BUFFER_BYTES)  # noqa: SIM115 (closed by __exit__)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor."""
         stored = self._next(name)
-        assert (stored.word, stored.shape) == (_WORDS[tensor.dtype], tuple(tensor.shape))
-        self._file.write(_bytes_of(tensor.contiguous()))
+        assert (stored.word, stored.shape) == (_WORDS[tensor.dtype], tensor.shape)
+        tensor = tensor.contiguous()
+        self._file.write(tensor.numpy() if tensor.dtype in _OF_NUMPY else _bytes_of(tensor))  # type: ignore[arg-type]
 
     def copy(self, name: str, source: TensorReader, as_stored: str) -> None:
         """Write the next tensor as another one is in another file."""
@@ -204,8 +221,30 @@ class TensorWriter:
         assert error is not None or not self._waiting
 
 
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file, byte for byte the one that safetensors' own writer makes of these tensors.
+
+    They may lie on any device, have gaps, and share memory, which the format does not know: each is written by itself.
+    No more than one copy is in memory at a time.
+
+    Raises:
+        CheckpointError: the format has no word for a dtype.
+        FileExistsError: the file is there.
+    """
+    placed: list[tuple[int, str, Stored]] = []
+    for name, tensor in tensors.items():
+        if (word := _WORDS.get(tensor.dtype)) is None:
+            raise CheckpointError(f"{path}: {name} has the dtype {tensor.dtype}, which is not written")
+        placed.append((_RANK[word], name, Stored(word, tuple(tensor.shape), 0, tensor.nbytes)))
+    placed.sort()
+    with TensorWriter(path, {name: stored for _, name, stored in placed}, metadata) as writer:
+        for _, name, _ in placed:
+            writer.write(name, tensors[name].detach().cpu())
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-__all__ = ["DTYPES", "Stored", "TensorReader", "TensorWriter"]
+__all__ = ["DTYPES", "ORDER", "OpenTensors", "Stored", "TensorReader", "TensorWriter", "write_tensors"]

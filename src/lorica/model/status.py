@@ -96,12 +96,25 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters train, and how many there are."""
     trainable = total = 0
-    for parameter in model.parameters():
+    for parameter in _parameters_of(model):
         # Four-bit weights are packed two to a byte; count what they stand for.
         count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
+
+
+def _parameters_of(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Return what ``model.parameters()`` yields, in another order: their names, which take most of the time, are not
+    made."""
+    modules, stack = {id(model): model}, [model]
+    while stack:
+        for child in stack.pop()._modules.values():
+            if child is not None and id(child) not in modules:
+                modules[id(child)] = child
+                stack.append(child)
+    found = (parameter for module in modules.values() for parameter in module._parameters.values())
+    return {id(parameter): parameter for parameter in found if parameter is not None}.values()
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
