@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorica.adapt.found import (
+    AdapterModule,
+    adapted,
+    adapter_modules,
+    adapter_parameters,
+    adapters_of,
+    base_of,
+    lora_layers,
+    merged_into,
+    switch_of,
+    token_layers,
+    tokens_among,
+    tuner_of,
+)
 from lorica.adapt.parts import each_part, left_of_parts, taken_of_parts
 from lorica.adapt.places import Places
 from lorica.adapt.rows import first_rows, train_rows
@@ -17,6 +31,7 @@ from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
+from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import at_rest, unshard
 from lorica.errors import AdapterError
 from lorica.init import (
@@ -40,77 +55,6 @@ from lorica.targets.plan import Plan, Target, changes_base
 from lorica.targets.tokens import Tokens
 from lorica.targets.walk import bare
 from lorica.variants import VARIANTS
-
-AdapterModule = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
-
-
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """Yield the live name and the module of every adapted layer and every module that is saved whole.
-
-    The order is that of ``named_modules``; the insides of what is yielded are not walked, which is most of the model.
-    """
-    seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        name, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, AdapterModule):
-            yield name, module
-            names = module.op.children if isinstance(module, LoraLayer) else ()
-            children = [(f"base_layer.{child}", module.base_layer._modules[child]) for child in reversed(names)]
-            if isinstance(module, LoraLayer) and isinstance(module.base_layer, LoraLayer):
-                children = [("base_layer", module.base_layer)]
-            if isinstance(module, TrainableTokensWrapper) and isinstance(module.original_module, LoraLayer):
-                children = [("token_adapter.base_layer", module.original_module)]
-        else:
-            children = [*reversed(module._modules.items())]
-        prefix = f"{name}." if name else ""
-        stack += [(prefix + child_name, child) for child_name, child in children if child is not None]
-
-
-def tuner_of(model: nn.Module) -> nn.Module | None:
-    """Return the ``LoraModel`` that ``model`` is or wraps; None for a model that was adapted without a wrapper."""
-    for candidate in (model, model._modules.get("base_model")):
-        if getattr(type(candidate), "holds_adapters", False):
-            return candidate
-    return None
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """Return the base model inside a ``PeftModel`` or ``LoraModel``, or the model itself."""
-    tuner = tuner_of(model)
-    return model if tuner is None else tuner.get_submodule("model")
-
-
-def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Return every adapted layer of ``model``, in its order."""
-    return [module for _, module in adapter_modules(model) if isinstance(module, LoraLayer)]
-
-
-def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
-    """Return every layer of ``model`` of which rows train, in its order; those with rows of their own first."""
-    found = [module.token_adapter for _, module in adapter_modules(model) if isinstance(module, TrainableTokensWrapper)]
-    return sorted(found, key=lambda layer: layer.tied_adapter is not None)
-
-
-def switch_of(model: nn.Module) -> Switch | None:
-    """Return the switch that the layers of an adapted model share."""
-    return next((module.switch for _, module in adapter_modules(model)), None)
-
-
-def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """Yield the parameters that belong to one adapter: its factors and its copies of whole modules."""
-    for _, module in adapter_modules(model):
-        if isinstance(module, ModulesToSaveWrapper):
-            if adapter in module.modules_to_save:
-                yield from module.modules_to_save[adapter].parameters()
-        elif isinstance(module, TrainableTokensWrapper):
-            if adapter in module.token_adapter.token_indices and module.token_adapter.tied_adapter is None:
-                yield module.token_adapter.trainable_tokens_delta[adapter]
-        elif adapter in module.specs and adapter not in module.tied:
-            yield from (t for t in module.factors(adapter).tensors() if isinstance(t, nn.Parameter))
 
 
 def inject(
@@ -285,19 +229,14 @@ def take_out(model: nn.Module, adapter: str) -> None:
     Raises:
         AdapterError: the adapter is merged somewhere. Nothing was changed.
     """
-    layers = list(adapter_modules(model))
-    for _, module in layers:
-        merged = () if isinstance(module, ModulesToSaveWrapper) else _writes(module).merged_adapters
-        if adapter in merged:
+    modules = adapted(model)
+    for module in modules:
+        if adapter in merged_into(module):
             raise AdapterError(f"{module.target_name}: adapter {adapter!r} is merged; unmerge it before deleting it")
-    for _, module in layers:
+    for module in modules:
         module.remove_adapter(adapter)
-    places = Places(model)
-    for _, module in reversed(layers):
-        if not adapters_of(module):
-            _leave(module)
-            places.put(module, _under(module))
-    _give_back_fast_path(places)
+    if left := [module for module in modules if not adapters_of(module)]:
+        _give_places_back(model, left, ())
 
 
 def unload(model: nn.Module, merged: Sequence[str]) -> None:
@@ -306,8 +245,12 @@ def unload(model: nn.Module, merged: Sequence[str]) -> None:
     Args:
         merged: adapters whose copies of whole modules take the place of the originals.
     """
+    _give_places_back(model, adapted(model), merged)
+
+
+def _give_places_back(model: nn.Module, modules: Sequence[AdapterModule], merged: Sequence[str]) -> None:
     places = Places(model)
-    for _, module in reversed(list(adapter_modules(model))):
+    for module in reversed(modules):
         plain = _under(module)
         _leave(module)
         if isinstance(module, ModulesToSaveWrapper):
@@ -332,13 +275,6 @@ def _writes(module: LoraLayer | TrainableTokensWrapper) -> LoraLayer | Trainable
     return module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
 
 
-def adapters_of(module: AdapterModule) -> list[str]:
-    """Return the names of the adapters that an adapted module has."""
-    if isinstance(module, TrainableTokensWrapper):
-        return list(module.token_adapter.token_indices)
-    return list(module.specs if isinstance(module, LoraLayer) else module.modules_to_save)
-
-
 def check_adapter_name(name: Any) -> None:
     """Refuse a name that cannot be part of a parameter's name.
 
@@ -352,13 +288,12 @@ def check_adapter_name(name: Any) -> None:
 
 
 def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, autocast: bool) -> Factors:
-    op, site = target.op, target.site
-    shapes = logical_shapes(op, target.base, target.spec, site, target.name)
-    stored = stored_weight(target.base, op.weight_name)
-    weight = stored if isinstance(stored, Packed) else at_rest(stored.detach()).local
+    stored = stored_weight(target.base, target.op.weight_name)
+    weight = at_rest(stored.detach()).local if is_distributed(stored) else stored
     dtype = _factor_dtype(weight, config, autocast=autocast)
     device = torch.device("meta") if on_meta else weight.device
     if device.type == "meta":
+        shapes = logical_shapes(target.op, target.base, target.spec, target.site, target.name)
         empty = partial(torch.empty, dtype=dtype, device=device)
         bias = empty(shapes.b[:1]) if target.spec.bias else None
         return _slices(Factors(empty(shapes.a), empty(shapes.b), bias), target)
@@ -481,3 +416,28 @@ def _give_back_fast_path(places: Places) -> None:
 
 def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing; being attached is what counts."""
+
+
+__all__ = [
+    "AdapterModule",
+    "adapted",
+    "adapter_modules",
+    "adapter_parameters",
+    "adapters_of",
+    "base_of",
+    "check_adapter_name",
+    "inject",
+    "leaves_of",
+    "logical_shapes",
+    "logical_weight",
+    "lora_layers",
+    "merged_into",
+    "prepare_to_fill",
+    "switch_of",
+    "take_out",
+    "target_at",
+    "token_layers",
+    "tokens_among",
+    "tuner_of",
+    "unload",
+]

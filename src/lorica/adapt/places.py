@@ -8,6 +8,7 @@ from torch import nn
 
 from lorica.layers import LoraLayer
 from lorica.targets.plan import Target
+from lorica.targets.walk import every_module
 
 _BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
@@ -23,13 +24,18 @@ class Places:
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
         self._owners: dict[int, list[LoraLayer]] = {}
         self.bypassing: list[nn.Module] = []
-        for parent in model.modules():
+        slots = self._slots
+        for parent in every_module(model):
             if isinstance(parent, _BYPASSING):
                 self.bypassing.append(parent)
             if isinstance(parent, LoraLayer):
                 self._owners.setdefault(id(parent.get_base_layer()), []).append(parent)
             for name, child in parent._modules.items():
-                self._slots.setdefault(id(child), []).append((parent, name))
+                key = id(child)
+                if key in slots:
+                    slots[key].append((parent, name))
+                else:
+                    slots[key] = [(parent, name)]
 
     def put(self, old: nn.Module, new: nn.Module) -> None:
         """Put ``new`` wherever ``old`` stood; one of the two stands around the other."""

@@ -7,17 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorica.adapt.inject import adapter_modules, adapter_parameters
+from lorica.adapt.found import AdapterModule, adapted, adapter_modules, parameters_of
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+from lorica.targets.walk import every_module
 from lorica.variants import VARIANTS, variant_of
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Freeze every parameter of the model."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    """Freeze every parameter of the base model."""
+    for module in every_module(model):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -28,28 +31,53 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
         adapter_names: one name or several.
         requires_grad: whether they train.
     """
-    for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-        kept = frozen_parameters(model, name)
-        for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(requires_grad and id(parameter) not in kept)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    _let_train(adapted(model), dict.fromkeys(names, requires_grad))
 
 
-def frozen_parameters(model: nn.Module, adapter: str) -> set[int]:
-    """Return the identities of those factors of an adapter that never train (:attr:`AdapterSpec.frozen`)."""
-    layers = (module for _, module in adapter_modules(model) if isinstance(module, LoraLayer))
-    return {
-        id(getattr(layer.factors(adapter), key))
-        for layer in layers
-        if adapter in layer.specs
-        for key in layer.specs[adapter].frozen
-    }
+def _let_train(modules: Iterable[AdapterModule], wanted: Mapping[str, bool]) -> None:
+    """Let the parameters of adapters train or not; those factors that never train (:attr:`AdapterSpec.frozen`) do not.
+
+    Args:
+        modules: adapted ones.
+        wanted: adapter → whether its parameters train.
+    """
+    for module in modules:
+        for name, trains in wanted.items():
+            if isinstance(module, LoraLayer):
+                own = module.own_parameters(name)
+                frozen = module.specs[name].frozen if own else ()
+                for key, parameter in own.items():
+                    _set(parameter, trains and key not in frozen)
+            else:
+                for parameter in parameters_of(module, name):
+                    _set(parameter, trains)
 
 
-def train_only(model: nn.Module, configs: Mapping[str, LoraConfig], active: Iterable[str], *, frozen: bool) -> None:
-    """Let the active adapters train (unless ``frozen``) and freeze the other ones."""
+def _set(parameter: nn.Parameter, trains: bool) -> None:
+    if parameter.requires_grad is not trains:
+        parameter.requires_grad_(trains)
+
+
+def train_only(
+    model: nn.Module,
+    modules: Iterable[AdapterModule],
+    configs: Mapping[str, LoraConfig],
+    active: Iterable[str],
+    *,
+    frozen: bool,
+) -> None:
+    """Let the active adapters train (unless ``frozen``) and freeze the other ones.
+
+    Args:
+        model: the base model.
+        modules: those of it that are adapted.
+        configs: of all adapters.
+        active: names of the active ones.
+        frozen: freeze these too.
+    """
     active = tuple(active)
-    for name in configs:
-        set_requires_grad(model, name, name in active and not frozen)
+    _let_train(modules, {name: name in active and not frozen for name in configs})
     for name in active:
         train_biases(model, configs[name], requires_grad=not frozen)
 

@@ -18,7 +18,7 @@ from lorica.errors import ConfigError, LayoutError
 from lorica.init import Factors, draw_seed
 from lorica.layers import LoraLayer
 from lorica.targets.match import shortest_names
-from lorica.targets.plan import spec_for
+from lorica.targets.specs import spec_for
 from lorica.targets.walk import base_modules
 
 

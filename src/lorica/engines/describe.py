@@ -57,7 +57,7 @@ class Engines:
         Raises:
             LayoutError: it is cut in a way that cannot be described.
         """
-        if isinstance(layout := getattr(module, "layout", None), Layout):
+        if isinstance(layout := module.__dict__.get("layout"), Layout):
             layout = replace(layout, sequence=(*layout.sequence, *_sequence(module)), data=self._data)
             site: Site = module.site(layout, {**self.axes, **module.axes})  # type: ignore[operator,dict-item]
             return site
@@ -81,7 +81,7 @@ class Engines:
         Raises:
             LayoutError: it is cut in a way that cannot be described.
         """
-        layout = getattr(module, "layout", None)
+        layout = module.__dict__.get("layout")
         if not isinstance(layout, Layout):
             if not self.axes:
                 return None

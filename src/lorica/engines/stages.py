@@ -18,7 +18,12 @@ _THEIRS = "transformers.distributed.pipeline_parallel.PipelineIdentityLayer"
 def is_elsewhere(module: nn.Module) -> bool:
     """Whether a module only stands for one that another stage has."""
     cls = type(module)
-    return isinstance(module, Elsewhere) or f"{cls.__module__}.{cls.__qualname__}" == _THEIRS
+    if cls not in _ELSEWHERE:
+        _ELSEWHERE[cls] = issubclass(cls, Elsewhere) or f"{cls.__module__}.{cls.__qualname__}" == _THEIRS
+    return _ELSEWHERE[cls]
+
+
+_ELSEWHERE: dict[type, bool] = {}
 
 
 def axis_of_stages(model: Any) -> Axis | None:

@@ -135,8 +135,8 @@ def initialise(name: bool | str, request: InitRequest) -> Factors:
     """Return the logical factors that the initialisation ``name`` gives, in float32."""
     if request.experts:
         return _each_expert(name, request)
-    number = re.search(r"\d+$", str(name))
-    return INITS[_key(name)].function(replace(request, number=int(number[0]) if number else 0))
+    key, number = _parsed(name)
+    return INITS[key].function(replace(request, number=number) if number else request)
 
 
 def leftover(name: bool | str, request: InitRequest) -> Tensor | None:
@@ -189,7 +189,16 @@ def freezes(name: bool | str) -> tuple[str, ...]:
 
 
 def _key(name: bool | str) -> bool | str:
-    return name if isinstance(name, bool) else re.sub(r"_\d+$", "_N", name.lower())
+    return _parsed(name)[0]
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _parsed(name: bool | str) -> tuple[bool | str, int]:
+    """Return the name in the registry, and the number that a name ends with (0: none)."""
+    if isinstance(name, bool):
+        return name, 0
+    number = re.search(r"\d+$", name)
+    return re.sub(r"_\d+$", "_N", name.lower()), int(number[0]) if number else 0
 
 
 def draw_seed() -> int:

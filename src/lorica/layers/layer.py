@@ -23,43 +23,17 @@ from lorica.engines.site import Site
 from lorica.errors import AdapterError, LayoutError
 from lorica.init import Factors
 from lorica.layers import lean
+from lorica.layers.holders import Factor, Tensors, module_dict
 from lorica.layers.merging import Merging
 from lorica.layers.mixed import add_by_rows, refuse_merged
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
 from lorica.routing import Rows
-from lorica.variants import VARIANTS, Extra
+from lorica.variants import VARIANTS, Extra, Variant
 
 #: Adapters that take part in a forward.
 Running = list[tuple[Factors, AdapterSpec]]
-
-
-class Factor(nn.Module):
-    """One factor of a product op, and the bias of B if it has one. It holds parameters; the op does the arithmetic."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-
-    def extra_repr(self) -> str:
-        """Show the shape."""
-        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
-
-
-class Tensors(nn.Module):
-    """Parameters or buffers by the names of adapters."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = getattr(self, name)
-        return tensor
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._parameters or name in self._buffers
-
-    def __delitem__(self, name: str) -> None:
-        delattr(self, name)
 
 
 class LoraLayer(Merging):
@@ -77,24 +51,22 @@ class LoraLayer(Merging):
     """
 
     base_layer: Any  # an open set of classes; the op knows which attributes it has
+    tied: dict[str, LoraLayer]
+    extras: dict[str, dict[str, Extra]]
+    lean: Any  # a lean.Lean, once a forward has looked
 
     def __init__(
         self, base_layer: nn.Module, op: Op, switch: Switch, target_name: str, site: Site | None = None
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.site: Site | None = None
-        self.op = op
-        self.switch = switch
-        self.target_name = target_name
-        self.specs: dict[str, AdapterSpec] = {}
-        self.tied: dict[str, LoraLayer] = {}
-        self.extras: dict[str, dict[str, Extra]] = {}
-        self.lean: lean.Lean | None = None
-        container = nn.ParameterDict if op.lookup else nn.ModuleDict
+        super().__init__(
+            op=op, switch=switch, target_name=target_name, site=None, specs={}, tied={}, extras={}, lean=None
+        )
+        # add_module would find the containers' names in a layer inside this one
+        self._modules["base_layer"] = base_layer
         for name in _container_names(op):
-            self._modules[name] = container()  # add_module would find the name in a layer inside this one
-        self.settle(site)
+            self._modules[name] = nn.ParameterDict() if op.lookup else module_dict()
+        if site is not None:
+            self.settle(site)
 
     def settle(self, site: Site | None) -> None:
         """Take the place among the ranks that ``site`` describes; the factors are not touched."""
@@ -155,7 +127,10 @@ class LoraLayer(Merging):
         self._add_extras(name, spec, seed)
 
     def _add_extras(self, name: str, spec: AdapterSpec, seed: int) -> None:
-        variant, factors = VARIANTS[spec.variant], self.whole_factors(name)
+        variant = VARIANTS[spec.variant]
+        if type(variant).extras is Variant.extras:
+            return
+        factors = self.whole_factors(name)
         extras = variant.extras(self, factors, spec)
         if not extras:
             return
@@ -213,6 +188,22 @@ class LoraLayer(Merging):
             return Factors(first[name], second[name], None, extras)
         a, b = first[name], second[name]
         return Factors(a.weight, b.weight, b.bias, extras)
+
+    def own_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the parameters that this layer holds for an adapter, by their names in :class:`Factors`; none of one
+        that is tied, or that it does not have."""
+        if name not in self.specs or name in self.tied:
+            return {}
+        first, second = self._containers()
+        held: dict[str, Tensor | None]
+        if self.op.lookup:
+            held = {"a": first[name], "b": second[name]}
+        else:
+            a, b = first._modules[name]._parameters, second._modules[name]._parameters
+            held = {"a": a.get("weight"), "b": b.get("weight"), "bias": b.get("bias")}
+        if name in self.extras:
+            held |= self._extra_tensors(name)
+        return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
 
     def _extra_tensors(self, adapter: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

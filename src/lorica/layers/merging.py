@@ -14,6 +14,7 @@ from lorica.engines.rest import at_rest, unshard
 from lorica.engines.site import Site
 from lorica.errors import AdapterError
 from lorica.init import Factors
+from lorica.layers.holders import begin
 from lorica.layers.switch import Switch
 from lorica.ops import Op
 from lorica.storage import MergeError, Packed, Term, add_low_rank_, storage_of, stored_weight, write_values
@@ -39,19 +40,31 @@ class Merging(nn.Module):
     target_name: str
     specs: dict[str, AdapterSpec]
     tied: Mapping[str, Merging]
+    merged_adapters: list[str]
+    owed: set[str]
+    notes: dict[Any, Any]
+    shared: dict[str, nn.Parameter]
+    merge_error: MergeError | None
+    start_error: MergeError | None
+    _gains: dict[str, Tensor | None]
+    # A list, since a bare parameter as an attribute would be registered as this module's own.
+    _untied_from: list[nn.Parameter]
+    _before: list[Packed]  # the quantised weight without what is merged
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.merged_adapters: list[str] = []
-        self.owed: set[str] = set()
-        self.notes: dict[Any, Any] = {}
-        self._gains: dict[str, Tensor | None] = {}
-        # A list, since a bare parameter as an attribute would be registered as this module's own.
-        self._untied_from: list[nn.Parameter] = []
-        self.shared: dict[str, nn.Parameter] = {}
-        self.merge_error: MergeError | None = None
-        self.start_error: MergeError | None = None
-        self._before: list[Packed] = []  # the quantised weight without what is merged
+    def __init__(self, **attributes: Any) -> None:
+        begin(
+            self,
+            merged_adapters=[],
+            owed=set(),
+            notes={},
+            shared={},
+            merge_error=None,
+            start_error=None,
+            _gains={},
+            _untied_from=[],
+            _before=[],
+            **attributes,
+        )
 
     def factors(self, name: str) -> Factors:
         """Return the factors of an adapter, attached to the graph."""

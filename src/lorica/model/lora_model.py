@@ -199,12 +199,13 @@ class LoraModel(nn.Module):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
             self._need(name)
-        self._refuse_two_copies(names)
-        if any(layer.merged for layer in (*inject.lora_layers(self.model), *inject.token_layers(self.model))):
+        modules = inject.adapted(self.model)
+        _refuse_two_copies(self.model, modules, names)
+        if any(inject.merged_into(module) for module in modules):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge_adapter()
         self.switch.active = names
-        trainable.train_only(self.model, self.peft_config, names, frozen=inference_mode)
+        trainable.train_only(self.model, modules, self.peft_config, names, frozen=inference_mode)
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -450,14 +451,19 @@ class LoraModel(nn.Module):
                 f"Adapter {name} not found in {list(self.peft_config)}.{suggest(name, self.peft_config)}"
             )
 
-    def _refuse_two_copies(self, names: Sequence[str]) -> None:
-        for key, module in inject.adapter_modules(self.model):
-            if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in names) > 1:
-                raise AdapterError(f"Only one adapter can be set at a time for {key}: several train a copy of it")
-        for layer in inject.token_layers(self.model):
-            layer.check_apart(names)
-
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """Return the model's configuration as a dictionary; an empty one where it has none."""
         return config_of(model)
+
+
+def _refuse_two_copies(model: nn.Module, modules: Iterable[inject.AdapterModule], names: Sequence[str]) -> None:
+    """Refuse adapters of which several train a copy of one module, or rows of one token."""
+    if len(names) < 2:
+        return
+    for module in modules:
+        if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in names) > 1:
+            key = next(key for key, found in inject.adapter_modules(model) if found is module)
+            raise AdapterError(f"Only one adapter can be set at a time for {key}: several train a copy of it")
+    for layer in inject.tokens_among(modules):
+        layer.check_apart(names)

@@ -62,6 +62,8 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         config = self._own_config(model, peft_config)
+        newer = hasattr(type(model), "is_activation_checkpointing")
+        checkpointing = getattr(model, "is_activation_checkpointing" if newer else "is_gradient_checkpointing", False)
         self.base_model = self.tuner_class(
             model,
             config,
@@ -71,8 +73,7 @@ class PeftModel(nn.Module):
         )
         self.training = model.training
         self.base_model.training = model.training
-        newer = hasattr(type(model), "is_activation_checkpointing")
-        if getattr(model, "is_activation_checkpointing" if newer else "is_gradient_checkpointing", False):
+        if checkpointing:
             let_inputs_require_grad(model)
 
     @staticmethod

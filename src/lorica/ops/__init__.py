@@ -36,14 +36,20 @@ _FUSED = FusedLinear()
 
 def op_of(module: nn.Module) -> Op | None:
     """Return the op for a base layer or None; subclasses are found by their bases."""
-    layout = getattr(module, "layout", None)
+    layout = module.__dict__.get("layout")
     if isinstance(layout, Layout) and layout.parts:
         return _FUSED
-    for cls in type(module).__mro__:
-        op = OPS.get(cls) or OPS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if op is not None:
-            return op
-    return None
+    return next((OPS[key] for key in _keys_of(type(module)) if key in OPS), None)
+
+
+def _keys_of(cls: type[nn.Module]) -> list[type[nn.Module] | str]:
+    """Return what a class of base layers may be called in the registry: it, its full name, and those of its bases."""
+    if cls not in _KEYS:
+        _KEYS[cls] = [key for base in cls.__mro__ for key in (base, f"{base.__module__}.{base.__qualname__}")]
+    return _KEYS[cls]
+
+
+_KEYS: dict[type, list[type[nn.Module] | str]] = {}
 
 
 def op_of_parameter(module: nn.Module, name: str, *, shared: bool = False) -> Op | None:

@@ -130,8 +130,10 @@ class Op(ABC):
 
     def logical_shape(self, base: Any) -> torch.Size:
         """Return the shape of :meth:`logical_weight`; nothing is dequantised for it."""
-        weight = stored_weight(base, self.weight_name)
-        return self.orient(torch.empty(weight.shape, device="meta")).shape
+        shape = stored_weight(base, self.weight_name).shape
+        if type(self).orient is Op.orient:
+            return shape
+        return self.orient(torch.empty(shape, device="meta")).shape
 
     def orient(self, weight: Tensor) -> Tensor:
         """Return a weight in the base layer's orientation as ``[out, in, …]``."""

@@ -78,7 +78,8 @@ def part_names(key: str, module: nn.Module) -> list[str]:
         key: full name of the module.
         module: it.
     """
-    layout = getattr(module, "layout", None)
-    parent = key.rpartition(".")[0]
-    names = [name for name, _ in layout.parts] if isinstance(layout, Layout) else []
+    layout = module.__dict__.get("layout")
+    if not isinstance(layout, Layout):
+        return []
+    parent, names = key.rpartition(".")[0], [name for name, _ in layout.parts]
     return [f"{parent}.{name}" if parent else name for name in names]

@@ -51,7 +51,7 @@ def stored_weight(base: Any, name: str) -> Tensor | Packed:
     if kind is None:
         weight: Any = getattr(base, name)
         kind = kind_of(type(weight._local_tensor if is_distributed(weight) else weight))
-        if kind is None and getattr(base, "quant_state", None) is not None:
+        if kind is None and base.__dict__.get("quant_state") is not None:
             kind = FOUR_BIT  # fully-sharded parallelism leaves of such a parameter the numbers alone
         if kind is None and is_distributed(weight) and not weight.is_floating_point():
             kind = INT8_ROWS

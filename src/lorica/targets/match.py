@@ -9,26 +9,37 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from lorica.config import LoraConfig
 
 Names = Collection[str] | str
 
 
-def matches(names: Names | None, key: str) -> bool:
-    """Whether ``key`` is meant by ``names``.
+#: Whether a name is meant.
+Meaning = Callable[[str], bool]
+
+
+def meaning(names: Names | None) -> Meaning:
+    """Return what tells whether a full name is meant by ``names``; for many names it is made once.
 
     Args:
-        names: a string is a regular expression for the whole key (or, beginning with ``*``, a wildcard); a collection
-            holds names that are equal to ``key`` or that ``key`` ends with after a dot, or wildcards.
-        key: full name of a module.
+        names: a string is a regular expression for the whole name (or, beginning with ``*``, a wildcard); a collection
+            holds names that are equal to it or that it ends with after a dot, or wildcards.
     """
     if not names:
-        return False
+        return lambda key: False
     if isinstance(names, str):
-        return _compiled(_wildcard(names) if names.startswith("*") else names).fullmatch(key) is not None
-    return key in names or any(entry_matches(name, key) for name in names)
+        whole = _compiled(_wildcard(names) if names.startswith("*") else names)
+        return lambda key: whole.fullmatch(key) is not None
+    equal, endings = frozenset(names), tuple(f".{name}" for name in names if "*" not in name)
+    wild = [_compiled(_wildcard(name)) for name in names if "*" in name]
+    return lambda key: key in equal or key.endswith(endings) or any(one.fullmatch(key) for one in wild)
+
+
+def matches(names: Names | None, key: str) -> bool:
+    """Whether ``key`` is meant by ``names``; see :func:`meaning`."""
+    return meaning(names)(key)
 
 
 def entry_matches(name: str, key: str) -> bool:
@@ -38,18 +49,45 @@ def entry_matches(name: str, key: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
 
+def idle_entries(names: Collection[str], keys: Collection[str]) -> set[str]:
+    """Return those entries of a list that mean none of the full names ``keys``."""
+    idle = set(names)
+    for key in keys:
+        if not idle:
+            break
+        ending = key
+        while ending:
+            idle.discard(ending)
+            ending = ending.partition(".")[2]
+    return {name for name in idle if "*" not in name or not any(map(meaning([name]), keys))}
+
+
 def excluded(config: LoraConfig, key: str) -> bool:
     """Whether ``exclude_modules`` names the module, or one of ``modules_to_save`` is it or holds it."""
-    return matches(config.exclude_modules, key) or any(
-        re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", key) for name in config.modules_to_save or ()
-    )
+    return excluding(config)(key)
+
+
+def excluding(config: LoraConfig) -> Meaning:
+    """Return what tells whether a module is :func:`excluded`."""
+    if not config.exclude_modules and not config.modules_to_save:
+        return lambda key: False
+    named = meaning(config.exclude_modules)
+    saved = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
+    return lambda key: named(key) or any(one.match(key) for one in saved)
 
 
 def selected(config: LoraConfig, names: Names | None, key: str) -> bool:
     """Whether the module ``key``, not excluded, is a target: meant by ``names`` and in one of the chosen layers."""
-    if not matches(names, key):
-        return False
-    return isinstance(names, str) or key in (names or ()) or in_chosen_layer(config, key)
+    return selecting(config, names)(key)
+
+
+def selecting(config: LoraConfig, names: Names | None) -> Meaning:
+    """Return what tells whether a module is :func:`selected`."""
+    meant = meaning(names)
+    if isinstance(names, str) or config.layers_to_transform in (None, []):
+        return meant
+    whole = frozenset(names or ())
+    return lambda key: meant(key) and (key in whole or in_chosen_layer(config, key))
 
 
 def in_chosen_layer(config: LoraConfig, key: str) -> bool:
@@ -81,12 +119,14 @@ def pattern_value(patterns: Mapping[str, float] | None, key: str, default: float
 def shortest_names(chosen: Collection[str], others: Collection[str]) -> set[str]:
     """Return a small set of name endings that means every one of ``chosen`` and none of ``others``."""
     taken: set[str] = set()
+    meant = meaning(taken)
     for key in sorted(chosen):
-        if any(entry_matches(name, key) for name in taken):
+        if meant(key):
             continue
         parts = key.split(".")
         endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-        taken.add(next(e for e in endings if e == key or not any(entry_matches(e, other) for other in others)))
+        taken.add(next(e for e in endings if e == key or not any(map(meaning([e]), others))))
+        meant = meaning(taken)
     return taken
 
 

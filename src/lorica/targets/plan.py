@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,23 @@ from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.stages import axis_of_stages, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
-from lorica.init import find, freezes, subtracts
+from lorica.init import find, subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.storage import Packed, kind_of, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
-from lorica.targets.match import Names, entry_matches, excluded, matches, pattern_value, selected, shortest_names
+from lorica.targets.explain import endings, explain_no_match, warn_of_idle_entries
+from lorica.targets.match import (
+    Names,
+    excluded,
+    excluding,
+    matches,
+    selected,
+    selecting,
+    shortest_names,
+)
 from lorica.targets.parameters import Found, find_parameters, rank_per_expert
+from lorica.targets.specs import Specs
 from lorica.targets.tokens import Tokens, plan_tokens, refuse_factors
 from lorica.targets.walk import bare, base_modules, tied_with_embedding
 from lorica.variants import VARIANTS, variant_of
@@ -88,22 +98,25 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     """
     modules = dict(base_modules(model))
     names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
-    saved, names, tied = _tying(model, modules, config, names)
-    chosen = [key for key, module in modules.items() if key and _is_chosen(config, names, key, module)]
+    group = tied_with_embedding(model, modules)
+    saved, names, tied = _tying(group, modules, config, names)
+    fused = _parts(modules)
+    chosen = _chosen(config, names, modules, fused)
     whole = tuple(f"{name}." for name in saved)
     chosen = [key for key in chosen if key not in tied and not f"{key}.".startswith(whole)]
     staged = axis_of_stages(model) is not None  # then what is named may lie on another stage
     if not chosen and not config.target_parameters and not staged:
-        _explain_no_match(config, names, modules)
-    _warn_of_idle_entries(config, names, [name for key, module in modules.items() for name in _keys(key, module)])
+        explain_no_match(config, names, modules)
+    warn_of_idle_entries(config, names, [name for key in modules for name in (key, *fused.get(key, ()))])
     chosen = _without_attention_inside(chosen, modules)
-    targets = [target for key in chosen for target in _targets_at(key, modules[key], config, names)]
-    targets += _parameter_targets(modules, config, chosen, whole)
+    specs = Specs(config)
+    targets = [target for key in chosen for target in _targets_at(key, modules[key], config, names, specs)]
+    targets += _parameter_targets(modules, config, chosen, whole, specs)
     by_name = {target.name: target for target in targets}
     for key, source in tied.items():
         targets.append(_tied_target(key, modules[key], by_name[source]))
     _check_variant(targets)
-    _check_start(model, config, targets)
+    _check_start(group, config, targets)
     _check_copies(model, saved)
     tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
     return Plan(names, _placed(model, targets), saved, _orientation(config, targets), tokens)
@@ -127,11 +140,11 @@ def _check_variant(targets: Iterable[Target]) -> None:
             raise TargetError(f"{target.name}: ensure_weight_tying=True is not supported with {target.spec.variant}")
 
 
-def _check_start(model: nn.Module, config: LoraConfig, targets: Iterable[Target]) -> None:
-    tied = tied_with_embedding(model)
-    shared = [] if tied is None else [tied[0], *tied[1]]
+def _check_start(group: tuple[str, list[str]] | None, config: LoraConfig, targets: Sequence[Target]) -> None:
+    shared = [] if group is None else [group[0], *group[1]]
+    causes = {op: changes_base(config, op) for op in {target.op for target in targets}}
     for target in targets:
-        if target.tied_to is None and (cause := changes_base(config, target.op)):
+        if target.tied_to is None and (cause := causes[target.op]):
             if target.name in shared:
                 raise TargetError(
                     f"{target.name}: {cause} changes the base weight, which "
@@ -161,29 +174,36 @@ def changes_base(config: LoraConfig, op: Op) -> str:
     return f"init_lora_weights={config.init_lora_weights!r}" if starts else ""
 
 
-def _keys(key: str, module: nn.Module) -> list[str]:
-    """Return the names that mean a module: its own, and those of the projections that are fused in it."""
-    return [key, *part_names(key, bare(module))]
+def _chosen(config: LoraConfig, names: Names, modules: dict[str, nn.Module], fused: dict[str, list[str]]) -> list[str]:
+    """Return the names of the modules that are meant, themselves or by a projection that is fused in them."""
+    is_selected, is_excluded = selecting(config, names), excluding(config)
+    return [
+        key
+        for key, module in modules.items()
+        if key
+        and any(is_selected(name) and not is_excluded(name) for name in (key, *fused.get(key, ())))
+        and not is_elsewhere(module)
+    ]
 
 
-def _is_chosen(config: LoraConfig, names: Names, key: str, module: nn.Module) -> bool:
-    if is_elsewhere(module):
-        return False
-    return any(selected(config, names, name) and not excluded(config, name) for name in _keys(key, module))
+def _parts(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Return the names of the projections that are fused in modules, by the names of those that have some."""
+    found = {key: part_names(key, bare(module)) for key, module in modules.items()}
+    return {key: names for key, names in found.items() if names}
 
 
-def _spec_of_parts(config: LoraConfig, names: Names, key: str, base: nn.Module) -> AdapterSpec:
+def _spec_of_parts(config: LoraConfig, names: Names, key: str, base: nn.Module, specs: Specs) -> AdapterSpec:
     """Return the spec of a layer in which several projections are fused, of which some may be targets."""
     parts = part_names(key, base)
     meant = [name for name in parts if selected(config, names, key) or selected(config, names, name)]
     meant = [name for name in meant if not excluded(config, name)]
-    specs = {name: spec_for(config, name) for name in meant}
-    spec = specs[meant[0]]
-    differing = [name for name in meant if specs[name] != spec]
+    of = {name: specs.of(name) for name in meant}
+    spec = of[meant[0]]
+    differing = [name for name in meant if of[name] != spec]
     if differing:
         raise TargetError(
             f"{key}: the projections fused in it need the same rank, alpha and options, but rank_pattern, "
-            f"alpha_pattern or the variant gives {differing[0]} {_said(specs[differing[0]])} and {meant[0]} "
+            f"alpha_pattern or the variant gives {differing[0]} {_said(of[differing[0]])} and {meant[0]} "
             f"{_said(spec)}; leave them unfused or give them the same"
         )
     return replace(spec, parts=tuple(name.rpartition(".")[2] for name in meant) if meant != parts else ())
@@ -196,9 +216,10 @@ def _said(spec: AdapterSpec) -> str:
 
 def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
     engines = Engines(model)
-    placed = [replace(target, site=target.op.place(engines, target.name, target.base)) for target in targets]
+    sites = [(target, target.op.place(engines, target.name, target.base)) for target in targets]
+    placed = tuple(target if site is None else replace(target, site=site) for target, site in sites)
     _warn_of_no_way(placed)
-    return tuple(placed)
+    return placed
 
 
 def _warn_of_no_way(targets: Iterable[Target]) -> None:
@@ -212,8 +233,10 @@ def _warn_of_no_way(targets: Iterable[Target]) -> None:
 
 
 def _parameter_targets(
-    modules: dict[str, nn.Module], config: LoraConfig, chosen: Collection[str], whole: tuple[str, ...]
+    modules: dict[str, nn.Module], config: LoraConfig, chosen: Collection[str], whole: tuple[str, ...], specs: Specs
 ) -> list[Target]:
+    if not config.target_parameters and not config.share_expert_adapters:
+        return []
     found = find_parameters(modules, list(config.target_parameters or ()))
     for parameter in found:
         owner = modules[parameter.owner]
@@ -221,13 +244,13 @@ def _parameter_targets(
             raise TargetError(f"{parameter.key}: its module trains fully (modules_to_save); it cannot be adapted too")
         if parameter.owner in chosen:
             raise TargetError(f"{parameter.key}: its module is a target already; leave one of the two out")
-    targets = [_parameter_target(parameter, config) for parameter in found]
+    targets = [_parameter_target(parameter, config, specs) for parameter in found]
     if config.share_expert_adapters and not any("expert" in target.op.roles_weight for target in targets):
         raise TargetError("share_expert_adapters=True: no target is a stack of experts' weights (target_parameters)")
     return targets
 
 
-def _parameter_target(found: Found, config: LoraConfig) -> Target:
+def _parameter_target(found: Found, config: LoraConfig, specs: Specs) -> Target:
     op = op_of_parameter(found.module, found.name, shared=config.share_expert_adapters)
     if op is None:
         shape = tuple(found.module._parameters[found.name].shape)  # type: ignore[union-attr]
@@ -235,7 +258,7 @@ def _parameter_target(found: Found, config: LoraConfig) -> Target:
             f"{found.key}: a parameter of shape {shape} of {type(found.module).__name__} cannot be adapted so. "
             "Supported are matrices, and stacks of one for each expert; other layers are named in target_modules"
         )
-    spec = spec_for(config, found.key)
+    spec = specs.of(found.key)
     if config.normalize_moe_lora and "expert" in op.roles_weight:
         r = rank_per_expert(spec.r, found)
         spec = replace(spec, r=r, scaling=AdapterSpec.scale(r, spec.alpha, rslora=spec.rslora))
@@ -302,7 +325,7 @@ def _op(module: nn.Module) -> Op | None:
     return module.op if isinstance(module, LoraLayer) else op_of(module)
 
 
-def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names) -> list[Target]:
+def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names, specs: Specs) -> list[Target]:
     if isinstance(module, ModulesToSaveWrapper):
         raise TargetError(
             f"{key}: already trained fully by another adapter (modules_to_save); it cannot be adapted too"
@@ -313,7 +336,7 @@ def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names) -
             f"Target module {str(module).splitlines()[0]} is not supported. Currently, only the following modules are "
             f"supported: {', '.join(supported_layers())}. It is {key}."
         )
-    spec = _spec_of_parts(config, names, key, base) if op.parts(base) else spec_for(config, key)
+    spec = _spec_of_parts(config, names, key, base, specs) if op.parts(base) else specs.of(key)
     refuse_factors(key, module, op)
     op.check(base, spec, key)
     targets = [Target(key, base, op, spec)]
@@ -343,26 +366,6 @@ def _orientation(config: LoraConfig, targets: list[Target]) -> bool:
     return found
 
 
-def spec_for(config: LoraConfig, key: str) -> AdapterSpec:
-    """Return the frozen spec that ``config`` gives to the module ``key``."""
-    r = int(pattern_value(config.rank_pattern, key, config.r))
-    variant = variant_of(config)
-    alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
-    return AdapterSpec(
-        r=r,
-        alpha=alpha,
-        scaling=AdapterSpec.scale(r, alpha, rslora=config.use_rslora),
-        dropout=config.lora_dropout,
-        dropout_position=config.dropout_position,
-        rslora=config.use_rslora,
-        bias=config.lora_bias,
-        variant=variant,
-        options=VARIANTS[variant].options(config, variant, key) if variant else None,
-        frozen=freezes(config.init_lora_weights),
-        a2a=config.a2a_experimental,
-    )
-
-
 # ---- tied embeddings ------------------------------------------------------------------------------------------------
 
 _TIED_WARNING = (
@@ -372,11 +375,10 @@ _TIED_WARNING = (
 
 
 def _tying(
-    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, names: Names
+    group: tuple[str, list[str]] | None, modules: dict[str, nn.Module], config: LoraConfig, names: Names
 ) -> tuple[dict[str, str | None], Names, dict[str, str]]:
     """Return the modules to save, the target names and the tied targets, with ``ensure_weight_tying`` carried out."""
     saved: dict[str, str | None] = dict.fromkeys(_saved_modules(config, modules))
-    group = tied_with_embedding(model)
     if group is None:
         if config.ensure_weight_tying:
             warnings.warn(
@@ -419,17 +421,16 @@ def _tied_target(key: str, module: nn.Module, source: Target) -> Target:
     return Target(key, bare(module), op, source.spec, tied_to=source.name)
 
 
-# ---- what to say when names do not fit ----------------------------------------------------------------------------
-
-
 def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
-    wanted = config.modules_to_save or []
+    wanted = tuple(config.modules_to_save or ())
+    if not wanted:
+        return []
     # Without a dot, as PEFT has it: "norm" means "input_layernorm" too. Files name what was saved, so both must agree.
-    named = [key for key in modules if key.endswith(tuple(wanted))]
+    named = [key for key in modules if key.endswith(wanted)]
     heads = {head for heads in TASK_HEADS.values() for head in heads}
     for name in wanted:
         if name not in heads and not any(key.endswith(name) for key in named):
-            raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, _endings(modules))}")
+            raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, endings(modules))}")
     found = [key for key in named if not is_elsewhere(modules[key])]
     for key in found:
         if isinstance(modules[key], (*_CONTAINERS, LoraLayer, TrainableTokensWrapper)):
@@ -450,37 +451,6 @@ def _refuse_quantised(key: str, module: nn.Module) -> None:
                 f"{key}: modules_to_save trains a whole module, and this one's weights are quantised "
                 f"({type(inner).__name__}); adapt it with target_modules, or load it without quantisation"
             )
-
-
-def _endings(modules: Collection[str]) -> list[str]:
-    return list(dict.fromkeys([*(name.rpartition(".")[2] for name in modules), *modules]))
-
-
-def _explain_no_match(config: LoraConfig, names: Names, modules: dict[str, nn.Module]) -> None:
-    if any(selected(config, names, key) for key in modules):
-        raise TargetError(
-            "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
-            "`modules_to_save` configuration."
-        )
-    shown = names if isinstance(names, str) else "{" + ", ".join(map(repr, sorted(names))) + "}"
-    hint = ""
-    for name in [names] if isinstance(names, str) else sorted(names):
-        hint += suggest(name.rpartition(".")[2] or name, _endings(modules))
-    if isinstance(names, str) and any(entry_matches(names, key) for key in modules):
-        hint = f" A string is a regular expression for the whole name; pass the list [{names!r}] to match its end."
-    if config.layers_to_transform is not None and any(matches(names, key) for key in modules):
-        hint = f" No match is in layers_to_transform={config.layers_to_transform!r}."
-    raise TargetError(
-        f"Target modules {shown} not found in the base model. Please check the target modules and try again.{hint}"
-    )
-
-
-def _warn_of_idle_entries(config: LoraConfig, names: Names, modules: Collection[str]) -> None:
-    if isinstance(names, str) or config.target_modules is None:
-        return
-    for name in sorted(names):
-        if not any(entry_matches(name, key) for key in modules):
-            warnings.warn(f"target_modules: {name!r} matches nothing.{suggest(name, _endings(modules))}", stacklevel=4)
 
 
 def _without_attention_inside(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+
+_ADAPTED = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 
 _FACTOR = re.compile(r"^(?P<target>.+)\.(?:lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])$")
 
@@ -25,19 +27,35 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     A module that stands in several places is yielded once, under its first name.
     """
-    yield from _walk(model, "", set())
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module | None]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        if module._modules and not isinstance(module, _ADAPTED):
+            prefix = f"{name}." if name else ""
+            stack += [(prefix + child, inner) for child, inner in reversed(module._modules.items())]
 
 
-def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield name, module
-    if isinstance(module, LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper):
-        return
-    for child_name, child in module._modules.items():
-        if child is not None:
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """Return every module of the model once, those inside adapted layers too, but for those that hold factors."""
+    seen: set[int] = set()
+    found: list[nn.Module] = []
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append(module)
+        if isinstance(module, LoraLayer):
+            stack.append(module._modules["base_layer"])
+        elif module._modules:
+            stack += reversed(module._modules.values())
+    return found
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -49,9 +67,15 @@ def bare(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
-def tied_with_embedding(model: nn.Module) -> tuple[str, list[str]] | None:
-    """Return the input embedding's name and the names of the modules that share its weight; None if none does."""
-    modules = list(base_modules(model))
+def tied_with_embedding(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None
+) -> tuple[str, list[str]] | None:
+    """Return the input embedding's name and the names of the modules that share its weight; None if none does.
+
+    Args:
+        model: the base model.
+        modules: what :func:`base_modules` yields of it, if that is known.
+    """
     get = getattr(model, "get_input_embeddings", None)
     if get is None:
         return None
@@ -62,7 +86,13 @@ def tied_with_embedding(model: nn.Module) -> tuple[str, list[str]] | None:
     weight = getattr(bare(embedding), "weight", None) if isinstance(embedding, nn.Module) else None
     if weight is None:
         return None
-    sharing = [name for name, module in modules if getattr(bare(module), "_parameters", {}).get("weight") is weight]
-    source = next((name for name in sharing if bare(dict(modules)[name]) is bare(embedding)), None)
-    others = [name for name in sharing if name != source]
+    found = base_modules(model) if modules is None else modules.items()
+    sharing = [(name, plain) for name, plain in _bare_ones(found) if plain._parameters.get("weight") is weight]
+    source = next((name for name, plain in sharing if plain is bare(embedding)), None)
+    others = [name for name, _ in sharing if name != source]
     return (source, others) if source is not None and others else None
+
+
+def _bare_ones(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in modules:
+        yield name, bare(module) if isinstance(module, _ADAPTED) else module
