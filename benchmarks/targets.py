@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.suite import FROZEN, LORICA, Figure
-from lorica.bench.report import show
+from lorica.bench.report import NOTABLE, show
 
 Rows = Mapping[tuple[str, str, str], Figure]
 
@@ -158,6 +158,14 @@ TARGETS: tuple[Target, ...] = (
         "64 adapters in a batch of 64 rows, decoding", "rows", "decode, 64 rows of 64 adapters", "time", "speed", 2.5
     ),
     Target("The same in prompts", "rows", "prompts of 64 tokens, 16 rows of 16 adapters", "bytes moved", "excess", 0.1),
+    *(
+        Target("Compiled by inductor: no slower", "compiled", case, "time", "ratio", NOTABLE)
+        for case in ("training step, fp32", "training step, fp32, dropout 0.05", "one token, fp32")
+    ),
+    *(
+        Target("Compiled: one graph without a break", "compiled", case, "graph breaks", "own", 0)
+        for case in ("training step, fp32", "training step, fp32, dropout 0.05", "one token, fp32")
+    ),
     *(
         Target("Tensor parallelism: collectives of LoRA's own", "parallel", case, f"collectives, {phase}", "added", 0)
         for case in ("tp2, medium", "tp2 sp, medium", "tp4 sp, tiny", "transformers tp2, columns, medium")
