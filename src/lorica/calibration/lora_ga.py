@@ -28,9 +28,6 @@ from lorica.lowrank import cut, exact_svd, sketched_svd
 from lorica.targets import make_plan
 from lorica.targets.plan import Target
 
-#: Rounds of the subspace iteration, which starts from four times the rank (PEFT's choice too).
-ROUNDS = 4
-
 
 def preprocess_loraga(
     model: nn.Module,
@@ -128,7 +125,7 @@ def _directions(target: Target, gradient: Tensor) -> dict[str, dict[str, Tensor]
             svd = cut(exact_svd(rows.double()), 2 * target.spec.r)
         else:
             generator = target_generator(0, target.name)
-            svd = cut(sketched_svd(rows, 2 * target.spec.r, generator, rounds=ROUNDS), 2 * target.spec.r)
+            svd = cut(sketched_svd(rows, 2 * target.spec.r, generator), 2 * target.spec.r)
         tensors = {name: tensor.float() for name, tensor in svd._asdict().items()}
         found[part] = over_ranks.agreed(tensors, target.site)
     return found

@@ -71,7 +71,7 @@ def _exact(weight: Tensor, request: InitRequest) -> Svd:
 
 @register("pissa_niter_N", subtracts=True)
 def pissa_niter(request: InitRequest) -> Factors:
-    """PiSSA by randomised subspace iteration, in ``N`` rounds (at least :data:`lorica.lowrank.LEAST_ROUNDS`).
+    """PiSSA from a random block Krylov space, in ``N`` rounds (at least :data:`lorica.lowrank.LEAST_ROUNDS`).
 
     What is left of the weight is at most 1.003 times (Frobenius norm) what the exact decomposition leaves
     (:func:`lorica.lowrank.sketched_svd`). A file says nothing of the weight that was left, so that loading one computes

@@ -50,18 +50,6 @@ def svd_of_product(left: Tensor, right: Tensor, *, driver: str | None = None) ->
     return _signed(Svd(q_OR @ u, s, v @ p_IR.mT))
 
 
-def svd_in_basis(basis: Tensor, matrix: Tensor) -> Svd:
-    """Return the decomposition of ``basis · basisᵀ · matrix``.
-
-    Args:
-        basis: ``[…, out, k]``, orthonormal columns.
-        matrix: ``[…, out, in]``.
-    """
-    p_IR, t_RR = torch.linalg.qr((basis.mT @ matrix).mT)
-    u, s, v = torch.linalg.svd(t_RR.mT)
-    return _signed(Svd(basis @ u, s, v @ p_IR.mT))
-
-
 def exact_svd(matrix: Tensor, *, driver: str | None = None) -> Svd:
     """Return the decomposition of a matrix ``[…, out, in]`` that is given whole, in its own precision."""
     return _signed(Svd(*torch.linalg.svd(matrix, full_matrices=False, driver=driver)))

@@ -281,8 +281,8 @@ def _decomposed(name: str, matrix: Tensor, squares: float, wanted: Wanted) -> tu
     side = min(out_features, in_features)
     most = int(min(wanted.limit, side))
     rank = wanted.rank or min(8, most)
-    # A sketch of more than half of all directions costs what all of them cost.
-    while not wanted.exact and 2 * columns_for(rank, out_features, in_features) <= side:
+    # A basis of more than half of all directions costs what all of them cost.
+    while not wanted.exact and 2 * columns_for(rank) <= side:
         found = sketched_svd(matrix, rank, target_generator(0, name))
         explained = _share(found.s, squares)
         if wanted.energy is None or rank == most or explained >= wanted.energy:
