@@ -1,9 +1,9 @@
 """Dropout masks that are drawn again rather than kept.
 
 A mask is a function of a seed, and the seed is one draw from torch's default generator, so that activation
-checkpointing draws the same one again. Each element is a random byte, compared with 256·p. What 256·p has behind the
-point is a matter of chance for each row, so that every element is dropped with the probability p exactly; a byte for an
-element takes a fifth of the time of a Bernoulli draw on a CPU.
+checkpointing draws the same one again. Each element is a random byte, compared with 256·p. Where that is no integer, the
+seed says whether the mask goes by the one below or above, so that every element is dropped with the probability p; a
+byte for an element takes a fifth of the time of a Bernoulli draw on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _BYTES = 8  # of a random number
+_MIX = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ, whose multiples are far apart
 
 
 class Dropped(NamedTuple):
@@ -34,6 +35,11 @@ def draw_seed() -> int:
     return int(torch.randint(0, 2**62, (), dtype=torch.int64))
 
 
+def mixed_seed(seed: int, place: int) -> int:
+    """Return a seed of its own for each place of a series."""
+    return (seed + place * _MIX) % 2**62
+
+
 def keep_mask(x: Tensor, dropped: Dropped) -> Tensor:
     """Return which elements of ``x`` are kept, as booleans.
 
@@ -41,21 +47,19 @@ def keep_mask(x: Tensor, dropped: Dropped) -> Tensor:
         x: of any shape; only shape and device matter.
         dropped: probability and seed.
     """
-    shape = x.shape
-    columns = shape[-1] if shape else 1
-    rows = x.numel() // max(1, columns)
-    generator = torch.Generator(x.device).manual_seed(dropped.seed)
+    least = _least_kept(dropped)
+    if least > 255:
+        return torch.zeros(x.shape, dtype=torch.bool, device=x.device)
     words = torch.empty(-(-x.numel() // _BYTES), dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), None, generator=generator)
-    bytes_TI = words.view(torch.uint8)[: x.numel()].view(rows, columns)
+    words.random_(-(2**63), None, generator=torch.Generator(x.device).manual_seed(dropped.seed))
+    return (words.view(torch.uint8)[: x.numel()] >= least).view(x.shape)
+
+
+def _least_kept(dropped: Dropped) -> int:
+    """Return the least byte that is kept."""
     part, whole = math.modf(dropped.p * 256)
-    if whole >= 256:
-        return torch.zeros(shape, dtype=torch.bool, device=x.device)
-    if part == 0:
-        return (bytes_TI >= int(whole)).view(shape)
-    chance_T1 = torch.rand(rows, 1, generator=generator, device=x.device)
-    least_T1 = (chance_T1 < part).to(torch.uint8).add_(int(whole))
-    return (bytes_TI >= least_T1).view(shape)
+    chance = (dropped.seed * _MIX >> 32) % 2**30 / 2**30
+    return int(whole) + (chance < part)
 
 
 def scale_of(p: float) -> float:

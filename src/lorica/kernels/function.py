@@ -52,7 +52,7 @@ class _Projection(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         kept, dtype = (weight, bias, a, b), x.dtype
-        if a.dtype != dtype or weight.dtype != dtype:
+        if not (a.dtype == b.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)):
             weight, bias, a, b = (each if each is None else each.to(dtype) for each in kept)  # type: ignore[assignment]
         h_TR = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).mm(a.t())
         y = F.linear(x, weight, bias)
@@ -69,7 +69,7 @@ class _Projection(torch.autograd.Function):
         x, h_TR, weight, _, a_RI, b_OR = ctx.saved_tensors
         scaling, (train_x, _, _, train_a, train_b, _) = ctx.scaling, ctx.needs_input_grad
         kept, dtype = (a_RI, b_OR), g.dtype
-        if a_RI.dtype != dtype or weight.dtype != dtype:
+        if not a_RI.dtype == b_OR.dtype == weight.dtype == dtype:
             weight, a_RI, b_OR = weight.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
         g_TO = g if g.dim() == 2 else g.reshape(-1, g.shape[-1])
         G_TR = g.new_empty((len(g_TO), len(a_RI))).addmm_(g_TO, b_OR, beta=0, alpha=scaling)

@@ -22,7 +22,7 @@ def projection(x: Tensor, item: Projection) -> Tensor:
     """See :func:`lorica.kernels.plain.projection`."""
     weight, bias, a_RI, b_OR, scaling, dropped = item
     dtype = x.dtype
-    if a_RI.dtype != dtype or weight.dtype != dtype:
+    if not (a_RI.dtype == b_OR.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)):
         weight, a_RI, b_OR = weight.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     y = F.linear(x, weight, bias)
