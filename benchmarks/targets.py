@@ -154,6 +154,17 @@ TARGETS: tuple[Target, ...] = (
     Target("EVA, at equal variance explained", "calibration", "4 layers of width 256, 512 rows", "time", "speed", 10),
     Target("EVA, at equal variance explained", "calibration", "4 layers of width 1024, 2048 rows", "time", "speed", 10),
     Target("`add_weighted_adapter` by SVD, width 2048", "combining", "svd, width 2048", "time", "speed", 50),
+    *(
+        Target("Experts, training", "experts", f"training, {count} experts, {kind}", quantity, reading, bound)
+        for quantity, reading, bound in (("time", "speed", 2), ("saved bytes", "ratio", 0.3))
+        for count in (8, 64)
+        for kind in ("eager", "grouped_mm")
+    ),
+    *(
+        Target("Experts, decoding", "experts", f"decoding, {count} experts, {kind}", "time", "speed", 10)
+        for count in (8, 64)
+        for kind in ("eager", "grouped_mm", "batched_mm")
+    ),
     Target(
         "64 adapters in a batch of 64 rows, decoding", "rows", "decode, 64 rows of 64 adapters", "time", "speed", 2.5
     ),

@@ -10,7 +10,7 @@ from torch import nn
 
 import benchmarks.measures
 from benchmarks.suite import MEASURES
-from lorica.bench import contest, report
+from lorica.bench import chart, contest, report
 from lorica.bench.contest import FROZEN, LORICA, PEFT, Case, Contest, Figure, Measure
 from lorica.bench.counting import KernelCounter, SavedBytes, count, tensor_bytes
 from lorica.bench.timing import Task, excess, interleave, order_of
@@ -234,3 +234,24 @@ def test_cases_have_names_of_their_own():
         names = [case.name for case in measure.cases]
         assert len(set(names)) == len(names)
         assert measure.note
+
+
+def _rows(counts: dict[str, int]) -> list[Figure]:
+    return [_figure(name, "time", 0.5, (0.4, 0.6)) for name, count in counts.items() for _ in range(count)]
+
+
+def test_the_chart_stays_readable(tmp_path):
+    """Each measure has a heading; many rows stand in two columns of about the same height, no measure torn apart."""
+    few = chart.lines_of(_rows({"a": 3, "b": 2}))
+    assert [line.label for line in few if line.time is None] == ["a", "b"]
+    assert chart.columns_of(few) == [few]
+    many = chart.lines_of(_rows({"a": 20, "b": 25, "c": 10, "d": 20}))
+    left, right = chart.columns_of(many)
+    assert left + right == many
+    assert (left[0].label, right[0].label) == ("a", "c")
+    one = chart.lines_of(_rows({"a": 50}))
+    assert chart.columns_of(one) == [one]
+    measures = {name: Measure(name, name, "", ()) for name in "abcd"}
+    for figures in (_rows({"a": 20, "b": 25}), []):
+        chart.draw(tmp_path / "chart.png", figures, measures, "a title")
+        assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
