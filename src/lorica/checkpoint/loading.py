@@ -17,7 +17,7 @@ from lorica.checkpoint import reading
 from lorica.checkpoint.bulk import read_whole
 from lorica.checkpoint.names import adapter_entries, config_of_adapter, embedding_entries, of_other_stages
 from lorica.checkpoint.pieces import piece_of
-from lorica.checkpoint.placing import copy_whole, is_new, is_plain, take_over, write_pieces
+from lorica.checkpoint.placing import Place, copy_whole, place_of, take_over, write_pieces
 from lorica.checkpoint.reading import LoadResult
 from lorica.checkpoint.walk import base_parameters
 from lorica.config import LoraConfig, PeftConfig
@@ -121,7 +121,7 @@ def set_peft_model_state_dict(
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
     inject.prepare_to_fill(model, adapter_name, config_of_adapter(model, adapter_name))
-    whole = {name for name in good if is_plain(known[name]) and not known[name].tied}
+    whole = {name for name in good if place_of(known[name]) is not Place.IN_PIECES and not known[name].tied}
     copy_whole((known[name], good[name]) for name in whole)
     write_pieces(known, {n: piece_of(n, known[n]).read(tensor) for n, tensor in good.items() if n not in whole})
     missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
@@ -154,15 +154,20 @@ def _fill(
     result = reading.check_names(found, wanted, extra, where=where, strict=strict)
     # A tied factor's source is in the file too and is the same tensor.
     known = {name: entry for name, entry in {**extra, **wanted}.items() if name in stored and not entry.tied}
-    whole = {name: entry for name, entry in known.items() if is_plain(entry)}
-    new = {name for name, entry in whole.items() if is_new(entry)}
-    dtypes = {stored[name]: entry.tensor.dtype if name in new else None for name, entry in whole.items()}
-    read = read_whole(file, dtypes)
-    parts = reading.read_pieces(file.path, stored, [piece_of(n, e) for n, e in known.items() if n not in whole])
+    places = {name: place_of(entry) for name, entry in known.items()}
+    dtypes = {
+        stored[name]: known[name].tensor.dtype if place is Place.TAKES_OVER else None
+        for name, place in places.items()
+        if place is not Place.IN_PIECES
+    }
+    whole = read_whole(file, dtypes)
+    pieces = [piece_of(name, known[name]) for name, place in places.items() if place is Place.IN_PIECES]
+    parts = reading.read_pieces(file.path, stored, pieces)
     inject.prepare_to_fill(model, adapter, config)  # base weights may come from the file too
-    for name in new:
-        take_over(whole[name], read[stored[name]])
-    copy_whole((whole[name], read[stored[name]]) for name in whole if name not in new)
+    for name, place in places.items():
+        if place is Place.TAKES_OVER:
+            take_over(known[name], whole[stored[name]])
+    copy_whole((known[name], whole[stored[name]]) for name, place in places.items() if place is Place.COPIES)
     write_pieces(known, parts)
     return result
 

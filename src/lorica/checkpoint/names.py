@@ -134,10 +134,15 @@ def _enter_factors(entries: dict[str, Entry], path: str, saved_as: str, layer: L
     for index, ((name, live), role) in enumerate(zip(names, layer.factor_roles(adapter), strict=True)):
         owner, tensor = _held(layer, live) if tied is None else (None, tied[index])
         if device is None:
-            device = layer.stored.device if tensor.is_meta else tensor.device
+            device = _device_of(layer) if tensor.is_meta else tensor.device
         shape = whole_shape(tensor, role, site)
         for key, window in op.windows(saved_as, name, spec, base, shape, role):
             entries[key] = Entry(f"{path}.{live}", tensor, tied is not None, owner, device, role, site, window)
+
+
+def _device_of(layer: LoraLayer) -> torch.device:
+    weight = layer._modules["base_layer"]._parameters.get(layer.op.weight_name)  # type: ignore[union-attr]
+    return weight.device if type(weight) is nn.Parameter else layer.stored.device
 
 
 def _held(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:

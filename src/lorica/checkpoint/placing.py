@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,20 +17,27 @@ from lorica.checkpoint.pieces import Piece, piece_of
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def is_plain(entry: Entry) -> bool:
-    """Whether a live tensor is the one in the file: whole, under one name, in the same dimensions, in memory."""
-    if entry.site is not None or entry.window is not None or entry.roles in FORMS or type(entry.tensor) not in _PLAIN:
-        return False
-    return not entry.tensor.is_meta or _gets_memory(entry)
+class Place(enum.Enum):
+    """What becomes of a live tensor when a file has a value for it."""
+
+    TAKES_OVER = enum.auto()
+    """It has no values yet and will be the file's tensor itself."""
+    COPIES = enum.auto()
+    """It is the file's tensor, whole and under one name; the value is written into it."""
+    IN_PIECES = enum.auto()
+    """It is another tensor than the file's: a part of it, or in other dimensions."""
 
 
-def is_new(entry: Entry) -> bool:
-    """Whether a plain entry is a factor of an adapter that was put in without values, to lie on the CPU."""
-    return entry.tensor.is_meta and entry.device is not None and entry.device.type == "cpu"
-
-
-def _gets_memory(entry: Entry) -> bool:
-    return entry.owner is not None and entry.device is not None and entry.device.type != "meta"
+def place_of(entry: Entry) -> Place:
+    """Return what becomes of an entry's tensor."""
+    tensor = entry.tensor
+    if entry.site is not None or entry.window is not None or entry.roles in FORMS or type(tensor) not in _PLAIN:
+        return Place.IN_PIECES
+    if not tensor.is_meta:
+        return Place.COPIES
+    if entry.owner is None or entry.device is None or entry.device.type == "meta":
+        return Place.IN_PIECES
+    return Place.TAKES_OVER if entry.device.type == "cpu" else Place.COPIES
 
 
 def take_over(entry: Entry, value: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ def materialised(entry: Entry, *, like: Callable[..., Tensor] = torch.zeros_like
 
 
 def copy_whole(copies: Iterable[tuple[Entry, Tensor]]) -> None:
-    """Write whole tensors into plain entries."""
+    """Write whole tensors into entries whose place is ``Place.COPIES``."""
     empty = torch.empty_like
     copy_all((materialised(entry, like=empty).tensor, value) for entry, value in copies)
 

@@ -80,8 +80,11 @@ def read_pieces(path: Path, stored: Mapping[str, str], wanted: Iterable[Piece]) 
     Raises:
         CheckpointError: one of them is not finite; it is named.
     """
+    there = [piece for piece in wanted if piece.name in stored]
+    if not there:
+        return {}
     with safe_open(path, framework="pt", device="cpu") as file:
-        parts = {piece.name: piece.read(file.get_slice(stored[piece.name])) for piece in wanted if piece.name in stored}
+        parts = {piece.name: piece.read(file.get_slice(stored[piece.name])) for piece in there}
     for number in range(max(map(len, parts.values()), default=0)):
         check_finite({name: read[number] for name, read in parts.items() if number < len(read)}, str(path))
     return parts
