@@ -64,6 +64,9 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(g.device.type):  # dtypes are those of forward
+            with torch.autocast(g.device.type, enabled=False):
+                return _Projection.backward(ctx, g)
         if torch.is_grad_enabled():
             return _differentiable(ctx, g)
         x, h_TR, weight, _, a_RI, b_OR = ctx.saved_tensors

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.kernels.dropout import keep_mask, scale_of
+from lorica.kernels.function import in_reverse
 from lorica.kernels.projection import Projection
 
 
 def fits(x: Tensor, item: Any) -> bool:
-    """Nothing is recorded."""
-    return not torch.is_grad_enabled()
+    """Nothing is recorded, and nothing follows the operators that cannot follow one that writes in place."""
+    return not torch.is_grad_enabled() and in_reverse()
 
 
 def projection(x: Tensor, item: Projection) -> Tensor:
