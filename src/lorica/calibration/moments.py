@@ -5,7 +5,7 @@ Two ways to keep them, with one face: the whole matrix, and a sketch of it where
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from lorica.calibration.over_ranks import summed
 from lorica.init import target_generator
-from lorica.lowrank import sketched_svd
+from lorica.lowrank import sketched_eigh
 
 #: Up to so many features the matrix is kept whole: 64 MiB in float32.
 WHOLE_UP_TO = 4096
 #: Up to so many features it is decomposed exactly, in float64.
 EXACT_UP_TO = 128
+#: Rounds of the subspace iteration from random directions, and from those of fewer rows; how many it has to spare.
+ROUNDS, ROUNDS_AGAIN, SPARE = 5, 2, 16
+#: Features of a block of the matrix; of two blocks that mirror each other, one is added up.
+BLOCK = 256
 #: Rows of a sketch, and how many times the wanted directions it has at least.
 SKETCH_ROWS, SKETCH_TIMES = 256, 8
-#: Rounds of the subspace iteration on a moment matrix, whose values are squares already.
-ROUNDS = 6
 
 
 class Directions(NamedTuple):
@@ -75,6 +77,7 @@ class Moments:
         self.count = 0
         self.mean_I = torch.zeros(features, device=device)
         self.scatter_II = torch.zeros(features, features, device=device)
+        self._found: Tensor | None = None
 
     def add(self, x_TI: Tensor) -> None:
         """Take in rows, in float32."""
@@ -83,22 +86,31 @@ class Moments:
         x_TI = x_TI.float()
         mean, count = x_TI.mean(0), self.count + len(x_TI)
         centred, step = x_TI - mean, mean - self.mean_I
-        self.scatter_II.addmm_(centred.T, centred)
+        for here, left in _blocks(len(self.mean_I)):
+            self.scatter_II[here, left].addmm_(centred[:, here].T, centred[:, left])
         self.scatter_II.addr_(step, step, alpha=self.count * len(x_TI) / count)
         self.mean_I.add_(step, alpha=len(x_TI) / count)
         self.count = count
 
     def directions(self, k: int, name: str, groups: Iterable[Any] = ()) -> Directions:
-        """Exact up to :data:`EXACT_UP_TO` features; beyond by subspace iteration (see :mod:`lorica.lowrank`)."""
+        """Exact up to :data:`EXACT_UP_TO` features; beyond by subspace iteration, from where it ended the last time."""
+        for here, left in _blocks(len(self.mean_I)):
+            self.scatter_II[left, here] = self.scatter_II[here, left].T.clone()
         scatter, count = self._reduced(list(groups))
         total = float(scatter.diagonal().double().sum())
-        if len(scatter) <= EXACT_UP_TO:
+        squares, rows = self._leading(scatter, k, name)
+        return Directions(squares[:k], signed(rows[:k]), total, count)
+
+    def _leading(self, scatter: Tensor, k: int, name: str) -> tuple[Tensor, Tensor]:
+        if len(scatter) <= max(EXACT_UP_TO, k + SPARE):
             values, vectors = torch.linalg.eigh(scatter.double())
-            squares, rows = values.flip(0)[:k].clamp(min=0).float(), vectors.T.flip(0)[:k].float()
-        else:
-            found = sketched_svd(scatter, k, target_generator(0, name), rounds=ROUNDS)
-            squares, rows = found.s, found.v
-        return Directions(squares, signed(rows), total, count)
+            return values.flip(0).clamp(min=0).float(), vectors.T.flip(0).float()
+        start, rounds = self._found, ROUNDS_AGAIN
+        if start is None or len(start) != k + SPARE:
+            start = torch.empty(k + SPARE, len(scatter)).normal_(generator=target_generator(0, name)).to(scatter)
+            rounds = ROUNDS
+        squares, self._found = sketched_eigh(scatter, start, rounds=rounds)
+        return squares, self._found
 
     def _reduced(self, groups: list[Any]) -> tuple[Tensor, int]:
         if not groups:
@@ -108,6 +120,12 @@ class Moments:
         mean = (sums[:-1] / sums[-1].clamp(min=1)).float()
         step = self.mean_I - mean
         return summed(torch.addr(self.scatter_II, step, step, alpha=self.count), groups), int(sums[-1])
+
+
+def _blocks(features: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows and columns of the blocks below the diagonal and on it: for each block of rows all that are left of it."""
+    for first in range(0, features, BLOCK):
+        yield slice(first, first + BLOCK), slice(0, min(first + BLOCK, features))
 
 
 class Sketch:

@@ -6,7 +6,7 @@ so that a stack of experts is one call.
 """
 
 from lorica.lowrank.decompose import Svd, cut, exact_svd, rank_of_energy, signs, svd_of_product, wide
-from lorica.lowrank.sketch import LEAST_ROUNDS, columns_for, sketched_svd
+from lorica.lowrank.sketch import LEAST_ROUNDS, columns_for, sketched_eigh, sketched_svd
 from lorica.lowrank.sums import Pair, padded, stacked
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "padded",
     "rank_of_energy",
     "signs",
+    "sketched_eigh",
     "sketched_svd",
     "stacked",
     "svd_of_product",

@@ -48,6 +48,25 @@ def sketched_svd(matrix: Tensor, rank: int, generator: torch.Generator, *, round
     return svd_of_product(image_OK @ turn_KR, turn_KR.mT @ basis_KI)
 
 
+def sketched_eigh(matrix: Tensor, start_KI: Tensor, *, rounds: int = LEAST_ROUNDS) -> tuple[Tensor, Tensor]:
+    """Return the leading eigenvalues ``[K]``, falling, and eigenvectors ``[K, in]`` of a symmetric matrix ``[in, in]``
+    without negative eigenvalues, by subspace iteration.
+
+    The last of them are not exact: give more directions to start from than are wanted.
+
+    Args:
+        matrix: such as ``XᵀX``, of which one product does what two with X do.
+        start_KI: directions to start from: random ones, or those of a matrix like this, which take fewer rounds.
+        rounds: of one product each, before the last.
+    """
+    rows = start_KI
+    for _ in range(rounds):
+        rows = torch.linalg.qr(matrix @ rows.mT).Q.mT
+    core = wide(rows @ (matrix @ rows.mT))
+    values, turn = torch.linalg.eigh((core + core.mT) / 2)
+    return values.flip(0).clamp(min=0).to(matrix), turn.T.flip(0).to(matrix) @ rows
+
+
 def _krylov(matrix: Tensor, columns: int, blocks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a basis ``[…, K, in]``, by rows, and ``matrix`` times each of them, ``[…, out, K]``."""
     *lead, out_features, in_features = matrix.shape
