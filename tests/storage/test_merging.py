@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -166,3 +167,14 @@ def test_a_stack_is_changed_as_its_weights_one_by_one(monkeypatch, dtype, shared
     for given in (stack, turned):
         add_low_rank_(given, added, storage_of(stack, "here"), undo=undo)
         torch.testing.assert_close(given, one_by_one, atol=1e-5, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_the_memory_for_chunks_grows_without_holding_two():
+    room, live = storage.Room(), []
+    for rows in (2, 5, 3):
+        chunk = room.copy(torch.full((rows, 4), float(rows)), torch.float64)
+        assert torch.equal(chunk, torch.full((rows, 4), float(rows), dtype=torch.float64))
+        live.append(weakref.ref(chunk.untyped_storage()))
+        del chunk
+    assert [storage is not None for storage in (ref() for ref in live)] == [False, True, True]
+    assert room.copy(torch.zeros(2), torch.float32).dtype == torch.float32

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -135,23 +136,24 @@ def _count_layers(owner: Any, order: Sequence[int], before: int) -> list[tuple[A
 
 
 @torch.no_grad()
-def own_weights(model: nn.Module, names: Iterable[str]) -> None:
+def own_weights(model: nn.Module, names: Sequence[str], layers: Iterable[LoraLayer]) -> None:
     """Give adapted layers a copy of each parameter that they share with another one, so that a merge changes only them.
 
     Args:
         model: the base model. Its embedding and what is tied to it are not looked at.
         names: the adapters that are about to be merged.
+        layers: the adapted layers of the model.
 
     Raises:
         LayoutError: a shared parameter is sharded. Nothing was changed.
     """
-    group, modules = tied_with_embedding(model), dict(base_modules(model))
+    if max(_holders(layers).values(), default=0) < 2:
+        return
+    modules = dict(base_modules(model))
+    group = tied_with_embedding(model, modules)
     tied = set() if group is None else {id(modules[name]) for name in (group[0], *group[1])}
-    layers = [layer for layer in lora_layers(model) if id(layer) not in tied]
-    holders: dict[int, int] = {}
-    for layer in {id(layer.get_base_layer()): layer for layer in layers}.values():
-        for parameter in layer.get_base_layer()._parameters.values():
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    layers = [layer for layer in layers if id(layer) not in tied]
+    holders = _holders(layers)
     chosen = [layer for layer in layers if any(name in layer.specs for name in names) and not layer.merged]
     for layer in chosen:
         weight: Any = layer.get_base_layer()._parameters.get(layer.op.weight_name)
@@ -164,6 +166,12 @@ def own_weights(model: nn.Module, names: Iterable[str]) -> None:
         _own(layer, holders)
 
 
+def _holders(layers: Iterable[LoraLayer]) -> Counter[int]:
+    """Return how many base layers have each parameter, by its identity."""
+    bases = {id(base): base for base in (layer.get_base_layer() for layer in layers)}
+    return Counter(id(p) for base in bases.values() for p in base._parameters.values() if p is not None)
+
+
 def _own(layer: LoraLayer, holders: dict[int, int]) -> None:
     parameters = layer.get_base_layer()._parameters
     for name in (layer.op.weight_name, layer.op.bias_name):
@@ -173,10 +181,10 @@ def _own(layer: LoraLayer, holders: dict[int, int]) -> None:
             parameters[name] = type(shared)(shared.detach().clone(), requires_grad=shared.requires_grad)
 
 
-def share_again(model: nn.Module) -> None:
+def share_again(layers: Iterable[LoraLayer]) -> None:
     """Undo :func:`own_weights`, where nothing is merged any more."""
-    for layer in lora_layers(model):
-        if not layer.merged:
+    for layer in layers:
+        if layer.shared and not layer.merged:
             layer.get_base_layer()._parameters.update(layer.shared)
             layer.shared.clear()
 

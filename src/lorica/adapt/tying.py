@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from lorica.adapt.found import AdapterModule
+from lorica.adapt.found import adapted as adapted_modules
 from lorica.layers import LoraLayer, TrainableTokensLayer, TrainableTokensWrapper
-from lorica.targets.walk import base_modules, tied_with_embedding
+from lorica.targets.walk import bare, base_modules, tied_with_embedding
 
 
 def _adapted_members(model: nn.Module, names: Iterable[str]) -> tuple[list[LoraLayer], int]:
@@ -47,11 +49,18 @@ def _is_joint(adapted: list[LoraLayer], members: int, names: Iterable[str]) -> b
     return len(adapted) == members and len(tied) == members - 1
 
 
-def untie(model: nn.Module, names: list[str]) -> None:
+def untie(model: nn.Module, names: Sequence[str], modules: Iterable[AdapterModule] | None = None) -> None:
     """Give adapted modules that share a weight with another one a copy of their own, so that a merge changes only them.
 
     A warning says so. Layers whose adapter was tied (``ensure_weight_tying``) take the same delta and stay tied.
+
+    Args:
+        model: the base model.
+        names: the adapters that are about to be merged.
+        modules: the adapted modules of the model, where they are known.
     """
+    if not _reach_embedding(model, adapted_modules(model) if modules is None else modules):
+        return
     adapted, members = _adapted_members(model, names)
     rows = _with_rows(model, names)
     alone: list[LoraLayer | TrainableTokensLayer] = [] if _is_joint(adapted, members, names) else [*adapted]
@@ -63,16 +72,27 @@ def untie(model: nn.Module, names: list[str]) -> None:
     warnings.warn(
         f"Model with `tie_word_embeddings=True` and the tied_target_modules={shown} are part of the adapter. This "
         "can lead to complications: merging gives them a weight of their own and sets `tie_word_embeddings=False`.",
-        stacklevel=4,
+        stacklevel=5,
     )
     for layer in alone:
         layer.give_own_weight()
     _set_flag(model, False)
 
 
-def retie(model: nn.Module) -> None:
-    """Undo :func:`untie`, once nothing is merged any more."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer | TrainableTokensLayer)]
+def _reach_embedding(model: nn.Module, modules: Iterable[AdapterModule]) -> bool:
+    """Whether one of the modules has the input embedding's weight; no other can have to be untied."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return False
+    weight = bare(embedding)._parameters.get("weight") if isinstance(embedding, nn.Module) else None
+    return weight is not None and any(bare(module)._parameters.get("weight") is weight for module in modules)
+
+
+def retie(model: nn.Module, modules: Iterable[AdapterModule]) -> None:
+    """Undo :func:`untie` for those of the adapted modules of which nothing is merged any more."""
+    layers = [m.token_adapter if isinstance(m, TrainableTokensWrapper) else m for m in modules]
+    layers = [layer for layer in layers if isinstance(layer, LoraLayer | TrainableTokensLayer)]
     untied = [layer for layer in layers if layer.untied_from is not None and not layer.merged]
     for layer in untied:
         layer.take_shared_weight()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.config.spec import AdapterSpec
+from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import at_rest, unshard
 from lorica.engines.site import Site
 from lorica.errors import AdapterError
@@ -17,7 +18,17 @@ from lorica.init import Factors
 from lorica.layers.holders import begin
 from lorica.layers.switch import Switch
 from lorica.ops import Op
-from lorica.storage import MergeError, Packed, Term, add_low_rank_, storage_of, stored_weight, write_values
+from lorica.storage import (
+    MergeError,
+    Packed,
+    Room,
+    Term,
+    add_low_rank_,
+    first_not_finite,
+    storage_of,
+    stored_weight,
+    write_values,
+)
 from lorica.variants import VARIANTS
 
 
@@ -105,6 +116,7 @@ class Merging(nn.Module):
             return delta.expand(len(left) if left.dim() == 3 else shape[0], -1, -1).to(factors.b.dtype)
         return delta.view(*left.shape[:1], *shape[1:]).to(factors.b.dtype)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Add the deltas of adapters to the base weight, in place.
 
@@ -121,69 +133,94 @@ class Merging(nn.Module):
             TargetError: the delta of this layer has no place in its weight (a grouped convolution).
         """
         names = self.mergeable(self.switch.active if adapter_names is None else adapter_names)
-        self.check_merge(names, finite=safe_merge)
-        self.merge_quietly(names)
+        self.merge_checked(self.check_merge(names, finite=safe_merge))
         if names and self.merge_error is not None:
-            warnings.warn(requantised_message([self]), stacklevel=2)
-
-    def merge_quietly(self, names: Sequence[str], *, keep: bool = True) -> None:
-        """Merge adapters that :meth:`check_merge` found nothing against, without a warning.
-
-        Args:
-            names: adapters of this layer that are not merged.
-            keep: keep a quantised weight as it is now, to be given back by unmerging.
-        """
-        stored = self.stored
-        if isinstance(stored, Packed) and names:
-            # From the weight as it was, with all that is merged: errors do not add up.
-            before = self._before[0] if self._before else stored.kept()
-            terms = self._terms([*self.merged_adapters, *names], before)
-            self.merge_error = add_low_rank_(stored, terms, stored.storage, source=before)
-            self._before = [before] if keep else []
-        elif names:
-            self._change(self._terms(names, stored), stored)
-        self._add_biases(names)
-        self.merged_adapters += names
-        self.notes.clear()
+            warnings.warn(requantised_message([self]), stacklevel=3)
 
     def mergeable(self, names: Iterable[str]) -> list[str]:
         """Return those adapters of ``names`` that this layer has and that are not merged yet."""
         return [name for name in names if name in self.specs and name not in self.merged_adapters]
 
-    @torch.no_grad()
-    def check_merge(self, names: Iterable[str], *, finite: bool) -> None:
+    def check_merge(self, names: Sequence[str], *, finite: bool, room: Room | None = None) -> dict[str, Term]:
         """Refuse a merge that cannot be done, before anything is touched; for the errors see :meth:`merge`.
 
-        Args:
-            names: adapters of this layer.
-            finite: compute the merged weight in a copy and look for NaN and infinity.
-        """
-        layer: Any = self  # a LoraLayer
-        for name in names:
-            self._check_writable()
-            if reason := VARIANTS[self.specs[name].variant].unmergeable:
-                raise AdapterError(f"{self.target_name}: adapter {name!r} cannot be merged: {reason}")
-            self.op.delta(self.base_layer, self.plain_factors(name))
-            if self.specs[name].bias and getattr(self.base_layer, self.op.bias_name, None) is None:
-                raise AdapterError(
-                    f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
-                )
-            gain = VARIANTS[self.specs[name].variant].gain(layer, self.whole_factors(name), self.specs[name])
-            if gain is not None and not gain.all():
-                raise AdapterError(
-                    f"{self.target_name}: adapter {name!r} has magnitudes of zero, which would erase rows of the "
-                    "weight that no unmerging gives back"
-                )
-            self._gains[name] = gain
-            if finite:
-                trial = self.base_weight.clone()
-                self._change(self._terms([name], self.stored), trial)
-                if not trial.isfinite().all():
-                    raise AdapterError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
-                        f"({self.target_name})"
-                    )
+        To be called without autograd.
 
+        Args:
+            names: adapters of this layer that are not merged.
+            finite: compute the merged weight chunk by chunk and look for NaN and infinity.
+            room: memory for a chunk of the weight, which all layers share; None: some is allocated where it is needed.
+
+        Returns:
+            What each adapter adds, for :meth:`merge_checked`. The matrices of plain LoRA are the factors themselves.
+        """
+        if not names:
+            return {}
+        stored = self.stored
+        self._check_writable(stored)
+        terms = {name: self._checked_term(name) for name in names}
+        if finite:
+            self._check_finite(terms, stored, room)
+        return terms
+
+    def _checked_term(self, name: str) -> Term:
+        layer: Any = self  # a LoraLayer
+        spec = self.specs[name]
+        variant = VARIANTS[spec.variant]
+        if variant.unmergeable:
+            raise AdapterError(f"{self.target_name}: adapter {name!r} cannot be merged: {variant.unmergeable}")
+        if spec.bias and getattr(self.base_layer, self.op.bias_name, None) is None:
+            raise AdapterError(
+                f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
+            )
+        factors = self.whole_factors(name)
+        left, right = self._delta_at_rest(variant.plain(layer, factors, spec))
+        gain = variant.gain(layer, factors, spec)
+        if gain is not None and not gain.all():
+            raise AdapterError(
+                f"{self.target_name}: adapter {name!r} has magnitudes of zero, which would erase rows of the "
+                "weight that no unmerging gives back"
+            )
+        self._gains[name] = gain
+        return Term(left, right, spec.scaling, self._shaped(gain))
+
+    def _check_finite(self, terms: Mapping[str, Term], stored: Tensor | Packed, room: Room | None) -> None:
+        added = [(name, term) for name, term in terms.items() if not self._is_sources(name, stored)]
+        values = stored.dequantize() if isinstance(stored, Packed) else stored
+        matrix = values if self.op.roles_weight[0] == "expert" else values.flatten(1)
+        form = storage_of(values, self.target_name)
+        broken = first_not_finite(matrix, [term for _, term in added], form, room)
+        if broken is not None:
+            raise AdapterError(
+                f"NaNs detected in the merged weights. The adapter {added[broken][0]} seems to be broken "
+                f"({self.target_name})"
+            )
+
+    def merge_checked(self, terms: Mapping[str, Term], *, keep: bool = True, room: Room | None = None) -> None:
+        """Merge adapters, without a warning; to be called without autograd.
+
+        Args:
+            terms: what :meth:`check_merge` returned.
+            keep: keep a quantised weight as it is now, to be given back by unmerging.
+            room: memory for a chunk, as in :meth:`check_merge`.
+        """
+        if not terms:
+            return
+        stored = self.stored
+        if isinstance(stored, Packed):
+            # From the weight as it was, with all that is merged: errors do not add up.
+            before = self._before[0] if self._before else stored.kept()
+            all_terms = self._terms([*self.merged_adapters, *terms], before)
+            self.merge_error = add_low_rank_(stored, all_terms, stored.storage, source=before)
+            self._before = [before] if keep else []
+        else:
+            added = [term for name, term in terms.items() if not self._is_sources(name, stored)]
+            self._change(added, stored, room=room)
+        self._add_biases(terms)
+        self.merged_adapters.extend(terms)
+        self.notes.clear()
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Take every merged delta out of the base weight again.
 
@@ -191,21 +228,30 @@ class Merging(nn.Module):
         when the delta went in; then a warning says so. A quantised weight comes back bit for bit.
         """
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
         elif not self.unmerge_quietly():
-            warnings.warn(inexact_message(self.stored.dtype), stacklevel=2)
+            warnings.warn(inexact_message(self.stored.dtype), stacklevel=3)
 
-    def unmerge_quietly(self) -> bool:
-        """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding."""
+    def unmerge_quietly(self, room: Room | None = None) -> bool:
+        """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding.
+
+        To be called without autograd.
+
+        Args:
+            room: memory for a chunk, as in :meth:`check_merge`.
+        """
+        if not self.merged_adapters:
+            return True
         stored = self.stored
-        exact = not self.merged or bool(self._before) or storage_of(stored, self.target_name).exact
+        exact = bool(self._before) or storage_of(stored, self.target_name).exact
         if isinstance(stored, Packed) and self._before:
             stored.restore(self._before.pop())
         else:
-            self._change(self._terms(self.merged_adapters, stored), stored, undo=True)
-        self.merge_error = None
+            self._change(self._terms(self.merged_adapters, stored), stored, undo=True, room=room)
+        if self.merge_error is not None:
+            self.merge_error = None
         self._add_biases(self.merged_adapters, sign=-1)
-        self.merged_adapters = []
+        self.merged_adapters.clear()
         self._gains.clear()
         self.notes.clear()
         return exact
@@ -224,9 +270,11 @@ class Merging(nn.Module):
         if here:
             return stored
         plain = stored.clone()
-        self._change(self._terms(self.merged_adapters, self.stored), plain, undo=True)
+        with torch.no_grad():
+            self._change(self._terms(self.merged_adapters, self.stored), plain, undo=True)
         return plain
 
+    @torch.no_grad()
     def subtract(self, name: str, factors: Factors, scale: float | None = None) -> None:
         """Take the delta of the factors that an adapter starts from out of the base weight, for good.
 
@@ -268,8 +316,9 @@ class Merging(nn.Module):
 
     def _check_change(self, name: str) -> None:
         """Refuse to change the base weight for good."""
-        self._check_writable()
-        if self.merged_adapters or self.stored.is_meta:
+        stored = self.stored
+        self._check_writable(stored)
+        if self.merged_adapters or stored.is_meta:
             state = f"has {self.merged_adapters} merged into it" if self.merged_adapters else "has no memory yet"
             raise AdapterError(
                 f"{self.target_name}: the start of adapter {name!r} changes the base weight, which {state}"
@@ -278,8 +327,10 @@ class Merging(nn.Module):
     @property
     def stored(self) -> Tensor | Packed:
         """What this rank holds of the base layer's weight that the deltas belong to, detached, as it is stored."""
-        weight = stored_weight(self.base_layer, self.op.weight_name)
-        return weight if isinstance(weight, Packed) else at_rest(weight.data).local
+        weight = stored_weight(self._modules["base_layer"], self.op.weight_name)
+        if isinstance(weight, Packed):
+            return weight
+        return at_rest(weight.data).local if is_distributed(weight) else weight.data
 
     @property
     def base_weight(self) -> Tensor:
@@ -287,8 +338,7 @@ class Merging(nn.Module):
         stored = self.stored
         return stored.dequantize() if isinstance(stored, Packed) else stored
 
-    def _check_writable(self) -> None:
-        stored = self.stored
+    def _check_writable(self, stored: Tensor | Packed) -> None:
         storage_of(stored, self.target_name)
         if not isinstance(stored, Packed):
             return
@@ -300,7 +350,10 @@ class Merging(nn.Module):
 
     def whole_factors(self, name: str) -> Factors:
         """Return an adapter's factors as they are in a forward, detached: gathered where they are sharded at rest."""
-        return self.factors(name).map(lambda tensor: unshard(tensor.detach()))
+        factors = self.factors(name)
+        if factors.bias is None and not factors.extras:
+            return Factors(unshard(factors.a.detach()), unshard(factors.b.detach()))
+        return factors.map(lambda tensor: unshard(tensor.detach()))
 
     def plain_factors(self, name: str) -> Factors:
         """Return the factors of plain LoRA that an adapter amounts to, as they are in a forward, detached."""
@@ -308,33 +361,46 @@ class Merging(nn.Module):
         with torch.no_grad():
             return VARIANTS[self.specs[name].variant].plain(layer, self.whole_factors(name), self.specs[name])
 
-    def _terms(self, names: Sequence[str], weight: Tensor | Packed) -> list[Term]:
+    def _terms(self, names: Iterable[str], weight: Tensor | Packed) -> list[Term]:
+        """Return what adapters that were checked have added to a weight, or are to add."""
+        layer: Any = self  # a LoraLayer
         terms = []
         for name in names:
-            if name in self.tied and self.tied[name].stored.data_ptr() == weight.data_ptr():
-                continue  # the same memory: the source's delta is this one's too
-            left, right = self._delta_at_rest(self.plain_factors(name))
-            gain = self._gains.get(name)
-            if gain is not None:
-                gain = gain.view((-1, 1) if self.op.roles_weight[0] == "out" else (1, -1))
-            terms.append(Term(left, right, self.specs[name].scaling, gain))
+            if not self._is_sources(name, weight):
+                spec = self.specs[name]
+                left, right = self._delta_at_rest(VARIANTS[spec.variant].plain(layer, self.whole_factors(name), spec))
+                terms.append(Term(left, right, spec.scaling, self._shaped(self._gains.get(name))))
         return terms
 
-    @torch.no_grad()
-    def _change(self, terms: Sequence[Term], weight: Tensor | Packed, *, undo: bool = False) -> MergeError | None:
+    def _is_sources(self, name: str, weight: Tensor | Packed) -> bool:
+        """Whether the adapter is tied to a layer with the same memory, whose delta is then this one's too."""
+        return name in self.tied and self.tied[name].stored.data_ptr() == weight.data_ptr()
+
+    def _shaped(self, gain: Tensor | None) -> Tensor | None:
+        return gain if gain is None else gain.view((-1, 1) if self.op.roles_weight[0] == "out" else (1, -1))
+
+    def _change(
+        self, terms: Sequence[Term], weight: Tensor | Packed, *, undo: bool = False, room: Room | None = None
+    ) -> MergeError | None:
         if not terms:
             return None
         if isinstance(weight, Packed):
             return add_low_rank_(weight, terms, weight.storage, undo=undo)
-        matrix = weight if self.op.roles_weight[0] == "expert" else weight.flatten(1)
-        add_low_rank_(matrix, terms, storage_of(weight, self.target_name), undo=undo)
+        form = storage_of(weight, self.target_name)
+        if weight.dim() == 2 or self.op.roles_weight[0] == "expert":
+            return add_low_rank_(weight, terms, form, undo=undo, room=room)
+        matrix = weight.flatten(1)
+        add_low_rank_(matrix, terms, form, undo=undo, room=room)
         if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
             weight.copy_(matrix.view(weight.shape))
         return None
 
     def _delta_at_rest(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """Return the factors of the delta of the weight that this rank keeps between forwards."""
-        left, right = (factor.detach() for factor in self.op.delta(self.base_layer, factors))
+        base = self._modules["base_layer"]
+        left, right = self.op.delta(base, factors)
+        if not is_distributed(getattr(base, self.op.weight_name, None)):
+            return left, right
         if self.op.roles_weight[0] != "expert":
             rows, columns = self.share_at_rest()
             return left[rows], right[:, columns]
@@ -354,10 +420,9 @@ class Merging(nn.Module):
             raise AdapterError(f"{self.target_name}: a kernel that is sharded along {held.slices} cannot take a delta")
         return rows, others[0] if len(others) == 1 else slice(None)
 
-    @torch.no_grad()
-    def _add_biases(self, names: Sequence[str], sign: int = 1) -> None:
+    def _add_biases(self, names: Iterable[str], sign: int = 1) -> None:
         for name in names:
-            bias = self.whole_factors(name).bias
+            bias = self.whole_factors(name).bias if self.specs[name].bias else None
             if bias is not None:
                 held = at_rest(getattr(self.base_layer, self.op.bias_name).data, self.site)
                 held.local.add_(bias[held.slices].to(held.local), alpha=sign * self.specs[name].scaling)

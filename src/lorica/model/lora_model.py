@@ -8,14 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lorica import combine
-from lorica.adapt import inject, trainable
-from lorica.adapt.replicate import own_weights, replicate_layers, restore_layers, share_again
-from lorica.adapt.tying import forget_tie, retie, untie
+from lorica.adapt import inject, merging, trainable
+from lorica.adapt.replicate import replicate_layers, restore_layers
+from lorica.adapt.tying import forget_tie
 from lorica.config import LoraConfig
-from lorica.engines import fsdp
 from lorica.engines.stages import axis_of_stages
 from lorica.errors import AdapterError, LayoutError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
@@ -340,32 +338,12 @@ class LoraModel(nn.Module):
         names = list(self.switch.active if adapter_names is None else adapter_names)
         for name in names:
             self._need(name)
-        fsdp.reshard(self.model)
-        layers = inject.lora_layers(self.model)
-        for layer in tqdm(layers, disable=not (progressbar and safe_merge), desc="Checking"):
-            layer.check_merge(layer.mergeable(names), finite=safe_merge)
-        rows = inject.token_layers(self.model)
-        for tokens in rows:
-            tokens.check_merge(names, finite=safe_merge)
-        own_weights(self.model, names)
-        untie(self.model, names)
-        for tokens in rows:
-            tokens.merge(adapter_names=names)
-        for layer in tqdm(layers, disable=not progressbar, desc="Merging"):
-            layer.merge_quietly(layer.mergeable(names), keep=keep)
-        if requantised := [layer for layer in layers if layer.merge_error is not None]:
+        if requantised := merging.merge(self.model, names, finite=safe_merge, keep=keep, progressbar=progressbar):
             warnings.warn(requantised_message(requantised), stacklevel=3)
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas out again; a warning says so where a weight's dtype could not keep it exactly."""
-        inexact = None
-        fsdp.reshard(self.model)
-        for layer in inject.lora_layers(self.model):
-            if layer.merged and not layer.unmerge_quietly():
-                inexact = layer.stored.dtype
-        self._unmerge_rows()
-        retie(self.model)
-        share_again(self.model)
+        inexact = merging.unmerge(self.model)
         if inexact is not None:
             warnings.warn(inexact_message(inexact), stacklevel=3)
 
@@ -389,19 +367,10 @@ class LoraModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Return the base model without its adapters, as it was."""
-        fsdp.reshard(self.model)
-        for layer in inject.lora_layers(self.model):
-            layer.unmerge_quietly()
-        self._unmerge_rows()
-        retie(self.model)
-        share_again(self.model)
+        merging.unmerge(self.model)
         plain = self._unload(())
         restore_layers(plain)
         return plain
-
-    def _unmerge_rows(self) -> None:
-        for layer in inject.token_layers(self.model)[::-1]:
-            layer.unmerge()
 
     def _unload(self, merged: Sequence[str]) -> nn.Module:
         replaced = any(self.peft_config[name].modules_to_save for name in merged)

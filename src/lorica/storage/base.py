@@ -19,14 +19,25 @@ class Room:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._chunk: Tensor | None = None  # the part of it that was used last
 
     def copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a copy in a dtype; it lasts until the next one is made."""
-        size, memory = tensor.numel(), self._memory
-        if memory is None or len(memory) < size or memory.dtype != dtype or memory.device != tensor.device:
-            self._memory = memory = None  # the old goes before the new comes
-            self._memory = memory = torch.empty(size, dtype=dtype, device=tensor.device)
-        return memory[:size].view(tensor.shape).copy_(tensor)
+        if self._chunk is None or not _is_alike(self._chunk, tensor.shape, dtype, tensor.device):
+            self._chunk = None
+            self._chunk = self._part(tensor.shape, dtype, tensor.device)
+        return self._chunk.copy_(tensor)
+
+    def _part(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = shape.numel()
+        if self._memory is None or not _is_alike(self._memory[:size], torch.Size((size,)), dtype, device):
+            self._memory = None  # the old goes before the new comes
+            self._memory = torch.empty(size, dtype=dtype, device=device)
+        return self._memory[:size].view(shape)
+
+
+def _is_alike(tensor: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
+    return tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
 
 
 class Storage(Protocol):

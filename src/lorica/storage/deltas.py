@@ -40,7 +40,9 @@ class Term(NamedTuple):
 
     def to(self, weight: Tensor, dtype: torch.dtype) -> Term:
         """Return the same in the dtype that is computed in, where the weight is; with one pair for each of a stack."""
-        left, right = (factor.to(weight.device, dtype) for factor in (self.left, self.right))
+        left, right = self.left, self.right
+        if left.dtype != dtype or right.dtype != dtype or left.device != weight.device:
+            left, right = left.to(weight.device, dtype), right.to(weight.device, dtype)
         if weight.dim() == 3:
             left, right = (factor.expand(len(weight), -1, -1) for factor in (left, right))
         return Term(left, right, self.scale, self.gain)
@@ -59,7 +61,6 @@ class MergeError(NamedTuple):
     delta: float
 
 
-@torch.no_grad()
 def add_low_rank_(
     weight: Tensor | Packed,
     terms: Sequence[Term],
@@ -73,6 +74,8 @@ def add_low_rank_(
 
     A weight that is stored in the dtype it is computed in is changed where it lies, and nothing is allocated. Others
     are, a chunk of rows at a time. A quantised weight is written all at once, from all its values in float32.
+
+    To be called without autograd.
 
     Args:
         weight: ``[rows, cols]``, any strides, or a stack ``[E, rows, cols]`` of them.
@@ -116,11 +119,10 @@ def _are_one_product(weight: Tensor, terms: Sequence[Term]) -> bool:
     )
 
 
-@torch.no_grad()
 def first_not_finite(weight: Tensor, terms: Sequence[Term], storage: Storage, room: Room | None = None) -> int | None:
     """Return the first term after which the weight, stored as it is, would hold NaN or infinity; None: none of them.
 
-    Nothing is written; chunks are tried one after the other.
+    Nothing is written; chunks are tried one after the other. To be called without autograd.
 
     Args:
         weight: ``[rows, cols]`` or a stack ``[E, rows, cols]``; where it is quantised, its values.
