@@ -7,7 +7,7 @@ kernels where they fit. A kernel for a device is one more file and one more entr
 
 from __future__ import annotations
 
-from lorica.kernels import function, grouped, inference, plain, together
+from lorica.kernels import function, gain, grouped, inference, plain, together
 from lorica.kernels.dropout import Dropped, draw_seed, keep_mask, mixed_seed, scale_of
 from lorica.kernels.projection import Projection
 from lorica.kernels.registry import KERNELS, Kernel, asked, kernel_for, register, using
@@ -27,6 +27,11 @@ register("projections", "plain", plain.projections)
 register("grouped", "inference", grouped.inference, grouped.inference_fits)
 register("grouped", "function", grouped.function, grouped.function_fits)
 register("grouped", "plain", grouped.plain)
+
+# What multiplies each output of a layer: (z, gain, rest) → y.
+register("gain", "inference", gain.inference, gain.inference_fits)
+register("gain", "function", gain.scaled, gain.fits)
+register("gain", "plain", gain.plain)
 
 __all__ = [
     "KERNELS",

@@ -110,10 +110,6 @@ class Op(ABC):
         :meth:`add` does something else with them."""
         return None
 
-    def product(self, x: Tensor, layer: Host) -> Tensor:
-        """Return the base layer's output for ``x``, without its bias, on this rank."""
-        raise NotImplementedError(f"{layer.target_name}: {self.kind} has no product of its own")
-
     @abstractmethod
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """Return ``left, right`` with ``left · right`` the unscaled delta in the base weight's own orientation,

@@ -55,12 +55,6 @@ class Conv(Op):
         part = convolve(h, factors.b.to(y.dtype) * spec.scaling, bias, groups=base.groups)
         return y + drop(part, spec, "post", layer.site, layer.training)
 
-    def product(self, x: Tensor, layer: Host) -> Tensor:
-        """Convolve with the base weight."""
-        base, weight = layer.base_layer, layer.base_weight
-        x, padding = _pad(x, base)
-        return _CONVOLVE[weight.dim()](x, weight.to(x.dtype), None, base.stride, padding, base.dilation, base.groups)
-
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A`` with the kernel flattened into A's columns."""
         if base.groups > 1:

@@ -15,7 +15,6 @@ from lorica.init import Factors
 from lorica.layout import Roles
 from lorica.ops.base import FactorShapes, Host, Op, add_product, carried
 from lorica.ops.dropout import drop
-from lorica.storage import Packed, stored_weight
 
 #: A way of multiplying ``[T, in]`` with the transposed of ``[r, in]``.
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -47,14 +46,6 @@ class Linear(Op):
     def matrices(self, layer: Host, factors: Factors) -> tuple[Tensor, Tensor]:
         """A and B."""
         return factors.a, factors.b
-
-    def product(self, x: Tensor, layer: Host) -> Tensor:
-        """``x Wᵀ``; of a quantised weight by its own layer, whose backward keeps no plain numbers."""
-        base = layer.base_layer
-        if isinstance(stored_weight(base, self.weight_name), Packed):
-            y: Tensor = base(x)
-            return y if base.bias is None else y - base.bias.to(y.dtype)
-        return F.linear(x, self.orient(layer.base_weight).to(x.dtype))
 
     def delta(self, base: Any, factors: Factors) -> tuple[Tensor, Tensor]:
         """``B, A``."""

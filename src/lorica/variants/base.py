@@ -146,7 +146,12 @@ class Variant:
 
     def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """Return the output ``y`` with the adapter's part for the input ``x``, in the parallel state of ``y``."""
-        return layer.op.add(y, x, layer, self.in_forward(layer, factors, spec), spec)
+        z = layer.op.add(y, x, layer, self.in_forward(layer, factors, spec), spec)
+        return self.after(z, layer, factors, spec)
+
+    def after(self, z: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Return what becomes of the base layer's output with the part of plain LoRA in it, ``z``."""
+        return z
 
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor | None:
         """Return what multiplies ``W + s·B·A``, one number for every output that this rank keeps; None: nothing."""

@@ -9,8 +9,8 @@ The norms are constants for the gradient (section 4.3 of the paper).
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,18 +24,21 @@ from lorica.engines.site import Axis, Site
 from lorica.errors import TargetError
 from lorica.init import Factors
 from lorica.init.borrow import there
+from lorica.kernels import kernel_for
+from lorica.kernels.gain import plain as plain_gain
 from lorica.ops import Op
 from lorica.ops.base import autocast_off
-from lorica.ops.dropout import drop
 from lorica.storage import Packed, stored_weight
+from lorica.storage.deltas import chunk_elements
 from lorica.variants.base import Extra, Hosting, Variant
 
 #: Name of the magnitudes in a file, below the layer.
 MAGNITUDE = "lora_magnitude_vector"
 #: Elements of a chunk of rows while norms are taken: the only extra memory is that many float32 values.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
-#: Where ``‖W + ΔW‖²`` is less than this part of ``‖W‖² + ‖ΔW‖²``, its three terms cancel and it is taken anew.
-CANCELLATION = 1 / 4
+#: Where ``‖W + ΔW‖²`` is less than this part of ``‖W‖²``, its three terms cancel and it is taken anew. Elsewhere none
+#: of them is more than 7 times the sum.
+CANCELLATION = 1 / 2
 #: Whether norms are kept from one forward to the next (:class:`lorica.helpers.DoraCaching`).
 keeps_norms = True
 
@@ -48,7 +51,7 @@ class Dora(Variant):
     axis: one ``all_reduce`` of ``out`` numbers, in the first forward after the factors or the weight changed.
     """
 
-    across = False  # it computes the base product again
+    across = False  # it multiplies the base product, before anything is done to it
 
     def check(self, op: Op, base: Any, spec: AdapterSpec, where: str) -> None:
         """The delta must have its place in the weight, one row to an output."""
@@ -70,35 +73,50 @@ class Dora(Variant):
         """The norms, so that the layer starts as plain LoRA would."""
         return {MAGNITUDE: norms(layer, factors, spec)}
 
-    def add(self, y: Tensor, x: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
-        """Add the adapter's part, then multiply all but the base layer's bias by ``m / ‖W + s·B·A‖``.
+    def after(self, z: Tensor, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+        """Multiply all but the base layer's bias by ``m / ‖W + s·B·A‖``: ``gain·z + (1 - gain)·b``.
 
-        That is ``gain·y + (1 - gain)·b``, in float32 or wider: a gain of 1 leaves ``y`` bit for bit, and one that is
-        near 1 is not rounded to it. The base product is not computed again, unless dropout comes before A: then the
-        part that is multiplied sees the dropped input, as in PEFT.
+        The base product is not computed again, with dropout before A neither: what is dropped is A's input alone.
         """
-        gain = _gain(layer, factors, spec, _kept_norms(layer, factors, spec))
-        op = layer.op
-        if spec.dropout and layer.training and spec.dropout_position == "pre" and not op.lookup:
-            x, spec = drop(x.to(y.dtype), spec, "pre", layer.site, True), replace(spec, dropout=0.0)
-            product = op.product(x, layer)
-            part, rest = op.add(product, x, layer, factors, spec), y - product
-        else:
-            part, bias = op.add(y, x, layer, factors, spec), _bias(layer)
-            rest = torch.zeros_like(gain) if bias is None else (1 - gain) * bias
-            rest = _per_output(op, rest)
-        return torch.addcmul(rest, part, _per_output(op, gain)).to(y.dtype)
+        gain, bias = _gain(factors, _kept_norms(layer, factors, spec)), _bias(layer)
+        rest = None if bias is None else _per_output(layer.op, (1 - gain) * bias)
+        arguments = (z, _per_output(layer.op, gain), rest)
+        # A compiler makes one kernel of it anyway, and cannot look into what chooses.
+        run = plain_gain if torch.compiler.is_compiling() else kernel_for("gain", *arguments)
+        y: Tensor = run(*arguments)
+        return y
 
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """``m / ‖W + s·B·A‖``."""
-        return _gain(layer, factors, spec, norms(layer, factors, spec))[layer.share_at_rest()[_out_dim(layer.op)]]
+        return _gain(factors, _judged(norms(layer, factors, spec), layer, spec))[
+            layer.share_at_rest()[_out_dim(layer.op)]
+        ]
 
 
-def _gain(layer: Hosting, factors: Factors, spec: AdapterSpec, norm: Tensor) -> Tensor:
+class Norms(NamedTuple):
+    """What the magnitudes of a layer are divided by.
+
+    Attributes:
+        norm: ``[out]``, nowhere zero.
+        fixed: ``[out]``, which outputs have a gain of 1 whatever their magnitude; None: none has.
+    """
+
+    norm: Tensor
+    fixed: Tensor | None
+
+
+def _gain(factors: Factors, norms: Norms) -> Tensor:
+    gain = factors.extras[MAGNITUDE].flatten().to(norms.norm.dtype) / norms.norm
+    return gain if norms.fixed is None else torch.where(norms.fixed, 1, gain)
+
+
+def _judged(norm: Tensor, layer: Hosting, spec: AdapterSpec) -> Norms:
     free = norm > 0  # a row of zeros stays one, whatever multiplies it
     if spec.parts and layer.site is not None:
         free = free & _adapted(layer.site, spec, norm)
-    return torch.where(free, factors.extras[MAGNITUDE].flatten().to(norm.dtype) / torch.where(free, norm, 1), 1)
+    if not torch.compiler.is_compiling() and free.all():
+        return Norms(norm, None)
+    return Norms(torch.where(free, norm, 1), ~free)
 
 
 def _adapted(site: Site, spec: AdapterSpec, norm: Tensor) -> Tensor:
@@ -110,10 +128,16 @@ def _adapted(site: Site, spec: AdapterSpec, norm: Tensor) -> Tensor:
     return mine
 
 
-def norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, *, keep: bool = False) -> Tensor:
     """Return ``‖W + s·B·A‖`` of every output that this rank computes, detached, in float32 (float64 stays).
 
     Collective over the axes that cut the layer's inputs and, between forwards, over those that shard the weight.
+
+    Args:
+        layer: the adapted layer.
+        factors: of the adapter.
+        spec: its scale.
+        keep: take ``‖W‖²`` from the last time, as long as nothing was written to ``W``.
     """
     with torch.inference_mode(False), torch.no_grad(), autocast_off(factors.b.device.type):
         held = layer.share_at_rest()
@@ -127,36 +151,78 @@ def norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         if _out_dim(layer.op) == 1:
             matrices = (matrices[0].T, matrices[2].T, matrices[1].T)
             outputs, kept = (right.shape[1], held[1])
-        squares = (_traced if torch.compiler.is_compiling() else row_squares)(*matrices, spec.scaling)
+        if torch.compiler.is_compiling():
+            squares = _traced(*matrices, spec.scaling)
+        else:
+            known = _kept_squares(layer, matrices[0]) if keep else None
+            squares = row_squares(*matrices, spec.scaling, known)
         if axes := _axes_of_terms(layer):
             part, squares = squares, squares.new_zeros(outputs)
             squares[kept] = part
             for axis in axes:
                 dist.all_reduce(squares, group=axis.group)
-        return squares.sqrt()
+        norm: Tensor = squares.sqrt()
+        return norm
 
 
-def row_squares(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
+def row_squares(
+    weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float, weight_squares: Tensor | None = None
+) -> Tensor:
     """Return ``‖W + s·B·A‖²`` of every row, without a second matrix of the weight's size.
 
     ``‖W‖² + 2s·⟨W Aᵀ, B⟩ + s²·⟨B (A Aᵀ), B⟩``, and row by row as it stands where these terms cancel, so that the result
     is good to a few roundings.
+
+    Args:
+        weight_OI: ``[out, in]``; what is not float32 or wider is widened, a chunk of rows at a time.
+        b_OR: ``[out, r]``.
+        a_RI: ``[r, in]``.
+        scale: ``s``.
+        weight_squares: ``‖W‖²`` of every row, where it is known.
     """
     wide = torch.promote_types(weight_OI.dtype, torch.float32)
     b_OR, a_RI = there(b_OR).to(wide) * scale, there(a_RI).to(wide)
-    delta_O = ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
-    step = max(1, CHUNK_ELEMENTS // max(1, weight_OI.shape[1]))
-    found = [torch.zeros(0, dtype=wide, device=b_OR.device)]
+    known_O = None if weight_squares is None else there(weight_squares)
+    weights_O = b_OR.new_empty(len(b_OR)) if known_O is None else known_O
+    cross_OR = torch.empty_like(b_OR)
+    for rows, w_OI in _chunks(weight_OI):
+        torch.mm(w_OI, a_RI.T, out=cross_OR[rows])
+        if known_O is None:
+            weights_O[rows] = _squares(w_OI)
+    squares_O = cross_OR.addmm_(b_OR, a_RI @ a_RI.T, beta=2).mul_(b_OR).sum(1).add_(weights_O)
+    cancelled_O = squares_O <= CANCELLATION * weights_O
+    if cancelled_O.any():
+        for rows, w_OI in _chunks(weight_OI):
+            found = cancelled_O[rows].nonzero().flatten()
+            if len(found):
+                squares_O[rows][found] = _squares(torch.addmm(w_OI[found], b_OR[rows][found], a_RI))
+    return squares_O.to(weight_OI.device)
+
+
+def weight_squares(weight_OI: Tensor) -> Tensor:
+    """Return ``‖W‖²`` of every row, in float32 or wider."""
+    squares_O = torch.empty(len(weight_OI), dtype=torch.promote_types(weight_OI.dtype, torch.float32))
+    squares_O = squares_O.to(weight_OI.device)
+    for rows, w_OI in _chunks(weight_OI):
+        squares_O[rows] = _squares(w_OI)
+    return squares_O
+
+
+def _chunks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the rows, and these rows in float32 or wider."""
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    # Widened rows are read as soon as they are written, so on a CPU they are to fit into its cache.
+    most = CHUNK_ELEMENTS if weight_OI.dtype == wide else min(CHUNK_ELEMENTS, chunk_elements(weight_OI.device))
+    step = max(1, most // max(1, weight_OI.shape[1]))
     for start in range(0, len(weight_OI), step):
-        chunk = slice(start, start + step)
-        w_OI, b = there(weight_OI[chunk].to(wide)), b_OR[chunk]
-        parts_O = torch.einsum("oi,oi->o", w_OI, w_OI) + delta_O[chunk]
-        squares_O = parts_O + 2 * ((w_OI @ a_RI.T) * b).sum(1)
-        cancelled = squares_O < CANCELLATION * parts_O
-        if cancelled.any():
-            squares_O[cancelled] = torch.addmm(w_OI[cancelled], b[cancelled], a_RI).square().sum(1)
-        found.append(squares_O)
-    return torch.cat(found).to(weight_OI.device)
+        rows = slice(start, start + step)
+        yield rows, there(weight_OI[rows].to(wide))
+
+
+def _squares(matrix_OI: Tensor) -> Tensor:
+    # A reduction of its own: as products of the rows with themselves it is ten times slower, and less exact.
+    norm: Tensor = torch.linalg.vector_norm(matrix_OI, dim=1)
+    return norm.square_()
 
 
 @torch.library.custom_op("lorica::row_squares", mutates_args=())
@@ -170,6 +236,9 @@ def _(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
     return weight_OI.new_empty(weight_OI.shape[0], dtype=torch.promote_types(weight_OI.dtype, torch.float32))
 
 
+#: Where ``‖W‖²`` is kept in a layer's notes; the names of adapters are strings.
+_SQUARES = ("squares",)
+
 _steps = 0
 
 
@@ -181,7 +250,7 @@ def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
+def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Norms:
     """Return the norms of the last forward, as long as nothing was written to what they depend on.
 
     Writes are seen through torch's version counters and, since fully-sharded parallelism hides them there, through the
@@ -193,7 +262,7 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
     weight: Any = stored_weight(layer.base_layer, layer.op.weight_name)
     sources: tuple[Tensor, ...] = (weight, factors.a, factors.b)
     if not keeps_norms or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
-        return norms(layer, factors, spec)
+        return _judged(norms(layer, factors, spec), layer, spec)
     adapter = next(name for name, known in layer.specs.items() if known is spec)
     place: tuple[int, ...] = ()
     if not _axes_of_terms(layer):
@@ -202,9 +271,23 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
     state = (_steps, spec.scaling, place, *(tensor._version for tensor in sources))
     kept = layer.notes.get(adapter)
     if kept is None or kept[0] != state:
-        kept = layer.notes[adapter] = (state, norms(layer, factors, spec))
-    norm: Tensor = kept[1]
-    return norm
+        # The optimiser's steps do not write to a frozen weight, but parallelism may hide other writes to it.
+        trains = getattr(weight, "requires_grad", False)
+        alone = not (trains or (dist.is_available() and dist.is_initialized()))
+        kept = layer.notes[adapter] = (state, _judged(norms(layer, factors, spec, keep=alone), layer, spec))
+    found: Norms = kept[1]
+    return found
+
+
+def _kept_squares(layer: Hosting, weight_OI: Tensor) -> Tensor:
+    """Return ``‖W‖²`` of every row, taken anew if the weight was written to or moved since."""
+    stored = stored_weight(layer.base_layer, layer.op.weight_name)
+    state = (layer.stored.data_ptr(), stored._version)
+    kept = layer.notes.get(_SQUARES)
+    if kept is None or kept[0] != state:
+        kept = layer.notes[_SQUARES] = (state, weight_squares(weight_OI))
+    squares: Tensor = kept[1]
+    return squares
 
 
 def _axes_of_terms(layer: Hosting) -> list[Axis]:
