@@ -27,7 +27,7 @@ from lorica.bench import timing
 
 TINY = Sizes(width=64, heads=8, inner=176, batch=2, tokens=32)
 MEDIUM = Sizes(width=1024, heads=16, inner=2816, batch=2, tokens=128)
-ROUNDS, QUICK_ROUNDS = 12, 6
+ROUNDS, QUICK_ROUNDS = 8, 6
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ FROZEN, PEFT, LORICA = "frozen", "peft", "lorica"
 AGAINST_PEFT, AGAINST_FROZEN = "lorica / peft", "lorica / frozen base"
 
 #: Seconds that the timing of one case may take before it makes do with fewer rounds.
-BUDGET, QUICK_BUDGET = 12.0, 1.0
+BUDGET, QUICK_BUDGET = 8.0, 1.0
 
 
 class UnequalSidesError(LoricaError):
