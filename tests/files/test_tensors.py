@@ -71,7 +71,7 @@ def test_gaps_shared_memory_and_gradients_are_no_hindrance(tmp_path):
 
 
 def test_a_dtype_without_a_word_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="second.*complex128"):
+    with pytest.raises(CheckpointError, match=r"second.*complex128"):
         write_tensors(tmp_path / "file", {"first": torch.ones(1), "second": torch.ones(1, dtype=torch.complex128)}, {})
     assert not (tmp_path / "file").exists()
 
