@@ -69,7 +69,7 @@ def test_a_load_looks_at_the_file_once_and_copies_nothing(loader, contest_of):
     theirs, ours = counts[PEFT], counts[LORICA]
     # One pass over the file for NaN, and its two results; beside it a few numbers, however many tensors there are.
     assert ours["kernels"] <= 8 < TENSORS
-    assert theirs["kernels"] > 3 * TENSORS, "peft is pinned"
+    assert theirs["kernels"] >= 3 * TENSORS, "peft is pinned"
     assert BYTES <= ours["bytes moved"] <= 1.001 * BYTES
     assert ours["bytes moved"] <= (0.334 if loader == "first-low" else 0.201) * theirs["bytes moved"]
 
