@@ -3,7 +3,7 @@
 from benchmarks.measures import training  # isort: skip  (the order of the tables)
 from benchmarks.measures import layers, lifecycle  # isort: skip
 from benchmarks.measures import experts  # isort: skip
-from benchmarks.measures import combining, files, merging, rows  # isort: skip
+from benchmarks.measures import combining, starts, files, merging, rows  # isort: skip
 from benchmarks.measures import calibration  # isort: skip
 from benchmarks.measures import compiled  # isort: skip
 from benchmarks.measures import parallel  # isort: skip
@@ -19,5 +19,6 @@ __all__ = [
     "merging",
     "parallel",
     "rows",
+    "starts",
     "training",
 ]

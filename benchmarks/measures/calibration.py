@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import LIBRARIES, chain
+from benchmarks.models import LIBRARIES, call_chain, chain, llama
 from benchmarks.suite import LORICA, PEFT, Case, Contest, measure
 from benchmarks.timing import Task
 
@@ -25,61 +25,77 @@ def batches(count: int, rows: int, width: int) -> list[Tensor]:
     return [(torch.randn(rows, width) * spread) @ turn for _ in range(count)]
 
 
-def covariances(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
+def covariances(model: nn.Module, data: list[Any], call: Any) -> dict[str, Tensor]:
     """Return the covariance of each linear's inputs, dense."""
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        seen.setdefault(name, []).append(args[0])
+        seen.setdefault(name, []).append(args[0].flatten(0, -2))
 
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_hook(partial(note, name)) for name, module in linears]
     with torch.no_grad():
         for x in data:
-            model(x)
+            call(model, x)
     for handle in handles:
         handle.remove()
     return {name: torch.cov(torch.cat(parts).T) for name, parts in seen.items()}
 
 
-def build(quick: bool, *, layers: int, width: int, rows: int) -> Contest:
-    """Return the contest of ``get_eva_state_dict``; the result is the share of each layer's variance in its A."""
-    width, rows = (width // 4, rows // 4) if quick else (width, rows)
-    model, data = chain(layers, width), batches(4, rows, width)
-    wanted = covariances(model, data)
+def contest(model: nn.Module, data: list[Any], call: Any, shares_of: Any, **functions: Any) -> Contest:
+    """Return the contest of ``get_eva_state_dict``; the result is what share of the inputs' variance A explains.
+
+    Args:
+        model: all of its linears are targets.
+        data: the batches.
+        call: runs the model on one.
+        shares_of: what is compared of the shares of the layers.
+        functions: for both libraries.
+    """
+    wanted = covariances(model, data, call)
 
     def task(side: str) -> Task:
         library = LIBRARIES[side]
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        options = library.EvaConfig()
-        config = library.LoraConfig(r=16, target_modules=names, init_lora_weights="eva", eva_config=options)
+        config = library.LoraConfig(
+            r=16, target_modules=[*wanted], init_lora_weights="eva", eva_config=library.EvaConfig()
+        )
 
         def run() -> Tensor:
             found = library.get_eva_state_dict(
-                model,
-                data,
-                config,
-                forward_fn=lambda model, x: model(x),
-                prepare_model_inputs_fn=None,
-                prepare_layer_inputs_fn=None,
-                show_progress_bar=False,
+                model, data, config, forward_fn=call, show_progress_bar=False, **functions
             )
             shares = [(a.float() @ wanted[name] * a.float()).sum() / wanted[name].trace() for name, a in found.items()]
-            return torch.stack(shares)
+            return shares_of(torch.stack(shares))
 
         return Task(run)
 
     return Contest({side: task(side) for side in (PEFT, LORICA)}, rounds=6, tolerance=TOLERANCE)
 
 
+def build(quick: bool, *, layers: int, width: int, rows: int) -> Contest:
+    """Return the contest on linears one after the other; the shares are compared layer by layer."""
+    width, rows = (width // 4, rows // 4) if quick else (width, rows)
+    rest = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
+    return contest(chain(layers, width), batches(4, rows, width), call_chain, lambda shares: shares, **rest)
+
+
+def build_tokens(quick: bool, *, width: int, tokens: int) -> Contest:
+    """Return the contest on a Llama's layer; what all layers together explain is compared, which EVA makes large."""
+    model = llama(1, width // 2 if quick else width).eval()
+    torch.manual_seed(1)
+    data = [{"input_ids": torch.randint(0, 32, (4, tokens // 4))} for _ in range(4)]
+    return contest(model, data, lambda model, batch: model(**batch), lambda shares: shares.sum(0, keepdim=True))
+
+
 @measure("calibration", "EVA: from batches to directions and ranks")
 def calibration() -> list[Case]:
     """`get_eva_state_dict`, rank 16, four batches, default options, on linears one after the other, which all have
-    inputs of their own. Both explain the same variance of the inputs, to 2 %. peft hashes every number of the first
-    batch and decomposes every batch, round and round; lorica adds up second moments in one round. What is left of its
-    time is mostly the forwards."""
+    inputs of their own, and on a Llama's layer with random tokens. Both explain the same variance of the inputs, to
+    2 %. peft hashes every number of the first batch and decomposes every batch, round and round, until no direction
+    moves (13 forwards of the wide linears, 100 of the Llama); lorica adds up second moments in one round of 4."""
     shapes = itertools.product((4,), ((256, 512), (1024, 2048)))
-    return [
+    cases = [
         Case(f"{layers} layers of width {width}, {rows} rows", partial(build, layers=layers, width=width, rows=rows))
         for layers, (width, rows) in shapes
     ]
+    return [*cases, Case("a Llama's layer of width 128, 256 tokens", partial(build_tokens, width=128, tokens=256))]

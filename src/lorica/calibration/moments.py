@@ -123,7 +123,7 @@ class Moments:
 
 
 def _blocks(features: int) -> Iterator[tuple[slice, slice]]:
-    """Yield rows and columns of the blocks below the diagonal and on it: for each block of rows all that are left of it."""
+    """Yield the rows of each block on the diagonal, and the columns of that block and of all that are left of it."""
     for first in range(0, features, BLOCK):
         yield slice(first, first + BLOCK), slice(0, min(first + BLOCK, features))
 
