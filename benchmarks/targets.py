@@ -26,7 +26,7 @@ class Target:
         quantity: of the case: ``time``, or one of the counts.
         reading: how the row is read; a key of :data:`READINGS`.
         bound: the most that the reading may be (for ``speed``: the least).
-        beside: the case that ``beside`` compares with, of the same measure.
+        beside: the case of the same measure that ``beside`` compares with, or the side that ``of side`` does.
         why: why the bound is not reached.
     """
 
@@ -88,6 +88,11 @@ def _beside(target: Target, figure: Figure, rows: Rows) -> float | None:
     return figure.values[LORICA] / other.values[LORICA] if other and other.values.get(LORICA) else None
 
 
+def _of_side(target: Target, figure: Figure, rows: Rows) -> float | None:
+    other = figure.values.get(target.beside)
+    return figure.values[LORICA] / other if other else None
+
+
 #: Name → how lorica's side of a row is read. Ratios are to the side that the measure's table compares with.
 READINGS: dict[str, Reading] = {
     "ratio": Reading(lambda target, figure, rows: figure.ratio, "the other's"),
@@ -97,6 +102,7 @@ READINGS: dict[str, Reading] = {
     "added": Reading(_added, "beyond the frozen base"),
     "own": Reading(lambda target, figure, rows: figure.values[LORICA], ""),
     "beside": Reading(_beside, "lorica's own in the case"),
+    "of side": Reading(_of_side, "that of"),
 }
 
 

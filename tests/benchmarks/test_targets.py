@@ -25,6 +25,7 @@ def test_a_target_names_what_is_measured(target: Target) -> None:
     cases = {case.name for case in MEASURES[target.measure].cases}
     assert target.case in cases
     assert (target.beside in cases) is (target.reading == "beside")
+    assert (target.beside in MEASURES[target.measure].sides) is (target.reading == "of side")
 
 
 def test_no_row_has_two_bounds_for_one_reading() -> None:
@@ -42,11 +43,14 @@ def test_no_row_has_two_bounds_for_one_reading() -> None:
         ("added", "kernels", 8),
         ("own", "kernels", 10),
         ("beside", "time", 2.0 / 2.5),
+        ("of side", "time", 2.0 / 3.0),
     ],
 )
 def test_readings(reading: str, quantity: str, value: float) -> None:
     rows = {(row.measure, row.case, row.quantity): row for row in ROWS}
-    target = Target("", "toy", "one", quantity, reading, value, beside="two" if reading == "beside" else "")
+    target = Target(
+        "", "toy", "one", quantity, reading, value, beside={"beside": "two", "of side": PEFT}.get(reading, "")
+    )
     found = target.value(rows)
     assert found == pytest.approx(value)
     assert target.reached(value)
