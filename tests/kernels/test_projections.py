@@ -154,11 +154,13 @@ def test_outputs_without_a_part_in_the_loss(
 
 @pytest.mark.parametrize(("op", "kernel"), GROUPS)
 def test_some_of_a_group_drop(op: str, kernel: Kernel) -> None:
-    items = group()
-    items[1] = items[1]._replace(dropped=Dropped(0.4, 11))
-    check(op, kernel, draw_x(3, 4), items)
-    items[0] = items[0]._replace(dropped=Dropped(1.0, 12))
-    check(op, kernel, draw_x(3, 4), items)
+    items, x = group(), draw_x(3, 4)
+    for place, dropped in ((1, Dropped(0.4, 11)), (0, Dropped(1.0, 12))):
+        items[place] = items[place]._replace(dropped=dropped)
+        if kernel.fits(x, items):
+            check(op, kernel, x, items)
+        else:
+            assert kernel.name in ("function", "inference"), "one function has one mask for all"
 
 
 @pytest.mark.parametrize(("op", "kernel"), LAYERS + GROUPS)

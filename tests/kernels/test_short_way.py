@@ -411,8 +411,8 @@ def test_scales(short: Callable[..., bool], layer: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5, "dropout_position": "post"}],
-    ids=["dora", "bias of B", "dropout behind B"],
+    [{"lora_bias": True}, {"lora_dropout": 0.5, "dropout_position": "post"}],
+    ids=["bias of B", "dropout behind B"],
 )
 def test_what_is_not_plain(short: Callable[..., bool], x: Tensor, fields: dict[str, Any]) -> None:
     assert not short(layer_of(model_of(**fields)).train(), x)

@@ -49,6 +49,7 @@ from lorica.init.borrow import borrowing, there
 from lorica.init.statistics import Found, forget, kept
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch, TrainableTokensLayer, TrainableTokensWrapper
 from lorica.layers.merging import warn_of_starts
+from lorica.layers.sharing import introduce
 from lorica.ops import FactorShapes, Op
 from lorica.storage import Packed, stored_weight
 from lorica.targets.plan import Plan, Target, changes_base
@@ -129,6 +130,7 @@ def _inject(
     _save_whole(model, plan, adapter, switch, places)
     train_rows(model, plan.tokens, rows, adapter, switch, places)
     _keep_from_fast_path(places)
+    introduce(layers.values())
     warn_of_starts(layers.values())
 
 

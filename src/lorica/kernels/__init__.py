@@ -7,15 +7,15 @@ kernels where they fit. A kernel for a device is one more file and one more entr
 
 from __future__ import annotations
 
-from lorica.kernels import function, gain, grouped, inference, plain, together
-from lorica.kernels.dropout import Dropped, draw_seed, keep_mask, mixed_seed, scale_of
+from lorica.kernels import function, gain, gated, grouped, inference, plain, together
+from lorica.kernels.dropout import Dropped, draw_seed, keep_mask, scale_of
 from lorica.kernels.projection import Projection
 from lorica.kernels.registry import KERNELS, Kernel, asked, kernel_for, register, using
 
 # One linear layer: (x, Projection) → y.
 register("projection", "inference", inference.projection, inference.fits)
 register("projection", "function", function.projection, function.fits)
-register("projection", "function", together.dropping, together.fits)
+register("projection", "function", together.dropping, together.fits_one)
 register("projection", "plain", plain.projection)
 
 # Several that share their input: (x, [Projection, …]) → [y, …].
@@ -33,6 +33,11 @@ register("gain", "inference", gain.inference, gain.inference_fits)
 register("gain", "function", gain.scaled, gain.fits)
 register("gain", "plain", gain.plain)
 
+# A gated MLP as a whole: (x, Gated) → y.
+register("gated", "inference", gated.inference_mlp, gated.inference_fits)
+register("gated", "function", gated.function_mlp, gated.function_fits)
+register("gated", "plain", gated.plain_mlp)
+
 __all__ = [
     "KERNELS",
     "Dropped",
@@ -42,7 +47,6 @@ __all__ = [
     "draw_seed",
     "keep_mask",
     "kernel_for",
-    "mixed_seed",
     "register",
     "scale_of",
     "using",

@@ -1,9 +1,9 @@
 """Dropout masks that are drawn again rather than kept.
 
 A mask is a function of a seed, and the seed is one draw from torch's default generator, so that activation
-checkpointing draws the same one again. Each element is a random byte, compared with 256·p. Where that is no integer, the
-seed says whether the mask goes by the one below or above, so that every element is dropped with the probability p; a
-byte for an element takes a fifth of the time of a Bernoulli draw on a CPU.
+checkpointing draws the same one again. Each element is a random byte, compared with 256·p. Where that is no integer,
+the seed says whether the mask goes by the one below or above, so that every element is dropped with the probability p;
+a byte for an element takes a fifth of the time of a Bernoulli draw on a CPU.
 """
 
 from __future__ import annotations
@@ -33,11 +33,6 @@ class Dropped(NamedTuple):
 def draw_seed() -> int:
     """Return a seed: one draw from torch's default generator, on the CPU whatever the device."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64))
-
-
-def mixed_seed(seed: int, place: int) -> int:
-    """Return a seed of its own for each place of a series."""
-    return (seed + place * _MIX) % 2**62
 
 
 def keep_mask(x: Tensor, dropped: Dropped) -> Tensor:

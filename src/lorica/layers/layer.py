@@ -54,6 +54,8 @@ class LoraLayer(Merging):
     tied: dict[str, LoraLayer]
     extras: dict[str, dict[str, Extra]]
     lean: Any  # a lean.Lean, once a forward has looked
+    family: Any = None  # a sharing.Family, where the layer has one
+    masks: Any = None  # sharing.Masks, likewise
 
     def __init__(
         self, base_layer: nn.Module, op: Op, switch: Switch, target_name: str, site: Site | None = None
