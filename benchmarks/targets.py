@@ -131,8 +131,10 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("Merging and unmerging: beside the model", "merging", "fp32, 1 layer of width 2048", "peak bytes", "own", 0),
     Target(
-        "Merging and unmerging: beside the model", "merging", "bf16, 1 layer of width 2048", "peak bytes", "own", 2**25
+        "Merging and unmerging: beside the model", "merging", "bf16, 1 layer of width 2048", "peak bytes", "own", 2**22
     ),
+    Target("Optimiser step over 896 factors", "optimiser", "448 linears of width 128", "time", "speed", 3),
+    Target("Optimiser step over 896 factors", "optimiser", "448 linears of width 512", "time", "speed", 3),
     Target("Injection into 448 linears", "injection", "get_peft_model, 7 names", "time", "speed", 8),
     Target("Injection into 448 linears", "injection", "get_peft_model, all-linear", "time", "speed", 8),
     Target("Switching, off and on, deleting", "injection", "set_adapter, there and back", "time", "speed", 10),

@@ -1,9 +1,10 @@
 """The measures; importing this package enters them all."""
 
 from benchmarks.measures import training  # isort: skip  (the order of the tables)
+from benchmarks.measures import gated  # isort: skip
 from benchmarks.measures import layers, lifecycle  # isort: skip
 from benchmarks.measures import experts  # isort: skip
-from benchmarks.measures import combining, starts, files, merging, rows  # isort: skip
+from benchmarks.measures import combining, starts, files, merging, optimiser, rows  # isort: skip
 from benchmarks.measures import calibration  # isort: skip
 from benchmarks.measures import compiled  # isort: skip
 from benchmarks.measures import parallel  # isort: skip
@@ -14,9 +15,11 @@ __all__ = [
     "compiled",
     "experts",
     "files",
+    "gated",
     "layers",
     "lifecycle",
     "merging",
+    "optimiser",
     "parallel",
     "rows",
     "starts",

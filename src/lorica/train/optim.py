@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorica.optim import LoraFAOptimizer, freeze_one, kinds, preconditioned
+from lorica.optim import AdamW, LoraFAOptimizer, freeze_one, kinds, preconditioned
 from lorica.train.recipe import TrainingSection
 
 #: Of the Gram matrices of Riemannian preconditioning, PEFT's.
@@ -39,11 +39,8 @@ def optimizer(model: nn.Module, settings: TrainingSection) -> Optimizer:
     if settings.optimizer == "lora_fa":
         projected = freeze_one(model)
         return LoraFAOptimizer(groups(model, settings), projected=projected, **options)
-    parameter_groups = groups(model, settings)
-    parameters = [parameter for group in parameter_groups for parameter in group["params"]]
-    fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") and p.is_floating_point() for p in parameters)
     make = AdamW if settings.optimizer == "adamw" else preconditioned(AdamW, model, reg=DAMPING)
-    return make(parameter_groups, fused=fused, **options)
+    return make(groups(model, settings), **options)
 
 
 def warmup(settings: TrainingSection, steps: int) -> int:
