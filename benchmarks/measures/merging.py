@@ -34,7 +34,7 @@ def merging() -> list[Case]:
     """Rank 16 on every linear, factors in fp32. lorica adds `s·B·A` to a weight in fp32 in place, in one product; a
     bf16 one is widened, added to and rounded once, in chunks of rows that stay in the cache: more kernels, each of them
     small. peft forms the whole delta of a layer and adds it. The peak is what merging needs beside the model.
-    `safe_merge` looks for NaN beforehand: lorica in all layers before a weight is touched, peft in one after the other."""
+    `safe_merge` looks for NaN: lorica in all layers before a weight is touched, peft in one after the other."""
     shapes = {"4 layers of width 512": (4, 512), "1 layer of width 2048": (1, 2048)}
     return [
         Case(f"{label}, {shape}", partial(build, layers=layers, width=width, dtype=dtype))
