@@ -52,6 +52,34 @@ def test_many_features_are_decomposed_without_the_whole() -> None:
     assert ((found.vectors.double() * vectors[:8]).sum(1).abs() > 0.999).all()
 
 
+@pytest.mark.parametrize("features", [moments.BLOCK, 3 * moments.BLOCK, 3 * moments.BLOCK + 40])
+def test_blocks_that_mirror_each_other_are_equal_after_every_look(features: int) -> None:
+    x = rows(600, features, decay=0.99)
+    stream = Moments(features, CPU)
+    for part in x.split(250):
+        stream.add(part)
+        found = stream.directions(8, "layer")
+    centred = x.double() - x.double().mean(0)
+    wanted = centred.T @ centred
+    assert torch.allclose(stream.scatter_II.double(), wanted, atol=1e-4 * float(wanted.norm()) / features**0.5)
+    assert torch.allclose(found.squares.double(), dense(x)[0][:8], rtol=2e-3)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.97, 0.995, 1.0])
+def test_later_looks_explain_as_much_as_the_first(decay: float) -> None:
+    """From where the last one ended, in fewer rounds; of batches that agree on few directions, too."""
+    features, k = 300, 16
+    x = rows(900, features, decay=decay)
+    stream = Moments(features, CPU)
+    for part in x.split([100, 100, 700]):
+        stream.add(part)
+        found = stream.directions(k, "layer")
+    centred = x.double() - x.double().mean(0)
+    explained = (centred @ found.vectors.double().T).square().sum()
+    assert explained >= 0.98 * dense(x)[0][:k].sum()
+    assert float(found.squares.sum()) == pytest.approx(float(explained), rel=1e-4)
+
+
 @pytest.mark.parametrize("decay", [0.7, 0.97, 1.0])
 @pytest.mark.parametrize("step", [13, 64, 500])
 def test_a_sketch_keeps_its_bound(decay: float, step: int) -> None:

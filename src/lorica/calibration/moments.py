@@ -20,10 +20,10 @@ from lorica.lowrank import sketched_eigh
 WHOLE_UP_TO = 4096
 #: Up to so many features it is decomposed exactly, in float64.
 EXACT_UP_TO = 128
-#: Rounds of the subspace iteration from random directions, and from those of fewer rows; how many it has to spare.
-ROUNDS, ROUNDS_AGAIN, SPARE = 5, 2, 16
+#: Rounds of the subspace iteration, and directions that it has to spare: with fewer, even spectra lose some variance.
+ROUNDS, SPARE = 8, 16
 #: Features of a block of the matrix; of two blocks that mirror each other, one is added up.
-BLOCK = 256
+BLOCK = 128
 #: Rows of a sketch, and how many times the wanted directions it has at least.
 SKETCH_ROWS, SKETCH_TIMES = 256, 8
 
@@ -105,11 +105,10 @@ class Moments:
         if len(scatter) <= max(EXACT_UP_TO, k + SPARE):
             values, vectors = torch.linalg.eigh(scatter.double())
             return values.flip(0).clamp(min=0).float(), vectors.T.flip(0).float()
-        start, rounds = self._found, ROUNDS_AGAIN
+        start = self._found
         if start is None or len(start) != k + SPARE:
             start = torch.empty(k + SPARE, len(scatter)).normal_(generator=target_generator(0, name)).to(scatter)
-            rounds = ROUNDS
-        squares, self._found = sketched_eigh(scatter, start, rounds=rounds)
+        squares, self._found = sketched_eigh(scatter, start, rounds=ROUNDS)
         return squares, self._found
 
     def _reduced(self, groups: list[Any]) -> tuple[Tensor, int]:

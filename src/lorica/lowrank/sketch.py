@@ -48,7 +48,7 @@ def sketched_svd(matrix: Tensor, rank: int, generator: torch.Generator, *, round
     return svd_of_product(image_OK @ turn_KR, turn_KR.mT @ basis_KI)
 
 
-def sketched_eigh(matrix: Tensor, start_KI: Tensor, *, rounds: int = LEAST_ROUNDS) -> tuple[Tensor, Tensor]:
+def sketched_eigh(matrix: Tensor, start_KI: Tensor, *, rounds: int) -> tuple[Tensor, Tensor]:
     """Return the leading eigenvalues ``[K]``, falling, and eigenvectors ``[K, in]`` of a symmetric matrix ``[in, in]``
     without negative eigenvalues, by subspace iteration.
 
@@ -56,7 +56,7 @@ def sketched_eigh(matrix: Tensor, start_KI: Tensor, *, rounds: int = LEAST_ROUND
 
     Args:
         matrix: such as ``XᵀX``, of which one product does what two with X do.
-        start_KI: directions to start from: random ones, or those of a matrix like this, which take fewer rounds.
+        start_KI: directions to start from: random ones, or those of a matrix like this, from which it gets further.
         rounds: of one product each, before the last.
     """
     rows = start_KI
