@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorica
-from lorica.adapt.trainable import frozen_parameters
 from lorica.checkpoint.names import Entry, adapter_entries
 from lorica.checkpoint.pieces import piece_of
 from lorica.errors import AdapterError, ConfigError, TargetError
@@ -161,7 +160,8 @@ def compare(mine: Mapping[str, Entry], whole: Mapping[str, Tensor], what: str, t
 def gradients(model: nn.Module) -> dict[str, Entry]:
     """The gradients of an adapter, as entries."""
     found = {}
-    still = frozen_parameters(model, "default")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and "default" in module.specs]
+    still = {id(getattr(m.factors("default"), key)) for m in layers for key in m.specs["default"].frozen}
     for name, entry in entries(model).items():
         if not entry.tied and isinstance(entry.tensor, nn.Parameter) and id(entry.tensor) not in still:
             assert entry.tensor.grad is not None, f"{name} has no gradient"
