@@ -41,6 +41,7 @@ NAMES = [
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
     "find_kappa_target_modules",
+    "fuse_mlps",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -61,6 +62,7 @@ NAMES = [
     "route_rows",
     "save_as_lora",
     "set_peft_model_state_dict",
+    "unfuse_mlps",
 ]
 
 PARALLEL = [

@@ -34,6 +34,7 @@ from lorica.helpers import (
     prepare_model_for_kbit_training,
     rescale_adapter_scale,
 )
+from lorica.layers.gated import fuse_mlps, unfuse_mlps
 from lorica.model import (
     LoraModel,
     PeftModel,
@@ -91,6 +92,7 @@ __all__ = [
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
     "find_kappa_target_modules",
+    "fuse_mlps",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -111,4 +113,5 @@ __all__ = [
     "route_rows",
     "save_as_lora",
     "set_peft_model_state_dict",
+    "unfuse_mlps",
 ]

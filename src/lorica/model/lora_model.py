@@ -17,6 +17,7 @@ from lorica.config import LoraConfig
 from lorica.engines.stages import axis_of_stages
 from lorica.errors import AdapterError, LayoutError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
+from lorica.layers.gated import unfuse_mlps
 from lorica.layers.merging import inexact_message, requantised_message
 from lorica.model.rows import has_rows, rows_of_call
 from lorica.ranks import watch
@@ -374,6 +375,7 @@ class LoraModel(nn.Module):
 
     def _unload(self, merged: Sequence[str]) -> nn.Module:
         replaced = any(self.peft_config[name].modules_to_save for name in merged)
+        unfuse_mlps(self.model)
         inject.unload(self.model, merged)
         if replaced:
             forget_tie(self.model)
