@@ -178,8 +178,8 @@ TARGETS: tuple[Target, ...] = (
         "time",
         "speed",
         10,
-        why="12 decompositions of a second moment, whose rounds keep 99 % of the variance of even spectra, are a third of "
-        "lorica's time; its 4 forwards are a fifth",
+        why="12 decompositions of a second moment, whose rounds keep the variance of even spectra too, are a third "
+        "of lorica's time; its 4 forwards are a fifth",
     ),
     Target(
         "EVA, at equal variance explained",
@@ -188,8 +188,8 @@ TARGETS: tuple[Target, ...] = (
         "time",
         "speed",
         10,
-        why="the model's own 4 forwards are 45 % of lorica's time: without anything else it would be 12 × (peft runs 13). "
-        "A second moment costs half as many multiplications as a square layer's forward, which is nearly all the rest. "
+        why="the model's own 4 forwards are 45 % of lorica's time: without anything else it would be 12 × (peft runs "
+        "13). A second moment costs half as many multiplications as a square layer's forward, which is nearly all the rest. "
         "A Llama's layer, whose directions settle slowly, takes peft 100 forwards",
     ),
     Target(
