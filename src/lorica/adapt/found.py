@@ -20,40 +20,55 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     The order is that of ``named_modules``; the insides of what is yielded are not walked, which is most of the model.
     """
     seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
+    stack: list[tuple[str, nn.Module | None]] = [("", model)]
     while stack:
         name, module = stack.pop()
-        if id(module) in seen:
+        if module is None or id(module) in seen:
             continue
         seen.add(id(module))
-        prefix = f"{name}." if name else ""
         if isinstance(module, _KINDS):
             yield name, module
             children = _inside(module)
-        elif module._modules:
-            children = list(module._modules.items())
         else:
-            continue
-        children.reverse()
-        stack += [(prefix + child_name, child) for child_name, child in children if child is not None]
-
-
-def _inside(module: AdapterModule) -> list[tuple[str, nn.Module | None]]:
-    """Return those modules inside an adapted one that may be adapted too."""
-    if isinstance(module, TrainableTokensWrapper):
-        inner = module.original_module
-        return [("token_adapter.base_layer", inner)] if isinstance(inner, LoraLayer) else []
-    if isinstance(module, ModulesToSaveWrapper):
-        return []
-    base: nn.Module = module._modules["base_layer"]  # type: ignore[assignment]
-    if isinstance(base, LoraLayer):
-        return [("base_layer", base)]
-    return [(f"base_layer.{child}", base._modules[child]) for child in module.op.children]
+            children = module._modules
+        if children:
+            prefix = f"{name}." if name else ""
+            stack += [(prefix + child_name, child) for child_name, child in reversed(children.items())]
 
 
 def adapted(model: nn.Module) -> list[AdapterModule]:
-    """Return the modules that :func:`adapter_modules` yields."""
-    return [module for _, module in adapter_modules(model)]
+    """Return the modules that :func:`adapter_modules` yields; no name is made up for it."""
+    seen: set[int] = set()
+    found: list[AdapterModule] = []
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, _KINDS):
+            found.append(module)
+            if inside := _inside(module):
+                stack += reversed(inside.values())
+        elif module._modules:
+            stack += reversed(module._modules.values())
+    return found
+
+
+_NOTHING: dict[str, nn.Module | None] = {}
+
+
+def _inside(module: AdapterModule) -> dict[str, nn.Module | None]:
+    """Return those modules inside an adapted one that may be adapted too, by their names below it."""
+    if isinstance(module, LoraLayer):
+        base: nn.Module = module._modules["base_layer"]  # type: ignore[assignment]
+        if isinstance(base, LoraLayer):
+            return {"base_layer": base}
+        names = module.op.children
+        return {f"base_layer.{name}": base._modules[name] for name in names} if names else _NOTHING
+    if isinstance(module, TrainableTokensWrapper) and isinstance(module.original_module, LoraLayer):
+        return {"token_adapter.base_layer": module.original_module}
+    return _NOTHING
 
 
 def tuner_of(model: nn.Module) -> nn.Module | None:
@@ -72,7 +87,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """Return every adapted layer of ``model``, in its order."""
-    return [module for _, module in adapter_modules(model) if isinstance(module, LoraLayer)]
+    return [module for module in adapted(model) if isinstance(module, LoraLayer)]
 
 
 def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
@@ -114,7 +129,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]
 def parameters_of(module: AdapterModule, adapter: str) -> Iterable[nn.Parameter]:
     """Return the parameters that an adapted module holds for one adapter."""
     if isinstance(module, LoraLayer):
-        return module.own_parameters(adapter).values()
+        return [parameter for _, parameter in module.own_parameters(adapter) if parameter is not None]
     if isinstance(module, ModulesToSaveWrapper):
         return module.modules_to_save[adapter].parameters() if adapter in module.modules_to_save else ()
     layer = module.token_adapter

@@ -111,7 +111,8 @@ def _inject(
     _refuse_merged(places, plan, config)
     for target in plan.targets:
         layer = _layer_at(target, places, switch)
-        layer.start_error = None
+        if layer.start_error is not None:
+            layer.start_error = None
         layers[target.name] = layer
         if target.tied_to is None:
             made = factors[target.name]
@@ -217,8 +218,7 @@ def _used_up(target: Target, config: LoraConfig, made: Factors) -> None:
 def _refuse_merged(places: Places, plan: Plan, config: LoraConfig) -> None:
     for target in plan.targets:
         layer = places.layer_at(target)
-        cause = changes_base(config, target.op)
-        if layer is not None and layer.merged and cause:
+        if layer is not None and layer.merged and (cause := changes_base(config, target.op)):
             raise AdapterError(
                 f"{target.name}: {cause} changes the base weight, which has {layer.merged_adapters} merged into it; "
                 "unmerge first"
@@ -325,7 +325,7 @@ def _request(target: Target, config: LoraConfig, seed: int) -> InitRequest:
         weight=lambda: there(logical_weight(op, target.base, site)),
         experts=shapes.a[0] if op.roles_a[0] == "expert" else 0,
         options=getattr(config, init.options) if init is not None and init.options else None,
-        found=_found(target, config).get("", {}),
+        found=_found(target, config).get("", {}) if init is not None and init.needs else {},
     )
 
 

@@ -36,27 +36,13 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
 
 
 def _let_train(modules: Iterable[AdapterModule], wanted: Mapping[str, bool]) -> None:
-    """Let the parameters of adapters train or not; those factors that never train (:attr:`AdapterSpec.frozen`) do not.
-
-    Args:
-        modules: adapted ones.
-        wanted: adapter → whether its parameters train.
-    """
     for module in modules:
+        if isinstance(module, LoraLayer):
+            module.let_train(wanted)
+            continue
         for name, trains in wanted.items():
-            if isinstance(module, LoraLayer):
-                own = module.own_parameters(name)
-                frozen = module.specs[name].frozen if own else ()
-                for key, parameter in own.items():
-                    _set(parameter, trains and key not in frozen)
-            else:
-                for parameter in parameters_of(module, name):
-                    _set(parameter, trains)
-
-
-def _set(parameter: nn.Parameter, trains: bool) -> None:
-    if parameter.requires_grad is not trains:
-        parameter.requires_grad_(trains)
+            for parameter in parameters_of(module, name):
+                parameter.requires_grad_(trains)
 
 
 def train_only(

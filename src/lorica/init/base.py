@@ -41,6 +41,8 @@ class Factors(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Return the same with ``function`` applied to every tensor."""
+        if self.bias is None and not self.extras:
+            return Factors(function(self.a), function(self.b))
         return self.renewed(map(function, self.tensors()))
 
 

@@ -113,7 +113,7 @@ class LoraLayer(Merging):
                 in :attr:`owed`, to be done with the factors that the adapter started from.
             seed: of what the variant draws for itself.
         """
-        self.lean = None
+        self._look_again()
         a, b = nn.Parameter(factors.a), nn.Parameter(factors.b)
         first, second = self._containers()
         if self.op.lookup:
@@ -171,13 +171,22 @@ class LoraLayer(Merging):
         if name in self.merged_adapters:
             raise AdapterError(f"{self.target_name}: adapter {name!r} is merged; unmerge it before deleting it")
         if self.specs.pop(name, None) is not None and self.tied.pop(name, None) is None:
-            extras = {extra.container for extra in self.extras.pop(name, {}).values()}
-            for container in (*self._containers(), *(self._modules[key] for key in extras)):
-                if name in container:
+            first, second = self._containers()
+            if self.op.lookup:
+                del first[name], second[name]
+            else:
+                del first._modules[name], second._modules[name]
+            if name in self.extras:
+                for key in {extra.container for extra in self.extras.pop(name).values()}:
+                    container: Any = self._modules[key]
                     del container[name]
         self.owed.discard(name)
         self.notes.clear()
-        self.lean = None
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Let the next forward look anew at what this layer has."""
+        self.__dict__["lean"] = None  # past nn.Module.__setattr__, which takes longer than the rest of a change
 
     def factors(self, name: str) -> Factors:
         """Return the factors of an adapter, attached to the graph."""
@@ -191,21 +200,48 @@ class LoraLayer(Merging):
         a, b = first[name], second[name]
         return Factors(a.weight, b.weight, b.bias, extras)
 
-    def own_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return the parameters that this layer holds for an adapter, by their names in :class:`Factors`; none of one
-        that is tied, or that it does not have."""
+    def own_parameters(self, name: str) -> list[tuple[str, nn.Parameter | None]]:
+        """Return the parameters that this layer holds for an adapter, with their names in :class:`Factors`; nothing of
+        one that is tied, or that it does not have. None stands where something else took a parameter's place (pruning).
+        """
         if name not in self.specs or name in self.tied:
-            return {}
+            return []
         first, second = self._containers()
-        held: dict[str, Tensor | None]
+        held: list[tuple[str, Any]]
         if self.op.lookup:
-            held = {"a": first[name], "b": second[name]}
+            held = [("a", first[name]), ("b", second[name])]
         else:
             a, b = first._modules[name]._parameters, second._modules[name]._parameters
-            held = {"a": a.get("weight"), "b": b.get("weight"), "bias": b.get("bias")}
+            held = [("a", a.get("weight")), ("b", b.get("weight"))]
+            if "bias" in b:
+                held.append(("bias", b["bias"]))
         if name in self.extras:
-            held |= self._extra_tensors(name)
-        return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
+            extras = self._extra_tensors(name).items()
+            held += [(key, tensor) for key, tensor in extras if isinstance(tensor, nn.Parameter)]
+        return held
+
+    def let_train(self, wanted: Mapping[str, bool]) -> None:
+        """Let the parameters of adapters train or not; those that never train (:attr:`AdapterSpec.frozen`) do not.
+
+        Args:
+            wanted: adapter → whether its parameters train.
+        """
+        first, second = self._containers()
+        tied, plain = self.tied, not (self.op.lookup or self.extras)
+        for name, spec in self.specs.items():
+            trains = wanted.get(name)
+            if trains is None or name in tied:
+                continue
+            if plain:  # what own_parameters gives; there are many layers, and this is most of the work
+                own = [*first._modules[name]._parameters.values(), *second._modules[name]._parameters.values()]
+            else:
+                own = [parameter for _, parameter in self.own_parameters(name)]
+            for parameter in own:
+                if parameter is not None and parameter.requires_grad is not trains:
+                    parameter.requires_grad_(trains)
+            for key, parameter in self.own_parameters(name) if spec.frozen else ():
+                if key in spec.frozen and parameter is not None:
+                    parameter.requires_grad_(False)
 
     def _extra_tensors(self, adapter: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

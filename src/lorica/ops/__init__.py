@@ -39,7 +39,10 @@ def op_of(module: nn.Module) -> Op | None:
     layout = module.__dict__.get("layout")
     if isinstance(layout, Layout) and layout.parts:
         return _FUSED
-    return next((OPS[key] for key in _keys_of(type(module)) if key in OPS), None)
+    for key in _keys_of(type(module)):
+        if key in OPS:
+            return OPS[key]
+    return None
 
 
 def _keys_of(cls: type[nn.Module]) -> list[type[nn.Module] | str]:

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lorica.adapt.inject import adapter_modules, base_of, switch_of
+from lorica.adapt.inject import base_of, lora_layers, switch_of
 from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES, axis_of_stages
-from lorica.layers import LoraLayer
 from lorica.ranks.agreement import verify
 from lorica.ranks.trained import Trained, trained
 
@@ -170,7 +169,7 @@ def watch(model: nn.Module) -> None:
 
     Nothing is watched where no layer lies over ranks.
     """
-    if any(isinstance(module, LoraLayer) and module.site is not None for _, module in adapter_modules(model)):
+    if any(layer.site is not None for layer in lora_layers(model)):
         _WATCHED.add(model)
         switch = switch_of(model)
         assert switch is not None

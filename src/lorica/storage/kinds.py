@@ -49,7 +49,9 @@ def stored_weight(base: Any, name: str) -> Tensor | Packed:
     """
     kind = kind_of(type(base))
     if kind is None:
-        weight: Any = getattr(base, name)
+        weight: Any = base._parameters.get(name)
+        if weight is None:
+            weight = getattr(base, name)  # what stands in a parameter's place
         kind = kind_of(type(weight._local_tensor if is_distributed(weight) else weight))
         if kind is None and base.__dict__.get("quant_state") is not None:
             kind = FOUR_BIT  # fully-sharded parallelism leaves of such a parameter the numbers alone

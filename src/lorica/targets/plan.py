@@ -177,19 +177,18 @@ def changes_base(config: LoraConfig, op: Op) -> str:
 def _chosen(config: LoraConfig, names: Names, modules: dict[str, nn.Module], fused: dict[str, list[str]]) -> list[str]:
     """Return the names of the modules that are meant, themselves or by a projection that is fused in them."""
     is_selected, is_excluded = selecting(config, names), excluding(config)
-    return [
-        key
-        for key, module in modules.items()
-        if key
-        and any(is_selected(name) and not is_excluded(name) for name in (key, *fused.get(key, ())))
-        and not is_elsewhere(module)
-    ]
+
+    def is_meant(name: str) -> bool:
+        return is_selected(name) and not is_excluded(name)
+
+    found = [key for key in modules if key and (is_meant(key) or (key in fused and any(map(is_meant, fused[key]))))]
+    return [key for key in found if not is_elsewhere(modules[key])]
 
 
 def _parts(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
     """Return the names of the projections that are fused in modules, by the names of those that have some."""
-    found = {key: part_names(key, bare(module)) for key, module in modules.items()}
-    return {key: names for key, names in found.items() if names}
+    found = ((key, part_names(key, bare(module))) for key, module in modules.items())
+    return {key: names for key, names in found if names}
 
 
 def _spec_of_parts(config: LoraConfig, names: Names, key: str, base: nn.Module, specs: Specs) -> AdapterSpec:
