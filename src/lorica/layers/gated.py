@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from lorica.kernels import asked, gated, kernel_for
+from lorica.kernels import Dropped, asked, draw_seed, gated, kernel_for
 from lorica.kernels.gated import ACTIVATIONS, Gated
 from lorica.kernels.projection import Projection
 from lorica.layers import lean
@@ -98,27 +98,29 @@ class Fused:
             return None
         device = x.device.type
         if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-            return _run(block, x, autocast=False)
+            return _run(block, x, x.dtype, autocast=False)
         with torch.autocast(device, enabled=False):
-            return _run(block, x.to(torch.get_autocast_dtype(device)), autocast=True)
+            return _run(block, x, torch.get_autocast_dtype(device), autocast=True)
 
 
-def _run(block: _Block, x: Tensor, *, autocast: bool) -> Tensor | None:
+def _run(block: _Block, x: Tensor, dtype: torch.dtype, *, autocast: bool) -> Tensor | None:
     order = block.order
     layers = [block.children[name] for name in (*order.into, order.down)]
-    found = [lean.find(layer, x.dtype, autocast=autocast) for layer in layers]
+    found = [lean.find(layer, dtype, autocast=autocast) for layer in layers]
     ready = [each for each in found if each is not None]
     if len(ready) < len(layers):
         return None
-    shares = [each.dropout(layer.__dict__) for each, layer in zip(ready, layers, strict=True)]
-    if len(set(shares[:-1])) > 1:
+    *into, last = [each.dropout(layer.__dict__) for each, layer in zip(ready, layers, strict=True)]
+    if len(set(into)) > 1:
         return None
-    # In the order in which the layers would draw for themselves.
-    masks = [lean.drawn(layer, p, x) for layer, p in zip(layers, shares, strict=True)]
+    # As gate and up draw when they are called: one mask for both. Then down, whose input there is not yet.
+    first, *_ = [lean.drawn(layer, p, x) for layer, p in zip(layers, into, strict=False)]
+    masks = [first] * len(into) + [Dropped(last, draw_seed()) if last else None]
     items: list[Projection] = [
         each.projection(layer.__dict__, mask) for each, layer, mask in zip(ready, layers, masks, strict=True)
     ]
     item = Gated(tuple(items[:-1]), items[-1], order.activation, order.up_first)
+    x = x.to(dtype) if autocast else x
     run: Callable[..., Tensor] = kernel_for("gated", x, item)
     return run(x, item)
 
@@ -257,7 +259,8 @@ def _never_short(module: nn.Module, block: _Block) -> str:
         if type(layer.base_layer._parameters.get("weight")) is not nn.Parameter:
             return f"the weight of {name} is not dense"
         found = lean.Lean(layer)
-        if not found.fits and any(adapter in layer.specs for adapter in found.active):
+        plain = found.fits and found.variant is None
+        if not plain and any(adapter in layer.specs for adapter in found.active):
             return f"what is active on {name} is not one adapter of plain LoRA"
     return ""
 
