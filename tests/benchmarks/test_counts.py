@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.measures import layers, lifecycle, merging, rows, training
+from benchmarks.measures import layers, lifecycle, merging, training
 from benchmarks.suite import FROZEN, LORICA, PEFT, count_sides, quiet
 
 Counts = dict[str, dict[str, int]]
@@ -23,20 +23,24 @@ KINDS = {
 
 # lorica's excess over the frozen base divided by peft's: bytes moved, saved bytes, peak bytes.
 LINEAR = {
-    "fp32": (0.68, 1.0, 1.0),
-    "dropout": (0.80, 1.0, 1.0),
-    "bf16": (0.28, 0.58, 0.30),
-    "bf16-dropout": (0.36, 0.56, 0.36),
+    "fp32": (0.54, 1.0, 0.18),
+    "dropout": (0.68, 0.52, 0.68),
+    "bf16": (0.24, 0.52, 0.10),
+    "bf16-dropout": (0.34, 0.27, 0.25),
 }
 BLOCK = {
-    "fp32": (0.68, 1.0, 1.0),
-    "dropout": (0.80, 1.0, 1.0),
-    "bf16": (0.30, 0.45, 0.45),
-    "bf16-dropout": (0.36, 0.60, 0.60),
+    "fp32": (0.48, 1.0, 1.0),
+    "dropout": (0.53, 0.31, 0.30),
+    "bf16": (0.24, 0.30, 0.30),
+    "bf16-dropout": (0.28, 0.16, 0.16),
 }
 
-# Kernels of one adapted linear, forward and backward: peft, lorica. The frozen linear has 2: a product each way.
-KERNELS = {"fp32": (12, 11), "dropout": (16, 15), "bf16": (17, 15), "bf16-dropout": (21, 19)}
+# Kernels of one adapted linear, forward and backward: peft, lorica. The frozen linear has 2: a product each way. With
+# dropout lorica draws a seed (2), and the mask of it in forward and again in backward (2 each).
+KERNELS = {"fp32": (12, 9), "dropout": (16, 18), "bf16": (17, 15), "bf16-dropout": (21, 24)}
+
+# What a training step of the Llama of the benchmarks was to reach: bytes moved in excess, saved bytes in all.
+STEP = {"fp32": (0.45, 1.0), "dropout": (0.55, 0.60), "bf16": (0.25, 0.65), "bf16-dropout": (0.25, 0.42)}
 
 
 def excess(counts: Counts, quantity: str) -> float:
@@ -84,8 +88,17 @@ def test_a_llama_needs_no_more_than_peft(kind):
     with quiet():
         counts = count_sides(training.build(True, **KINDS[kind]))
     assert_within(counts, BLOCK[kind])
-    assert excess(counts, "kernels") <= 0.94
+    assert excess(counts, "kernels") <= (0.88 if "dropout" in kind else 0.76)
     assert excess(counts, "FLOPs") == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_keeps_to_what_was_aimed_at(kind):
+    with quiet():
+        counts = count_sides(training.build(False, **KINDS[kind]))
+    moved, saved = STEP[kind]
+    assert excess(counts, "bytes moved") <= moved
+    assert counts[LORICA]["saved bytes"] <= saved * counts[PEFT]["saved bytes"]
 
 
 @pytest.mark.parametrize("whole_model", [False, True])
@@ -94,7 +107,7 @@ def test_decoding_takes_two_kernels_per_linear(whole_model):
         counts = count_sides(layers.build_decode(True, whole_model=whole_model))
     adapted = 2 * 7 if whole_model else 8
     assert counts[LORICA]["kernels"] - counts[FROZEN]["kernels"] <= 2 * adapted
-    assert excess(counts, "bytes moved") <= 0.92
+    assert excess(counts, "bytes moved") <= 0.90
 
 
 @pytest.mark.parametrize(("dtype", "moved", "peak"), [(torch.float32, 0.37, 0.0), (torch.bfloat16, 0.93, 0.51)])
@@ -105,36 +118,6 @@ def test_merging_moves_less_and_needs_less_beside_the_model(dtype, moved, peak):
     assert ours["FLOPs"] == theirs["FLOPs"]
     assert ours["bytes moved"] <= moved * theirs["bytes moved"]
     assert ours["peak bytes"] <= peak * theirs["peak bytes"]
-
-
-def test_rows_of_64_adapters_take_the_kernels_of_one():
-    with quiet():
-        counts = count_sides(rows.build(True, rows=64, adapters=64, tokens=1))
-    linears = 2 * 7
-    # Two stacks, their scales, the rows in order, two products, the scale, the sum; and the order of the rows.
-    assert counts[LORICA]["kernels"] - counts[FROZEN]["kernels"] <= 7 * linears + 1
-    assert counts[PEFT]["kernels"] - counts[FROZEN]["kernels"] > 6000, "peft is pinned"
-    assert excess(counts, "bytes moved") <= 0.20
-    assert counts[LORICA]["peak bytes"] <= 4 * counts[FROZEN]["peak bytes"]  # one layer's stacks, not all of them
-    assert excess(counts, "FLOPs") == 1.0
-
-
-def test_steps_of_one_generation_share_the_stacks():
-    with quiet():
-        contest = rows.build(True, rows=64, adapters=64, tokens=1, kept=True)
-        contest.tasks[LORICA].once()
-        counts = count_sides(contest)
-        contest.close()
-    assert counts[LORICA]["kernels"] - counts[FROZEN]["kernels"] <= 5 * 2 * 7
-    assert excess(counts, "bytes moved") <= 0.09
-
-
-def test_prompts_of_a_mixed_batch_are_not_copied():
-    with quiet():
-        counts = count_sides(rows.build(True, rows=16, adapters=16, tokens=64))
-    assert excess(counts, "bytes moved") <= 0.05
-    assert counts[LORICA]["peak bytes"] <= counts[FROZEN]["peak bytes"]
-    assert excess(counts, "FLOPs") == 1.0
 
 
 def test_injection_touches_the_factors_once():
