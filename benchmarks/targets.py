@@ -129,6 +129,28 @@ TARGETS: tuple[Target, ...] = (
     Target("Saved bytes of a step", "training", _FP32, "saved bytes", "ratio", 1.0),
     Target("Saved bytes of a step", "training", _BF16, "saved bytes", "ratio", 0.65),
     Target("Saved bytes of a step", "training", _DROPOUT, "saved bytes", "ratio", 0.6),
+    *(
+        Target("Saved bytes with fused gated MLPs", "gated", f"{what}{kind}", "saved bytes", "of frozen", 1.0)
+        for what in ("", "one MLP, ")
+        for kind in (_FP32, _DROPOUT, _BF16)
+    ),
+    *(
+        Target("Saved bytes of a step, gated MLPs in one piece", "gated", kind, "saved bytes", "of frozen", 1.0)
+        for kind in (_FP32, _DROPOUT, _BF16, f"one MLP, {_FP32}", f"one MLP, {_DROPOUT}", f"one MLP, {_BF16}")
+    ),
+    *(
+        Target(
+            "Gated MLPs in one piece: time",
+            "gated",
+            kind,
+            "time",
+            "of side",
+            1.05,
+            beside="not fused",
+            why="the activation and the product are made again: five passes over gate's size of the 60 that a step takes",
+        )
+        for kind in (_FP32, _DROPOUT, _BF16)
+    ),
     Target("Small layers, forward and backward", "small", _FP32, "time", "speed", 1.3),
     Target("Small layers, forward and backward", "small", _DROPOUT, "time", "speed", 1.3),
     Target("Decoding with one adapter", "decode", "8 linears of width 256", "time", "speed", 1.15),
@@ -189,7 +211,7 @@ TARGETS: tuple[Target, ...] = (
         "speed",
         10,
         why="the model's own 4 forwards are 45 % of lorica's time: without anything else it would be 12 × (peft runs "
-        "13). A second moment costs half as many multiplications as a square layer's forward, which is nearly all the rest. "
+        "13). A second moment costs half as many multiplications as a square layer's forward, nearly all the rest. "
         "A Llama's layer, whose directions settle slowly, takes peft 100 forwards",
     ),
     Target(
