@@ -82,6 +82,7 @@ def rows() -> list[Case]:
         Case("decode, 64 rows of 64 adapters", partial(decode, rows=64, adapters=64)),
         Case("decode in generate, 64 rows of 64 adapters", partial(decode, rows=64, adapters=64, kept=True)),
         Case("decode, 64 rows of 4 adapters", partial(decode, rows=64, adapters=4)),
+        Case("prompts of 64 tokens, 64 rows of 64 adapters", partial(build, rows=64, adapters=64, tokens=64)),
         Case("prompts of 64 tokens, 16 rows of 16 adapters", partial(build, rows=16, adapters=16, tokens=64)),
         Case("prompts of 64 tokens, 16 rows of 4 adapters", partial(build, rows=16, adapters=4, tokens=64)),
     ]

@@ -14,7 +14,7 @@ import lorica
 import mixtures
 import models
 from cases import OPS, Op
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, products
 
 NAMES = ["b", "default", "__base__", "c", "b", "default", "c"]
 
@@ -281,22 +281,24 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_") and out.shape[-1] == self.width:
-            self.rows.append(len(out))
+        names = ("mm", "addmm", "addmm_", "bmm", "baddbmm_")
+        if func.overloadpacket.__name__ in names and out.shape[-1] == self.width:
+            self.rows.append(out.numel() // self.width)
         return out
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_the_base_layer_runs_once_and_each_adapter_on_its_rows_only(tokens: int) -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_base_layer_runs_once_and_each_adapter_on_its_rows_only(batched: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(products, "RUN", 2**30 if batched else 0)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 33, bias=False)).eval()
     configs = {name: lorica.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False) for name in ("default", "b")}
     model = adapted(net, configs)
-    x = torch.randn(6, tokens, 8)
+    x = torch.randn(6, 20, 8)
     with torch.no_grad(), Sizes(33) as seen:
         model(x, adapter_names=["b", "b", "__base__", "default", "default", "__base__"])
-    assert seen.rows[0] == 6 * tokens
-    assert sum(seen.rows[1:]) == (0 if tokens == 1 else 4 * tokens)  # with few tokens the products are batched
+    assert seen.rows[0] == 6 * 20
+    assert sum(seen.rows[1:]) == 4 * 20
 
 
 def test_the_factors_of_a_block_are_stacked_once() -> None:

@@ -8,6 +8,7 @@ item ``i`` of ``n`` belongs to row ``i // (n / rows)``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class Rows:
         self.kept: dict[Any, Any] = {}
         self._rows = [] if self.names is None else _runs(self.names)
         self._runs: dict[int, list[Run]] = {}
-        self._indices: dict[tuple[Any, ...], Tensor] = {}
+        self._orders: dict[tuple[Any, ...], slice | Tensor] = {}
 
     def runs(self, items: int) -> list[Run]:
         """Return the runs of neighbours among ``items`` items, from first to last.
@@ -79,24 +80,37 @@ class Rows:
             )
         return items // len(self.names)
 
+    def counts(self, items: int) -> dict[str, int]:
+        """Return how many of ``items`` items each adapter has."""
+        key = ("counts", items)
+        if key not in self.kept:
+            counts = dict.fromkeys(self.adapters, 0)
+            for name, start, stop in self.runs(items):
+                counts[name] += stop - start
+            self.kept[key] = counts
+        found: dict[str, int] = self.kept[key]
+        return found
+
     def places(self, name: str, items: int, device: torch.device) -> slice | Tensor:
         """Return where the items of one adapter are: a slice where they stand together, or an index."""
-        runs = [run for run in self.runs(items) if run.name == name]
-        if len(runs) == 1:
-            return slice(runs[0].start, runs[0].stop)
-        return self.index((name,), items, device)
+        return self.order((name,), items, device)
+
+    def order(self, names: Sequence[str], items: int, device: torch.device) -> slice | Tensor:
+        """Return the places of the items of the adapters ``names``, one adapter after the other: a slice where they
+        stand together in this order, or an index."""
+        key = (*names, items, device)
+        if key not in self._orders:
+            runs: dict[str, list[Run]] = {name: [] for name in names}
+            for run in self.runs(items):
+                if run.name in runs:
+                    runs[run.name].append(run)
+            self._orders[key] = _order([run for name in names for run in runs[name]], device)
+        return self._orders[key]
 
     def index(self, names: Sequence[str], items: int, device: torch.device) -> Tensor:
-        """Return the places of the items of the adapters ``names``, one adapter after the other."""
-        key = (*names, items, device)
-        if key not in self._indices:
-            runs: dict[str, list[int]] = {name: [] for name in names}
-            for name, start, stop in self.runs(items):
-                if name in runs:
-                    runs[name] += range(start, stop)
-            places = [place for name in names for place in runs[name]]
-            self._indices[key] = torch.tensor(places, dtype=torch.long, device=device)
-        return self._indices[key]
+        """Return the places of the items of the adapters ``names`` as an index; see :meth:`order`."""
+        found = self.order(names, items, device)
+        return torch.arange(found.start, found.stop, device=device) if isinstance(found, slice) else found
 
     def reach(self, name: str) -> int:
         """Return the longest of an adapter's offsets."""
@@ -116,6 +130,12 @@ class Rows:
             self.kept[key] = Rows((name,), offsets)
         found: Rows = self.kept[key]
         return found
+
+
+def _order(runs: Sequence[Run], device: torch.device) -> slice | Tensor:
+    if all(before.stop == after.start for before, after in pairwise(runs)):
+        return slice(runs[0].start, runs[-1].stop) if runs else slice(0, 0)
+    return torch.tensor([item for _, start, stop in runs for item in range(start, stop)], device=device)
 
 
 def _runs(names: Sequence[str]) -> list[Run]:
