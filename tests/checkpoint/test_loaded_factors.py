@@ -147,3 +147,24 @@ def test_the_walk_is_the_same_however_many_adapters_there_are():
     assert [name for name, _ in live_modules(model)] == walked
     assert len(base_parameters(model)) == len(base)
     assert len(base_parameters(copy.deepcopy(model))) == len(base)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_tensors_given_by_hand_are_looked_at_as_those_of_a_file(value, saved):
+    model = first(saved, low=False)
+    state = lorica.get_peft_model_state_dict(model)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    name = "base_model.model.lin1.lora_A.weight"
+    given = {key: tensor + 1 for key, tensor in before.items()}
+    given[name].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinity"):
+        lorica.set_peft_model_state_dict(model, given)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.items())
+
+
+def test_the_largest_numbers_are_taken(saved):
+    """Their norm, by which tensors are looked at together, is infinite."""
+    model = first(saved, low=False)
+    given = {name: torch.full_like(t, 3e38) for name, t in lorica.get_peft_model_state_dict(model).items()}
+    lorica.set_peft_model_state_dict(model, given)
+    assert all(torch.equal(t, given[name]) for name, t in lorica.get_peft_model_state_dict(model).items())

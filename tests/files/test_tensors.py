@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorica.checkpoint import bulk
 from lorica.errors import CheckpointError
-from lorica.files.tensors import DTYPES, TensorReader, write_tensors
+from lorica.files.tensors import DTYPES, OpenTensors, TensorReader, write_tensors
 
 META = {"format": "pt"}
 WRITTEN = [*DTYPES.values(), torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e4m3fnuz]
@@ -105,11 +105,14 @@ def test_dtypes_are_changed_on_the_way(source, goal, tmp_path):
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("wanted", ["a", "f", "bd", "ace", "bcef"])
-def test_a_part_of_a_file_can_be_read(wanted, tmp_path):
+def test_of_the_rest_of_a_file_nothing_is_read(wanted, tmp_path, monkeypatch):
+    lengths, read_into = [], OpenTensors.read_into
+    monkeypatch.setattr(OpenTensors, "read_into", lambda f, t, at: (lengths.append(t.nbytes), read_into(f, t, at)))
     others = {name: torch.full_like(tensor, math.nan) for name, tensor in several().items() if name not in wanted}
     path = written(tmp_path, several() | others)
     read = bulk.read_whole(TensorReader(path), {name: torch.bfloat16 if name == "e" else None for name in wanted})
     assert read.keys() == set(wanted)
+    assert sum(lengths) == sum(several()[name].nbytes for name in wanted)
     for name, tensor in read.items():
         expected = several()[name]
         assert equal(tensor, expected.bfloat16() if name == "e" else expected)
