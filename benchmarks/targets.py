@@ -135,10 +135,6 @@ TARGETS: tuple[Target, ...] = (
         for kind in (_FP32, _DROPOUT, _BF16)
     ),
     *(
-        Target("Saved bytes of a step, gated MLPs in one piece", "gated", kind, "saved bytes", "of frozen", 1.0)
-        for kind in (_FP32, _DROPOUT, _BF16, f"one MLP, {_FP32}", f"one MLP, {_DROPOUT}", f"one MLP, {_BF16}")
-    ),
-    *(
         Target(
             "Gated MLPs in one piece: time",
             "gated",
@@ -147,12 +143,27 @@ TARGETS: tuple[Target, ...] = (
             "of side",
             1.05,
             beside="not fused",
-            why="the activation and the product are made again: five passes over gate's size of the 60 that a step takes",
+            why="the activation and the product are made again, which takes five passes over a matrix of gate's size",
         )
         for kind in (_FP32, _DROPOUT, _BF16)
     ),
     Target("Small layers, forward and backward", "small", _FP32, "time", "speed", 1.3),
     Target("Small layers, forward and backward", "small", _DROPOUT, "time", "speed", 1.3),
+    *(
+        Target("DoRA: training step", "dora", f"{what}: {kind}", "time", "of side", 1.1, beside="lorica's LoRA")
+        for what in ("one linear", "Llama")
+        for kind in _KINDS
+    ),
+    *(
+        Target("DoRA: training step against peft's", "dora", f"{what}: {kind}", "time", "speed", 1.3)
+        for what in ("one linear", "Llama")
+        for kind in _KINDS
+    ),
+    # The norms of one linear are 2·16·1024² FLOPs of the 4·512·1024² of its own products; a base product is half of these.
+    *(
+        Target("DoRA: no second base product", "dora", f"one linear: {kind}", "FLOPs", "of side", 1.02, "lorica's LoRA")
+        for kind in (_FP32, _DROPOUT)
+    ),
     Target("Decoding with one adapter", "decode", "8 linears of width 256", "time", "speed", 1.15),
     Target("Decoding with one adapter", "decode", "Llama, 4 layers of width 256", "time", "speed", 1.15),
     *(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,18 @@ def adapt(base: nn.Module, section: LoraSection, data: calibrate.Data | None = N
         raise RecipeError(f"lora: {error}") from error
 
 
+def _fuse_mlps(model: nn.Module) -> None:
+    from lorica import fuse_mlps
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fused = fuse_mlps(model)
+    if not fused:
+        raise RecipeError(f"model.fuse_mlp: {said[0].message}")
+    for each in said:
+        warnings.warn(each.message, stacklevel=2)
+
+
 def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     """Load and build everything, from the cheapest to the most expensive; writes nothing."""
     model, training = recipe.model, recipe.training
@@ -174,6 +187,8 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     _seed(training.seed)
     adapted = adapt(base, recipe.lora, data)
     _checkpoint_gradients(adapted, training.gradient_checkpointing)
+    if model.fuse_mlp:
+        _fuse_mlps(adapted)
     batches = Batches(packs, collate, training.batch_size, training.seed, joined.share)
     if recipe.data.packing:
         _check_packing(adapted, packs, Collator(pad, flatten=flash), where)

@@ -62,6 +62,9 @@ class ModelSection(_Section):
     quantisation, or 8; dtype is then what they compute in. Ranks can divide batches (parallel.dp) and nothing else."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    fuse_mlp: bool = False
+    """Compute each gated MLP as one, so that backward keeps less (lorica.fuse_mlps); a model without any that can be is
+    an error. It needs dense weights that are whole on each rank, and gate, up and down adapted by plain LoRA."""
     attn_implementation: str | None = None
     """transformers' name of the attention (eager, sdpa, flash_attention_2, ...); null: its own choice."""
     trust_remote_code: Literal[False] = False

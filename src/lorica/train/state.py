@@ -41,6 +41,7 @@ HARMLESS = (
     "output_dir",
     "data.train",
     "data.eval",
+    "model.fuse_mlp",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.asynchronous",
