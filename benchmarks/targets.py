@@ -159,7 +159,7 @@ TARGETS: tuple[Target, ...] = (
         for what in ("one linear", "Llama")
         for kind in _KINDS
     ),
-    # The norms of one linear are 2·16·1024² FLOPs of the 4·512·1024² of its own products; a base product is half of these.
+    # The norms of one linear take 2·16·1024² FLOPs beside 4·512·1024² of its own products.
     *(
         Target("DoRA: no second base product", "dora", f"one linear: {kind}", "FLOPs", "of side", 1.02, "lorica's LoRA")
         for kind in (_FP32, _DROPOUT)

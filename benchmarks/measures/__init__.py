@@ -2,7 +2,7 @@
 
 from benchmarks.measures import training  # isort: skip  (the order of the tables)
 from benchmarks.measures import gated  # isort: skip
-from benchmarks.measures import layers, lifecycle  # isort: skip
+from benchmarks.measures import dora, layers, lifecycle  # isort: skip
 from benchmarks.measures import experts  # isort: skip
 from benchmarks.measures import combining, starts, files, merging, optimiser, rows  # isort: skip
 from benchmarks.measures import calibration  # isort: skip
@@ -13,6 +13,7 @@ __all__ = [
     "calibration",
     "combining",
     "compiled",
+    "dora",
     "experts",
     "files",
     "gated",

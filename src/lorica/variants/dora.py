@@ -65,7 +65,7 @@ class Dora(Variant):
         """The magnitudes: ``[out]``, and ``[1, out, 1 …]`` of a convolution (PEFT's shapes)."""
         roles = layer.op.roles_magnitude
         assert roles is not None
-        outputs = factors.b.shape[layer.op.roles_b.index("out")]
+        outputs = _outputs(layer, factors)
         shape = torch.Size(outputs if role == "out" else 1 for role in roles)
         return [Extra(MAGNITUDE, MAGNITUDE, "weight", roles, shape)]
 
@@ -106,7 +106,8 @@ class Norms(NamedTuple):
 
 
 def _gain(factors: Factors, norms: Norms) -> Tensor:
-    gain = factors.extras[MAGNITUDE].flatten().to(norms.norm.dtype) / norms.norm
+    magnitude = factors.extras[MAGNITUDE]
+    gain = (magnitude if magnitude.dim() == 1 else magnitude.flatten()).to(norms.norm.dtype) / norms.norm
     return gain if norms.fixed is None else torch.where(norms.fixed, 1, gain)
 
 
@@ -128,7 +129,7 @@ def _adapted(site: Site, spec: AdapterSpec, norm: Tensor) -> Tensor:
     return mine
 
 
-def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, *, keep: bool = False) -> Tensor:
+def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, keep: bool = False) -> Tensor:
     """Return ``‖W + s·B·A‖`` of every output that this rank computes, detached, in float32 (float64 stays).
 
     Collective over the axes that cut the layer's inputs and, between forwards, over those that shard the weight.
@@ -140,29 +141,35 @@ def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, *, keep: bool = F
         keep: take ``‖W‖²`` from the last time, as long as nothing was written to ``W``.
     """
     with torch.inference_mode(False), torch.no_grad(), autocast_off(factors.b.device.type):
-        held = layer.share_at_rest()
+        stored: Any = stored_weight(layer.base_layer, layer.op.weight_name)
+        held = layer.share_at_rest() if is_distributed(stored) else _ALL
         plain = Factors(factors.a.detach(), factors.b.detach())
         left, right = layer.op.delta(layer.base_layer, plain)
-        weight: Any = layer.unmerged_weight().flatten(1)
+        weight: Any = layer.unmerged_weight()
+        weight = weight if weight.dim() == 2 else weight.flatten(1)
         if isinstance(weight, Packed) and torch.compiler.is_compiling():
             weight = weight.dequantize()  # a graph's nodes pass tensors only
-        matrices = (weight, left[held[0]], right[:, held[1]])
-        outputs, kept = (left.shape[0], held[0])
+        if held is not _ALL:
+            left, right = left[held[0]], right[:, held[1]]
+        matrices, kept = (weight, left, right), held[0]
         if _out_dim(layer.op) == 1:
-            matrices = (matrices[0].T, matrices[2].T, matrices[1].T)
-            outputs, kept = (right.shape[1], held[1])
+            matrices, kept = (weight.T, right.T, left.T), held[1]
         if torch.compiler.is_compiling():
             squares = _traced(*matrices, spec.scaling)
         else:
-            known = _kept_squares(layer, matrices[0]) if keep else None
+            known = _kept_squares(layer, stored, matrices[0]) if keep else None
             squares = row_squares(*matrices, spec.scaling, known)
-        if axes := _axes_of_terms(layer):
-            part, squares = squares, squares.new_zeros(outputs)
+        if axes := _axes_of_terms(layer, stored):
+            part, squares = squares, squares.new_zeros(_outputs(layer, factors))
             squares[kept] = part
             for axis in axes:
                 dist.all_reduce(squares, group=axis.group)
         norm: Tensor = squares.sqrt()
         return norm
+
+
+def _outputs(layer: Hosting, factors: Factors) -> int:
+    return factors.b.shape[layer.op.roles_b.index("out")]
 
 
 def row_squares(
@@ -181,21 +188,22 @@ def row_squares(
         weight_squares: ``‖W‖²`` of every row, where it is known.
     """
     wide = torch.promote_types(weight_OI.dtype, torch.float32)
-    b_OR, a_RI = there(b_OR).to(wide) * scale, there(a_RI).to(wide)
+    b_OR, a_RI = there(b_OR).to(wide), there(a_RI).to(wide)
     known_O = None if weight_squares is None else there(weight_squares)
     weights_O = b_OR.new_empty(len(b_OR)) if known_O is None else known_O
-    cross_OR = torch.empty_like(b_OR)
+    cross_OR = torch.empty_like(b_OR, memory_format=torch.contiguous_format)
     for rows, w_OI in _chunks(weight_OI):
         torch.mm(w_OI, a_RI.T, out=cross_OR[rows])
         if known_O is None:
             weights_O[rows] = _squares(w_OI)
-    squares_O = cross_OR.addmm_(b_OR, a_RI @ a_RI.T, beta=2).mul_(b_OR).sum(1).add_(weights_O)
+    cross_OR.addmm_(b_OR, a_RI @ a_RI.T, beta=2 * scale, alpha=scale * scale)
+    squares_O = cross_OR.mul_(b_OR).sum(1).add_(weights_O)
     cancelled_O = squares_O <= CANCELLATION * weights_O
     if cancelled_O.any():
         for rows, w_OI in _chunks(weight_OI):
             found = cancelled_O[rows].nonzero().flatten()
             if len(found):
-                squares_O[rows][found] = _squares(torch.addmm(w_OI[found], b_OR[rows][found], a_RI))
+                squares_O[rows][found] = _squares(torch.addmm(w_OI[found], b_OR[rows][found], a_RI, alpha=scale))
     return squares_O.to(weight_OI.device)
 
 
@@ -238,6 +246,7 @@ def _(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
 
 #: Where ``‖W‖²`` is kept in a layer's notes; the names of adapters are strings.
 _SQUARES = ("squares",)
+_ALL = (slice(None), slice(None))
 
 _steps = 0
 
@@ -259,30 +268,29 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Norms:
     Where norms are collective, all ranks have to come to the same answer. So it depends there on nothing that is a
     rank's own, such as where in memory a gathered weight happens to lie.
     """
-    weight: Any = stored_weight(layer.base_layer, layer.op.weight_name)
-    sources: tuple[Tensor, ...] = (weight, factors.a, factors.b)
+    stored: Any = stored_weight(layer.base_layer, layer.op.weight_name)
+    sources: tuple[Tensor, ...] = (stored, factors.a, factors.b)
     if not keeps_norms or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
         return _judged(norms(layer, factors, spec), layer, spec)
     adapter = next(name for name, known in layer.specs.items() if known is spec)
     place: tuple[int, ...] = ()
-    if not _axes_of_terms(layer):
+    if not _axes_of_terms(layer, stored):
         # Engines hand the forward a new object around the same memory.
-        place = (layer.stored.data_ptr(), id(factors.a), id(factors.b))
+        place = (_address(layer, stored), id(factors.a), id(factors.b))
     state = (_steps, spec.scaling, place, *(tensor._version for tensor in sources))
     kept = layer.notes.get(adapter)
     if kept is None or kept[0] != state:
         # The optimiser's steps do not write to a frozen weight, but parallelism may hide other writes to it.
-        trains = getattr(weight, "requires_grad", False)
+        trains = getattr(stored, "requires_grad", False)
         alone = not (trains or (dist.is_available() and dist.is_initialized()))
-        kept = layer.notes[adapter] = (state, _judged(norms(layer, factors, spec, keep=alone), layer, spec))
+        kept = layer.notes[adapter] = (state, _judged(norms(layer, factors, spec, alone), layer, spec))
     found: Norms = kept[1]
     return found
 
 
-def _kept_squares(layer: Hosting, weight_OI: Tensor) -> Tensor:
+def _kept_squares(layer: Hosting, stored: Any, weight_OI: Tensor) -> Tensor:
     """Return ``‖W‖²`` of every row, taken anew if the weight was written to or moved since."""
-    stored = stored_weight(layer.base_layer, layer.op.weight_name)
-    state = (layer.stored.data_ptr(), stored._version)
+    state = (_address(layer, stored), stored._version)
     kept = layer.notes.get(_SQUARES)
     if kept is None or kept[0] != state:
         kept = layer.notes[_SQUARES] = (state, weight_squares(weight_OI))
@@ -290,13 +298,19 @@ def _kept_squares(layer: Hosting, weight_OI: Tensor) -> Tensor:
     return squares
 
 
-def _axes_of_terms(layer: Hosting) -> list[Axis]:
+def _address(layer: Hosting, stored: Any) -> int:
+    weight = layer.stored if is_distributed(stored) else stored
+    return int(weight.data_ptr())
+
+
+def _axes_of_terms(layer: Hosting, stored: Any) -> list[Axis]:
     """Return the axes over which this rank's outputs and their squared norms are divided."""
     site = layer.site
+    if site is None and not is_distributed(stored):
+        return []
     cut = None if site is None else site.layout.cut_of("in")
-    weight: Any = stored_weight(layer.base_layer, layer.op.weight_name)
-    stored = storage_axes(weight, site)
-    return [*([site.axes[cut.axis]] if site and cut else []), *(axis for _, axis in stored)]
+    held = storage_axes(stored, site)
+    return [*([site.axes[cut.axis]] if site and cut else []), *(axis for _, axis in held)]
 
 
 def _out_dim(op: Op) -> int:
@@ -317,4 +331,4 @@ def _per_output(op: Op, values: Tensor) -> Tensor:
     """Shape one number per output so that it broadcasts over the layer's output."""
     assert op.roles_magnitude is not None
     behind = len(op.roles_magnitude) - op.roles_magnitude.index("out") - 1
-    return values.view(-1, *[1] * behind)
+    return values.view(-1, *[1] * behind) if behind else values
