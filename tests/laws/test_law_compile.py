@@ -190,7 +190,8 @@ def assert_same_step(forward: Any, model: nn.Module, tolerance: float = 1e-5, **
 def assert_gradients_belong_to_the_output(forward: Any, model: nn.Module) -> None:
     """A small step along a gradient changes the loss by what the gradient says, under the same mask.
 
-    DoRA's norm counts as a constant for the factors' gradients (section 4.3 of its paper), so there the magnitude moves.
+    DoRA's norm counts as a constant for the factors' gradients (section 4.3 of its paper), so there the
+    magnitude moves.
     """
     parameters = dict(model.named_parameters())
     moved = "lora_magnitude" if any("lora_magnitude" in name for name in parameters) else "lora_A"
