@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorica
 from cases import OPS, Op
+from lorica import kernels
 from lorica.variants import dora
 from models import mlp, randomise, tiny_llama
 
@@ -223,6 +224,63 @@ def test_loading_forgets_kept_norms(counted) -> None:
     model(op.inputs())
     lorica.set_peft_model_state_dict(model, lorica.get_peft_model_state_dict(other))
     assert torch.equal(model(op.inputs()), other(op.inputs()))
+
+
+def test_what_is_kept_of_the_weight_follows_it() -> None:
+    """``‖W‖²`` outlives an optimiser's steps, and no write to the weight, no other weight and no other dtype."""
+    op = DORA[0]
+    model = randomise(adapt(op))
+    layer = layer_of(model)
+    weight = layer.get_base_layer().weight
+    factor = layer.factors("default").b
+
+    def is_right() -> bool:
+        with torch.no_grad():
+            factor.mul_(1.1)
+        out = model(op.inputs())
+        layer.notes.clear()
+        return torch.equal(model(op.inputs()), out)
+
+    assert is_right()
+    with torch.no_grad():
+        weight[2:4] *= 3
+    assert is_right()
+    layer.get_base_layer().weight = nn.Parameter(weight.detach() * 2, requires_grad=False)
+    assert is_right()
+    model.bfloat16().float()
+    assert is_right()
+    layer.get_base_layer().weight.requires_grad_()
+    assert is_right()
+    layer.get_base_layer().weight.data.mul_(2)  # as sharded optimisers write; their step is what is seen
+    dora._steps += 1
+    assert is_right()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_dropout_only_the_input_of_a_is_dropped(bias: bool) -> None:
+    """Output and all gradients are those of the dense formula, the norm a constant."""
+    model = nn.ModuleDict({"target": nn.Linear(12, 9, bias=bias)}).double()
+    config = lorica.LoraConfig(
+        target_modules=["target"], r=3, lora_alpha=6, lora_dropout=0.4, use_dora=True, init_lora_weights=False
+    )
+    adapted = randomise(lorica.get_peft_model(model, config, autocast_adapter_dtype=False)).double().train()
+    layer = adapted.base_model.model["target"]
+    factors, base = layer.factors("default"), layer.get_base_layer()
+    leaves = [torch.randn(2, 5, 12, dtype=torch.float64).requires_grad_(), factors.a, factors.b]
+    leaves.append(factors.extras[dora.MAGNITUDE])
+    g = torch.randn(2, 5, 9, dtype=torch.float64)
+
+    torch.manual_seed(5)
+    y = layer(leaves[0])
+    torch.manual_seed(5)
+    x, a, b, magnitude = leaves
+    kept = x * kernels.keep_mask(x, kernels.Dropped(0.4, kernels.draw_seed())) / 0.6
+    norm = (base.weight + 2 * b @ a).detach().norm(dim=1)
+    expected = magnitude / norm * (x @ base.weight.T + 2 * kept @ a.T @ b.T)
+    expected = expected if base.bias is None else expected + base.bias
+    assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
+    for ours, wanted in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        assert torch.allclose(ours, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_inference_mode_first_and_training_after() -> None:
