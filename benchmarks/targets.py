@@ -120,13 +120,13 @@ _SAVING = (
 )
 
 _COPIED = (
-    "with `batched_mm` the block copies a weight for each token's expert before it multiplies, and the frozen base alone "
-    "is but 6 times as fast as peft with 8 experts, of which a token takes 2"
+    "with `batched_mm` the block copies a weight for each token's expert before it multiplies, and the frozen base "
+    "alone is but 6 times as fast as peft with 8 experts, of which a token takes 2"
 )
 _COMPILED = (
-    "inductor fuses peft's separate passes into their neighbours, where lorica's addmm is a call of its own: a chain of "
-    "8 adapted linears takes 362 µs (peft's form: 325) at width 256 and one token, but 11.4 ms (12.0) at width 512 and "
-    "256 tokens; and dynamo checks 2402 guards before a call (peft: 2219)"
+    "inductor fuses peft's separate passes into their neighbours, where lorica's addmm is a call of its own: a chain "
+    "of 8 adapted linears takes 362 µs (peft's form: 325) at width 256 and one token, but 11.4 ms (12.0) at width 512 "
+    "and 256 tokens; and dynamo checks 2402 guards before a call (peft: 2219)"
 )
 
 TARGETS: tuple[Target, ...] = (
