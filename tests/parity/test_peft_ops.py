@@ -12,7 +12,6 @@ from twins import peft
 
 import lorica
 from cases import OPS, Op
-from lorica import kernels
 
 # Both libraries may say beforehand that a grouped convolution cannot be merged.
 pytestmark = pytest.mark.filterwarnings("ignore:.*groups.*")
@@ -65,8 +64,7 @@ def test_dropout_before_the_factors_uses_the_same_random_stream(op: Op) -> None:
     pair = twins.adapted(op.build(), fields(op, r=4, lora_dropout=0.4))
     for model in pair:
         model.train()
-    with kernels.using("plain"):  # which leaves the mask to torch's own dropout
-        twins.assert_same_run(pair, op.inputs(), seed=11)
+    twins.assert_same_run(pair, op.inputs(), seed=11)
     for model in pair:
         model.eval()
     twins.assert_same_run(pair, op.inputs(), seed=11)
