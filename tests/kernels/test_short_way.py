@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize, prune
 import lorica
 from lorica.kernels import using
 from lorica.layers import lean
+from lorica.ops.linear import TransposedLinear
 
 OUT = 12
 
@@ -416,6 +417,12 @@ def test_scales(short: Callable[..., bool], layer: Any, x: Tensor) -> None:
 )
 def test_what_is_not_plain(short: Callable[..., bool], x: Tensor, fields: dict[str, Any]) -> None:
     assert not short(layer_of(model_of(**fields)).train(), x)
+
+
+def test_an_op_with_a_mathematics_of_its_own(layer: Any, x: Tensor) -> None:
+    assert lean.forward(layer, x) is not None
+    layer.op, layer.lean = TransposedLinear(), None
+    assert lean.forward(layer, x) is None
 
 
 def test_factors_that_are_not_plain(short: Callable[..., bool], layer: Any, x: Tensor) -> None:
