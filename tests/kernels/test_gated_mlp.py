@@ -159,6 +159,16 @@ def test_kept_are_x_gate_up_and_the_hidden(form: str, p: float | None) -> None:
     assert y.requires_grad
 
 
+def test_an_input_that_nobody_needs_is_not_kept() -> None:
+    x, one = draw_x(50), block()
+    for each in one.into:
+        each.a.requires_grad_(False)
+    found: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t.data_ptr()) or t, lambda t: t):
+        function_mlp(x, one)
+    assert x.data_ptr() not in found
+
+
 def test_neither_what_is_kept_nor_the_gradient_is_written_to() -> None:
     x, one = draw_x(5), block()
     y = function_mlp(x, one)
@@ -473,6 +483,7 @@ def test_copies(taken: Callable[..., int], way: str) -> None:
     model = adapted()
     lorica.fuse_mlps(model)
     twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert mlp(twin).forward.block is None  # what it computes where it is now, it finds out there
     assert_same(step(twin), step(model), 1e-6)
     before = model(IDS).last_hidden_state.detach()
     with torch.no_grad():
