@@ -350,3 +350,17 @@ def test_the_adapter_counts_its_magnitudes() -> None:
     model = lorica.get_peft_model(mlp(), lorica.LoraConfig(target_modules=["lin0"], r=2, use_dora=True))
     trainable, _ = model.get_nb_trainable_parameters()
     assert trainable == 2 * 10 + 20 * 2 + 20
+
+
+def test_a_fused_mlp_whose_layers_turn_to_dora() -> None:
+    """A block that was fused for plain LoRA is its own again while DoRA is active on it."""
+    names = ["gate_proj", "up_proj", "down_proj"]
+    model = lorica.get_peft_model(tiny_llama(), lorica.LoraConfig(target_modules=names, init_lora_weights=False))
+    model.add_adapter("scaled", lorica.LoraConfig(target_modules=names, init_lora_weights=False, use_dora=True))
+    model = randomise(model)
+    batch = torch.tensor([[1, 2, 3]])
+    assert lorica.fuse_mlps(model)
+    model.set_adapter("scaled")
+    fused = model(batch).logits
+    lorica.unfuse_mlps(model)
+    assert torch.equal(fused, model(batch).logits)
