@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import lorica
-from lorica.kernels import KERNELS, Dropped, Kernel, Projection, kernel_for, plain, using
+from lorica.kernels import KERNELS, Dropped, Kernel, Projection, function, kernel_for, plain, together, using
 
 FUNCTIONS = [kernel for kernel in implementations("projection") if kernel.name == "function"]
 DROPS = [None, Dropped(0.4, 5)]
@@ -393,3 +393,21 @@ def test_answers_of_the_oracle_are_those_of_the_formula() -> None:
         ],
         1e-12,
     )
+
+
+@pytest.mark.parametrize("used", ["alone", "in a group"])
+def test_a_layer_that_runs_twice_has_the_right_second_derivatives(used: str) -> None:
+    """Its second input was made from its own factors."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 4), (4, 2)))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4, dtype=torch.float64)
+
+    def twice(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        one = Projection(weight, None, a, b, 0.7)
+        if used == "alone":
+            return function.projection(function.projection(x, one), one)
+        return sum(together.projections(together.projections(x, (one, one))[0], (one, one)))
+
+    assert torch.autograd.gradcheck(twice, (x, a, b))
+    assert torch.autograd.gradgradcheck(twice, (x, a, b))

@@ -100,15 +100,15 @@ def grad_b(h_TR: Tensor, g_TO: Tensor, scaling: float, dtype: torch.dtype) -> Te
 
 def _differentiable(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, _, weight, bias, a, b = ctx.saved_tensors
-    tensors = (x, weight, bias, a, b)
-    grads = differentiable(
-        lambda: [plain.projection(x, Projection(weight, bias, a, b, ctx.scaling))], tensors, ctx.needs_input_grad, [g]
-    )
-    return (*grads, None)
+
+    def run(x: Any, weight: Any, bias: Any, a: Any, b: Any) -> list[Tensor]:
+        return [plain.projection(x, Projection(weight, bias, a, b, ctx.scaling))]
+
+    return (*differentiable(run, (x, weight, bias, a, b), ctx.needs_input_grad, [g]), None)
 
 
 def differentiable(
-    run: Callable[[], Sequence[Tensor]],
+    run: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     gradients: Sequence[Tensor | None],
@@ -116,7 +116,7 @@ def differentiable(
     """Return gradients that have a graph of their own: those of the plain form, made again from its inputs.
 
     Args:
-        run: the plain form.
+        run: the plain form, of the inputs.
         inputs: what it is differentiated by; the first is the layer's input, None where it was not kept.
         needs: by which of them.
         gradients: of its outputs.
@@ -132,10 +132,12 @@ def differentiable(
     wanted = [i for i, need in zip(range(len(inputs)), needs, strict=False) if need]
     grads: list[Tensor | None] = [None] * len(inputs)
     with torch.enable_grad():
-        pairs = [(y, g) for y, g in zip(run(), gradients, strict=True) if g is not None]
+        # By views, which nothing else depends on: one input may have been made from another (shared factors).
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        pairs = [(y, g) for y, g in zip(run(*views), gradients, strict=True) if g is not None]
         if pairs:
             outputs, seeds = zip(*pairs, strict=True)
-            chosen = [inputs[i] for i in wanted]
+            chosen = [views[i] for i in wanted]
             found = torch.autograd.grad(outputs, chosen, seeds, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
             for i, grad in zip(wanted, found, strict=True):
                 grads[i] = grad

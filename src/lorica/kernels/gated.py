@@ -146,13 +146,9 @@ class _Gated(torch.autograd.Function):
         n = len(ctx.settings)
         x, *rest = ctx.saved_tensors
         wide, hidden, tensors = rest[: n - 1], rest[n - 1 : 2 * n - 1], rest[2 * n - 1 :]
-        items = [
-            Projection(*tensors[4 * i : 4 * i + 4], scaling, dropped)  # type: ignore[call-arg]
-            for i, (scaling, dropped) in enumerate(ctx.settings)
-        ]
-        item = Gated(tuple(items[:-1]), items[-1], ctx.activation, ctx.up_first)
         if torch.is_grad_enabled():
-            return _differentiable(ctx, x, item, tensors, g)
+            return _differentiable(ctx, x, tensors, g)
+        item = _item(ctx, tensors)
         grads: list[Tensor | None] = [None] * (2 + 4 * n)
         inner = _through_down(ctx, g.reshape(-1, g.shape[-1]), wide, hidden[-1], item, grads)
         if inner is not None:
@@ -249,8 +245,19 @@ def _add_low_rank(dx: Tensor, G_TR: Tensor, item: Projection, mask: Tensor | Non
     return dx.addmm_(G_TR, a_RI) if mask is None else dx.addcmul_(G_TR.mm(a_RI), mask)
 
 
-def _differentiable(ctx: Any, x: Tensor | None, item: Gated, tensors: Sequence[Any], g: Tensor) -> tuple[Any, ...]:
+def _item(ctx: Any, tensors: Sequence[Any]) -> Gated:
+    items = [
+        Projection(*tensors[4 * i : 4 * i + 4], scaling, dropped)  # type: ignore[call-arg]
+        for i, (scaling, dropped) in enumerate(ctx.settings)
+    ]
+    return Gated(tuple(items[:-1]), items[-1], ctx.activation, ctx.up_first)
+
+
+def _differentiable(ctx: Any, x: Tensor | None, tensors: Sequence[Any], g: Tensor) -> tuple[Any, ...]:
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-    assert x is None or x.shape == ctx.shape
-    dx, *grads = differentiable(lambda: [plain_mlp(x, item)], (x, *tensors), needs, [g])  # type: ignore[arg-type]
+
+    def run(x: Tensor, *tensors: Any) -> list[Tensor]:
+        return [plain_mlp(x, _item(ctx, tensors))]
+
+    dx, *grads = differentiable(run, (x, *tensors), needs, [g])
     return (dx, None, *grads)

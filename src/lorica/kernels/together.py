@@ -153,9 +153,12 @@ def _stacked(a: Tensors, dtype: torch.dtype) -> Tensor:
 def _differentiable(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     n = len(ctx.scalings)
     x, *tensors = ctx.saved_tensors
-    tensors = tensors[n:]
-    groups = [tensors[i * n : (i + 1) * n] for i in range(4)]
-    items = [Projection(*each) for each in zip(*groups, ctx.scalings, [ctx.drop] * n, strict=True)]
+
+    def run(x: Any, *tensors: Any) -> Sequence[Tensor]:
+        groups = [tensors[i * n : (i + 1) * n] for i in range(4)]
+        items = [Projection(*each) for each in zip(*groups, ctx.scalings, [ctx.drop] * n, strict=True)]
+        return plain.projections(x, items)
+
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-    dx, *grads = differentiable(lambda: plain.projections(x, items), (x, *tensors), needs, gradients)
+    dx, *grads = differentiable(run, (x, *tensors[n:]), needs, gradients)
     return (dx, None, None, *grads)

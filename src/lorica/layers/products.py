@@ -10,7 +10,6 @@ Two forms, of which :func:`_batching_pays` takes the one that moves less:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -87,18 +86,15 @@ def is_product(layer: Any, spec: AdapterSpec) -> bool:
     return _adds_plainly(spec.variant) and _has_matrices(layer.op.__class__)
 
 
-@functools.cache
 def _adds_plainly(variant: str) -> bool:
     kind = type(VARIANTS[variant])
     return kind.add is Variant.add and kind.after is Variant.after and kind.gain is Variant.gain
 
 
-@functools.cache
 def _is_plain(variant: str) -> bool:
     return type(VARIANTS[variant]).in_forward is Variant.in_forward
 
 
-@functools.cache
 def _has_matrices(op: type[Op]) -> bool:
     return op.matrices is not Op.matrices
 
