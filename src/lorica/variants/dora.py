@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lorica.config.spec import AdapterSpec
@@ -157,8 +158,10 @@ def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, keep: bool = Fals
         if torch.compiler.is_compiling():
             squares = _traced(*matrices, spec.scaling)
         else:
-            known = _kept_squares(layer, stored, matrices[0]) if keep else None
-            squares = row_squares(*matrices, spec.scaling, known)
+            state, known = _known_squares(layer, stored) if keep else (None, None)
+            squares, weights = row_squares(*matrices, spec.scaling, known)
+            if keep and known is None:
+                layer.notes[_SQUARES] = (state, weights)
         if axes := _axes_of_terms(layer, stored):
             part, squares = squares, squares.new_zeros(_outputs(layer, factors))
             squares[kept] = part
@@ -174,8 +177,8 @@ def _outputs(layer: Hosting, factors: Factors) -> int:
 
 def row_squares(
     weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float, weight_squares: Tensor | None = None
-) -> Tensor:
-    """Return ``‖W + s·B·A‖²`` of every row, without a second matrix of the weight's size.
+) -> tuple[Tensor, Tensor]:
+    """Return ``‖W + s·B·A‖²`` and ``‖W‖²`` of every row, in one pass, without a second matrix of the weight's size.
 
     ``‖W‖² + 2s·⟨W Aᵀ, B⟩ + s²·⟨B (A Aᵀ), B⟩``, and row by row as it stands where these terms cancel, so that the result
     is good to a few roundings.
@@ -204,16 +207,7 @@ def row_squares(
             found = cancelled_O[rows].nonzero().flatten()
             if len(found):
                 squares_O[rows][found] = _squares(torch.addmm(w_OI[found], b_OR[rows][found], a_RI, alpha=scale))
-    return squares_O.to(weight_OI.device)
-
-
-def weight_squares(weight_OI: Tensor) -> Tensor:
-    """Return ``‖W‖²`` of every row, in float32 or wider."""
-    squares_O = torch.empty(len(weight_OI), dtype=torch.promote_types(weight_OI.dtype, torch.float32))
-    squares_O = squares_O.to(weight_OI.device)
-    for rows, w_OI in _chunks(weight_OI):
-        squares_O[rows] = _squares(w_OI)
-    return squares_O
+    return squares_O.to(weight_OI.device), weights_O.to(weight_OI.device)
 
 
 def _chunks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -236,7 +230,7 @@ def _squares(matrix_OI: Tensor) -> Tensor:
 @torch.library.custom_op("lorica::row_squares", mutates_args=())
 def _traced(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
     """One node in a compiled graph: what happens inside depends on the numbers."""
-    return row_squares(weight_OI, b_OR, a_RI, scale)
+    return row_squares(weight_OI, b_OR, a_RI, scale)[0]
 
 
 @_traced.register_fake
@@ -273,7 +267,7 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Norms:
     if not keeps_norms or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
         return _judged(norms(layer, factors, spec), layer, spec)
     adapter = next(name for name, known in layer.specs.items() if known is spec)
-    place: tuple[int, ...] = ()
+    place: tuple[Any, ...] = ()
     if not _axes_of_terms(layer, stored):
         # Engines hand the forward a new object around the same memory.
         place = (_address(layer, stored), id(factors.a), id(factors.b))
@@ -288,19 +282,35 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Norms:
     return found
 
 
-def _kept_squares(layer: Hosting, stored: Any, weight_OI: Tensor) -> Tensor:
-    """Return ``‖W‖²`` of every row, taken anew if the weight was written to or moved since."""
+def _known_squares(layer: Hosting, stored: Any) -> tuple[Any, Tensor | None]:
+    """Return what ``‖W‖²`` is kept by, and itself; None: the weight was written to or moved since."""
     state = (_address(layer, stored), stored._version)
     kept = layer.notes.get(_SQUARES)
-    if kept is None or kept[0] != state:
-        kept = layer.notes[_SQUARES] = (state, weight_squares(weight_OI))
-    squares: Tensor = kept[1]
-    return squares
+    return state, kept[1] if kept is not None and kept[0] == state else None
 
 
-def _address(layer: Hosting, stored: Any) -> int:
+class _Memory:
+    """Tells the memory of a tensor from any other; memory that is freed and lent again is another."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._place = (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset())  # type: ignore[no-untyped-call]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Memory) and self._place == other._place
+
+    def __hash__(self) -> int:
+        return hash(self._place)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Return nothing: a copied weight has memory of its own."""
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
+
+
+def _address(layer: Hosting, stored: Any) -> Any:
     weight = layer.stored if is_distributed(stored) else stored
-    return int(weight.data_ptr())
+    return _Memory(weight) if isinstance(weight, Tensor) else weight.data_ptr()
 
 
 def _axes_of_terms(layer: Hosting, stored: Any) -> list[Axis]:
