@@ -18,6 +18,7 @@ SOURCE = HERE.parent / "src" / "lorica"
 #: Room → the question that its files answer, in the order in which data flows.
 ROOMS = {
     "lowrank": "what do small matrices say of large ones?",
+    "kernels": "what costs time, and how is it made cheap?",
     "files": "how are files written and read safely?",
     "layout": "how does a weight lie over ranks?",
     "engines": "who cut the model, where is this layer?",
@@ -41,6 +42,7 @@ ROOMS = {
     "export": "how do other loaders want it?",
     "compat": "how do programs for others find it?",
     "train": "how is it trained?",
+    "bench": "how fast is it, beside others?",
     "cli": "what does the terminal say?",
 }
 
