@@ -411,3 +411,7 @@ def test_a_layer_that_runs_twice_has_the_right_second_derivatives(used: str) -> 
 
     assert torch.autograd.gradcheck(twice, (x, a, b))
     assert torch.autograd.gradgradcheck(twice, (x, a, b))
+    once = torch.autograd.grad(twice(x, a, b).square().sum(), (x, a, b))
+    again = torch.autograd.grad(twice(x, a, b).square().sum(), (x, a, b), create_graph=True)
+    for first, second in zip(once, again, strict=True):
+        torch.testing.assert_close(first, second.detach())

@@ -178,6 +178,9 @@ def test_copies_find_out_for_themselves() -> None:
     model = adapted()
     wanted = run(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not attention(other).q_proj.family.members
+        assert attention(other).q_proj.masks is not attention(model).q_proj.masks
+        assert attention(other).q_proj.masks is attention(other).k_proj.masks
         for _ in range(2):
             assert_near(run(other), wanted)
         made = nodes(other)
