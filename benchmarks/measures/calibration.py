@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import LIBRARIES, call_chain, chain, llama
 from benchmarks.suite import LORICA, PEFT, Case, Contest, measure
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 #: By how much (relative) the variance explained may differ: PEFT's decomposition is a sketch.
 TOLERANCE = 2e-2

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.models import adapt, chain, config
 from benchmarks.suite import LORICA, PEFT, Case, Contest, measure, quiet
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 NAMES, WEIGHTS = ["default", "second"], [0.7, -1.3]
 

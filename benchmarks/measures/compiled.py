@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.measures.training import TOLERANCE
 from benchmarks.models import Call, adapted, call_llama, forward, llama, step, with_frozen
 from benchmarks.suite import FROZEN, LORICA, PEFT, Case, Contest, Figure, Measure, measure, ratio_of, seed_everything
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 #: What is told of the compiler's work on each side.
 GRAPHS, BREAKS = "graphs", "graph breaks"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counting import QUANTITIES
 from benchmarks.measures.training import TOLERANCE
 from benchmarks.models import Call, adapt, adapted, call_chain, call_llama, chain, llama, step, with_frozen
 from benchmarks.suite import FROZEN, LORICA, PEFT, Case, Contest, measure
+from lorica.bench.counting import QUANTITIES
 from lorica.bench.timing import Task
 
 #: One more side: lorica's plain LoRA with as many factors.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from benchmarks.counting import QUANTITIES
 from benchmarks.measures.training import TOLERANCE
 from benchmarks.models import adapted, forward, step, with_frozen
 from benchmarks.suite import Case, Contest, measure
+from lorica.bench.counting import QUANTITIES
 
 #: Experts → those of a token, and their inner width beside the model's: Mixtral 8x7B and OLMoE 1B-7B.
 SHAPES: dict[int, tuple[int, float]] = {8: (2, 3.5), 64: (8, 0.5)}

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.models import LIBRARIES, adapt, config, llama
 from benchmarks.suite import LORICA, PEFT, Case, Contest, measure, quiet
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 COUNTS = ("kernels", "bytes moved", "peak bytes")
 #: From this width on the base is in 16 bits; the adapter and its file are in 32 all the same.

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import lorica
-from benchmarks.counting import QUANTITIES
 from benchmarks.measures.training import TOLERANCE
 from benchmarks.models import adapted, call_llama, llama, step, with_frozen
 from benchmarks.suite import FROZEN, LORICA, PEFT, Case, Contest, measure, quiet
+from lorica.bench.counting import QUANTITIES
 from lorica.bench.sides import twin
 
 #: lorica without fusing.

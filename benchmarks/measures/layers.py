@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.counting import QUANTITIES
 from benchmarks.measures.training import TOLERANCE
 from benchmarks.models import adapted, call_chain, call_llama, chain, forward, llama, step, with_frozen
 from benchmarks.suite import Case, Contest, measure
+from lorica.bench.counting import QUANTITIES
 
 
 def build_chain(

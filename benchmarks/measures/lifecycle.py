@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.models import adapt, config, llama
 from benchmarks.suite import LORICA, PEFT, Case, Contest, measure
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COUNTS = ("kernels", "bytes moved")

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.models import adapted, llama
 from benchmarks.suite import Case, Contest, measure
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 COUNTS = ("FLOPs", "kernels", "bytes moved", "peak bytes")
 

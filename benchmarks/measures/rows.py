@@ -13,7 +13,7 @@ import lorica
 from benchmarks.measures.training import TOLERANCE
 from benchmarks.models import LIBRARIES, config, llama
 from benchmarks.suite import FROZEN, LORICA, PEFT, Case, Contest, measure, quiet
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 
 def build(

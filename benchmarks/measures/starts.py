@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.models import adapt
 from benchmarks.suite import LORICA, PEFT, Case, Contest, measure
-from benchmarks.timing import Task
+from lorica.bench.timing import Task
 
 
 def build_start(quick: bool, *, width: int, theirs: str, ours: str) -> Contest:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.counting import QUANTITIES
 from benchmarks.models import adapted, call_llama, llama, step, with_frozen
 from benchmarks.suite import Case, Contest, measure
+from lorica.bench.counting import QUANTITIES
 
 #: How far the two libraries may lie apart: peft computes the low-rank part of a bf16 layer in fp32, lorica in bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.parallel.sent import Sent, sent
 from benchmarks.suite import FROZEN, LORICA
-from benchmarks.timing import Task, interleave
+from lorica.bench.timing import Task, interleave
 from lorica.parallel import sum_gradients
 
 MEGATRON, MEGATRON_A2A, LORICA_A2A = "megatron", "megatron a2a", "lorica a2a"

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import lorica
-from benchmarks import counting
 from benchmarks.measures import calibration, starts
 from benchmarks.models import call_chain, chain
 from benchmarks.suite import LORICA, PEFT, Contest, count_sides, quiet
+from lorica.bench import counting
 from lorica.calibration import moments
 
 QUANTITIES = ("FLOPs", "kernels", "bytes moved", "peak bytes")

@@ -37,7 +37,6 @@ from lorica.errors import AdapterError
 from lorica.init import (
     Factors,
     InitRequest,
-    draw_seed,
     find,
     initialise,
     leftover,
@@ -47,6 +46,7 @@ from lorica.init import (
 )
 from lorica.init.borrow import borrowing, there
 from lorica.init.statistics import Found, forget, kept
+from lorica.kernels import draw_seed
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch, TrainableTokensLayer, TrainableTokensWrapper
 from lorica.layers.merging import warn_of_starts
 from lorica.layers.sharing import introduce

@@ -15,7 +15,8 @@ from lorica.calibration.watch import can_be_watched
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.engines.kinds import is_distributed
 from lorica.errors import ConfigError, LayoutError
-from lorica.init import Factors, draw_seed
+from lorica.init import Factors
+from lorica.kernels import draw_seed
 from lorica.layers import LoraLayer
 from lorica.targets.match import shortest_names
 from lorica.targets.specs import spec_for

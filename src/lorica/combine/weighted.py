@@ -20,7 +20,7 @@ from lorica.combine.rules import RULES, Rule
 from lorica.config import LoraConfig
 from lorica.engines import fsdp
 from lorica.errors import AdapterError, suggest
-from lorica.init import draw_seed
+from lorica.kernels import draw_seed
 from lorica.layers import LoraLayer, ModulesToSaveWrapper
 from lorica.variants import VARIANTS, Variant
 

@@ -203,11 +203,6 @@ def _parsed(name: bool | str) -> tuple[bool | str, int]:
     return re.sub(r"_\d+$", "_N", name.lower()), int(number[0]) if number else 0
 
 
-def draw_seed() -> int:
-    """Take one draw from torch's default generator, so that ``torch.manual_seed`` governs what follows."""
-    return int(torch.randint(0, 2**62, (), dtype=torch.int64))
-
-
 def target_generator(seed: int, target: str) -> torch.Generator:
     """Return a CPU generator for one target: ``seed`` mixed with the target's name."""
     digest = hashlib.blake2b(target.encode(), key=seed.to_bytes(8, "little"), digest_size=8).digest()

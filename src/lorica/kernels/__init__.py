@@ -29,12 +29,12 @@ register("grouped", "function", grouped.function, grouped.function_fits)
 register("grouped", "plain", grouped.plain)
 
 # What multiplies each output of a layer: (z, gain, rest) → y.
-register("gain", "inference", gain.inference, gain.inference_fits)
+register("gain", "inference", gain.inference, inference.fits)
 register("gain", "function", gain.scaled, gain.fits)
 register("gain", "plain", gain.plain)
 
 # A gated MLP as a whole: (x, Gated) → y.
-register("gated", "inference", gated.inference_mlp, gated.inference_fits)
+register("gated", "inference", gated.inference_mlp, inference.fits)
 register("gated", "function", gated.function_mlp, gated.function_fits)
 register("gated", "plain", gated.plain_mlp)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _BYTES = 8  # of a random number
-_MIX = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ, whose multiples are far apart
+MIX = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ, whose multiples are far apart
 
 
 class Dropped(NamedTuple):
@@ -31,7 +31,7 @@ class Dropped(NamedTuple):
 
 
 def draw_seed() -> int:
-    """Return a seed: one draw from torch's default generator, on the CPU whatever the device."""
+    """Take one draw from torch's default generator, on the CPU, so that ``torch.manual_seed`` governs what follows."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64))
 
 
@@ -53,7 +53,7 @@ def keep_mask(x: Tensor, dropped: Dropped) -> Tensor:
 def _least_kept(dropped: Dropped) -> int:
     """Return the least byte that is kept."""
     part, whole = math.modf(dropped.p * 256)
-    chance = (dropped.seed * _MIX >> 32) % 2**30 / 2**30
+    chance = (dropped.seed * MIX >> 32) % 2**30 / 2**30
     return int(whole) + (chance < part)
 
 

@@ -38,11 +38,6 @@ def inference(z: Tensor, gain: Tensor, rest: Tensor | None) -> Tensor:
     return torch.addcmul(rest, z, gain, out=y)
 
 
-def inference_fits(z: Tensor, gain: Tensor, rest: Tensor | None) -> bool:
-    """Nothing is recorded or transformed."""
-    return not torch.is_grad_enabled() and function.in_reverse()
-
-
 def fits(z: Tensor, gain: Tensor, rest: Tensor | None) -> bool:
     """What is differentiated is differentiated eagerly and in reverse."""
     return function.in_reverse()

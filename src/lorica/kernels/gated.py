@@ -85,11 +85,6 @@ def plain_mlp(x: Tensor, item: Gated) -> Tensor:
     return plain.projection(ACTIVATIONS[item.activation].run(gate) * up, item.down)
 
 
-def inference_fits(x: Tensor, item: Gated) -> bool:
-    """See :func:`lorica.kernels.inference.fits`."""
-    return inference.fits(x, item)
-
-
 def inference_mlp(x: Tensor, item: Gated) -> Tensor:
     """Without autograd: see :func:`plain_mlp`."""
     gate, up = _gate_up(inference.projections(x, item.into), item.up_first)
@@ -161,7 +156,7 @@ def _through_down(
 ) -> list[Tensor] | None:
     """Enter down's gradients, and return those of what gate and up gave; None where nobody needs them."""
     down, train_a = item.down, ctx.needs_input_grad[-2]
-    G_TR = _seen_by_b(g_TO, down)
+    G_TR = through_b([g_TO], [down.b], [_scale(down)])
     if h_TR is not None:
         grads[-1] = grad_b(h_TR, g_TO, _scale(down), down.b.dtype)
     if not (ctx.below or train_a):
@@ -177,7 +172,7 @@ def _through_down(
         del z_TH
     if not ctx.below:
         return None
-    dz_TH = _add_low_rank(g_TO.mm(down.weight.to(g_TO.dtype)), G_TR, down, mask)
+    dz_TH = grad_x([g_TO], G_TR, [down.weight], [down.a], down.dropped, mask)
     if len(wide) == 2:
         d_up, d_gate = act, dz_TH  # in the place of what is not needed any more
         inner = [d_up, d_gate] if item.up_first else [d_gate, d_up]
@@ -232,17 +227,6 @@ def _linear(x_TI: Tensor, seen: Tensor, item: Projection) -> tuple[Tensor, Tenso
     y_TO = F.linear(x_TI, item.weight.to(dtype), None if bias is None else bias.to(dtype))
     h_TR = seen.mm(item.a.to(dtype).t())
     return y_TO.addmm_(h_TR, item.b.to(dtype).t(), alpha=_scale(item)), h_TR
-
-
-def _seen_by_b(g_TO: Tensor, item: Projection) -> Tensor:
-    """Return ``G = s·g B``, ``[T, r]``."""
-    b_OR = item.b.to(g_TO.dtype)
-    return g_TO.new_empty((len(g_TO), b_OR.shape[1])).addmm_(g_TO, b_OR, beta=0, alpha=_scale(item))
-
-
-def _add_low_rank(dx: Tensor, G_TR: Tensor, item: Projection, mask: Tensor | None) -> Tensor:
-    a_RI = item.a.to(dx.dtype)
-    return dx.addmm_(G_TR, a_RI) if mask is None else dx.addcmul_(G_TR.mm(a_RI), mask)
 
 
 def _item(ctx: Any, tensors: Sequence[Any]) -> Gated:

@@ -13,14 +13,14 @@ the CPU; elsewhere the plain form's grouped products leave the device alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorica.kernels.function import in_reverse
+from lorica.kernels.function import differentiable, in_reverse
 
 #: The base layer's own product, ``multiply(x, weight, offs=offsets)``.
 Multiply = Callable[..., Tensor]
@@ -215,20 +215,13 @@ def _gradients(ctx: Any, g: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | N
     return dx, d_a, groups.outer(g, h) if needs[2] else None
 
 
-def _differentiable(ctx: Any, g: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Return the gradients with a graph of their own: those of the plain form, made again from the inputs."""
+def _differentiable(ctx: Any, g: Tensor, needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
     (x, _, weight, a, b), groups = ctx.saved_tensors, ctx.groups
-    if x is None:
-        raise RuntimeError(
-            "a second derivative needs the experts' input, which is not kept where A does not train; compute inside "
-            "`with lorica.kernels.using('plain'):`"
-        )
-    # Views, since one input may have been computed from another: what is wanted is how y depends on each alone.
-    x, a, b = (tensor.view_as(tensor) for tensor in (x, a, b))
-    y = plain(groups.multiply, x, weight, a, b, ctx.scaling, groups.offsets)
-    wanted = [tensor for tensor, need in zip((x, a, b), needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+        return [plain(groups.multiply, x, weight, a, b, ctx.scaling, groups.offsets)]
+
+    return differentiable(run, (x, a, b), needs, [g])
 
 
 # ---- which of them --------------------------------------------------------------------------------------------------

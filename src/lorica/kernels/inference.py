@@ -14,7 +14,7 @@ from lorica.kernels.function import in_reverse
 from lorica.kernels.projection import Projection
 
 
-def fits(x: Tensor, item: Any) -> bool:
+def fits(x: Tensor, *rest: Any) -> bool:
     """Nothing is recorded, and nothing follows the operators that cannot follow one that writes in place."""
     return not torch.is_grad_enabled() and in_reverse()
 

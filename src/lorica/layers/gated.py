@@ -17,16 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 
-from lorica.kernels import Dropped, asked, draw_seed, gated, kernel_for
+from lorica.kernels import Dropped, draw_seed, gated, kernel_for
 from lorica.kernels.gated import ACTIVATIONS, Gated
 from lorica.kernels.projection import Projection
 from lorica.layers import lean
 from lorica.layers.layer import LoraLayer
 from lorica.ops.linear import Linear
-
-_has_global_hooks: Callable[[], bool] = torch_modules._has_any_global_hook
 
 #: Sizes of the linears that a block's forward is tried with, tokens, and how large the values are that it sees.
 _IN, _INNER, _OUT = 6, 10, 7
@@ -89,18 +86,14 @@ class Fused:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _short(self, x: Any) -> Tensor | None:
-        if torch.compiler.is_compiling() or type(x) is not Tensor or asked() == "plain":
+        if not lean.is_open(x):
             return None
         block = self.block
         if block is None:
             block = self.block = _look(self.module)
-        if isinstance(block, str) or _has_global_hooks() or not _unchanged(self.module, block):
+        if isinstance(block, str) or not _unchanged(self.module, block):
             return None
-        device = x.device.type
-        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-            return _run(block, x, x.dtype, autocast=False)
-        with torch.autocast(device, enabled=False):
-            return _run(block, x, torch.get_autocast_dtype(device), autocast=True)
+        return lean.in_dtype(_run, block, x)
 
 
 def _run(block: _Block, x: Tensor, dtype: torch.dtype, *, autocast: bool) -> Tensor | None:

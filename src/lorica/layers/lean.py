@@ -121,16 +121,25 @@ def _is_frozen(tensor: Any, dtype: torch.dtype, autocast: bool) -> bool:
 
 def forward(layer: Any, x: Any) -> Tensor | None:
     """Return the layer's output for the input ``x``; None where the short way cannot be taken."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or asked() == "plain":
-        return None
     switch = layer.__dict__["switch"]
-    if not switch.enabled or switch.rows is not None or _has_global_hooks():
+    if not is_open(x) or not switch.enabled or switch.rows is not None:
         return None
+    return in_dtype(_output, layer, x)
+
+
+def is_open(x: Any) -> bool:
+    """Tell whether any short way can be taken for an input now."""
+    plainly = torch.compiler.is_compiling() or type(x) is not Tensor or asked() == "plain"
+    return not (plainly or _has_global_hooks())
+
+
+def in_dtype(run: Callable[..., Tensor | None], owner: Any, x: Tensor) -> Tensor | None:
+    """Return ``run(owner, x, dtype, autocast=…)``, outside autocast but with the dtype that it decided on."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return _output(layer, x, x.dtype, autocast=False)
+        return run(owner, x, x.dtype, autocast=False)
     with torch.autocast(device, enabled=False):
-        return _output(layer, x, torch.get_autocast_dtype(device), autocast=True)
+        return run(owner, x, torch.get_autocast_dtype(device), autocast=True)
 
 
 def _output(layer: Any, x: Tensor, dtype: torch.dtype, *, autocast: bool) -> Tensor | None:

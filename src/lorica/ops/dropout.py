@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lorica.config.spec import AdapterSpec
 from lorica.engines.site import Site
-
-_MIX = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ, whose multiples are far apart
+from lorica.kernels.dropout import MIX, draw_seed
 
 
 def drop(
@@ -57,7 +56,7 @@ def generator_for(device: torch.device, spec: AdapterSpec, site: Site) -> torch.
 
 
 def _seed(site: Site, role: str) -> int:
-    return mixed(int(torch.randint(0, 2**62, (), dtype=torch.int64)), site, (role, "expert"), site.layout.sequence)
+    return mixed(draw_seed(), site, (role, "expert"), site.layout.sequence)
 
 
 def mixed(seed: int, site: Site | None, roles: Iterable[str], tokens: Iterable[str] = ()) -> int:
@@ -76,4 +75,4 @@ def mixed(seed: int, site: Site | None, roles: Iterable[str], tokens: Iterable[s
     for name in dict.fromkeys([*cuts, *tokens, *site.layout.data]):
         axis = site.axes[name]
         place = place * axis.size + axis.rank
-    return (seed + place * _MIX) % 2**63
+    return (seed + place * MIX) % 2**63

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorica.config.options import MontecloraConfig
 from lorica.config.spec import AdapterSpec
 from lorica.init import Factors
+from lorica.kernels import draw_seed
 from lorica.ops.dropout import mixed
 from lorica.variants.base import Extra, Hosting, Variant, drawn
 
@@ -107,7 +108,7 @@ def draws(layer: Hosting, a_LRI: Tensor, options: MontecloraConfig) -> tuple[Ten
     """
     device, own, common = a_LRI.device, None, None
     if layer.site is not None:
-        seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+        seed = draw_seed()
         own, common = (
             torch.Generator(device).manual_seed(mixed(seed + shift, layer.site, roles))
             for shift, roles in ((0, ("in", "expert")), (1, ("expert",)))
