@@ -1,0 +1,201 @@
+"""What lets megatron-core 0.16 run on a machine without a GPU: patches of a rank of the tests, never of the package.
+
+Megatron-Core calls CUDA directly in many places. Each level below unlocks more of it; :func:`install` does all of them.
+A rank is a process of its own and is thrown away (``world.py``), so nothing here is undone.
+
+===== ======================================================================== =====================================
+level what is patched                                                          what runs then
+===== ======================================================================== =====================================
+1     ``torch.cuda.current_device`` is the CPU                                 linears and embeddings, also with SP
+2     CUDA's generator is the CPU's                                            ``GPTModel``, dropout, recomputation
+3     streams, events and waiting do nothing; ``device="cuda"``, ``.cuda()``,  dispatch to experts, pipeline
+      ``record_stream``, ``pin_memory`` mean the CPU                           schedules, DDP, optimisers, clipping
+4     norms without Apex under SP, gloo's uneven collectives, a grouped        SP with the local spec, EP and ETP,
+      product in torch, host copies that are numpy arrays                      ``GroupedMLP``
+===== ======================================================================== =====================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+#: What is imported before anything is patched, and without compiling what it fuses, in every rank once more.
+IMPORTED = [
+    "dist_checkpointing.strategies.torch",
+    "distributed.finalize_model_grads",
+    "models.gpt.gpt_layer_specs",
+    "models.gpt.moe_module_specs",
+    "optimizer.distrib_optimizer",
+    "pipeline_parallel.schedules",
+    "transformer.moe.experts",
+]
+_MODE: list[TorchFunctionMode] = []
+
+
+def install() -> None:
+    """Import megatron-core and patch this process, once."""
+    if _MODE:
+        return
+    with mock.patch.object(torch, "compile", _as_it_is), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that are not installed, and of its own deprecated imports
+        for name in IMPORTED:
+            importlib.import_module(f"megatron.core.{name}")
+    _level_1()
+    _level_2()
+    _level_3()
+    _level_4()
+    warnings.filterwarnings("ignore", module=r"megatron\.core\.")  # its own calls of what it deprecates itself
+    warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)  # and torch later
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    return _as_it_is if function is None else function
+
+
+def _level_1() -> None:
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+
+
+def _level_2() -> None:
+    from torch.cuda import random as cuda_random
+
+    def read(device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def write(state: Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    for place in (torch.cuda, cuda_random):
+        place.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[attr-defined]
+        place.get_rng_state = read  # type: ignore[attr-defined]
+        place.set_rng_state = write  # type: ignore[attr-defined]
+
+
+class Stream:
+    """A stream on which everything has happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: Stream()
+
+
+class Event(Stream):
+    """An event that has happened."""
+
+
+class _OnTheCpu(TorchFunctionMode):
+    """Whatever is asked of a CUDA device is done on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.cuda, Tensor.pin_memory):
+            return args[0]
+        if func is Tensor.record_stream:
+            return None
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.")  # its optimisers sort parameters by this
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        args = tuple(CPU if isinstance(arg, torch.device | str) and _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _level_3() -> None:
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.stream = contextlib.nullcontext
+    cuda.current_stream = cuda.default_stream = Stream
+    cuda.synchronize = cuda.empty_cache = cuda.set_device = lambda *args, **kwargs: None
+    cuda.nvtx = SimpleNamespace(range_push=lambda *a, **k: None, range_pop=lambda *a, **k: None)
+    _MODE.append(_OnTheCpu())
+    _MODE[0].__enter__()
+
+
+def _level_4() -> None:
+    dist.all_gather = _padded_all_gather
+    dist.reduce_scatter = _padded_reduce_scatter
+    from megatron.core.models import backends
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import torch_norm, transformer_block
+    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils, token_dispatcher
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    moe_utils.te_general_gemm = None
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _host_copy
+    for place in (torch_norm, backends):
+        place.WrappedTorchNorm = Norm
+    backends.LNImpl = Norm
+    for place in (gpt_layer_specs, transformer_block):
+        for name in ("LNImpl", "LayerNormImpl"):
+            if hasattr(place, name):
+                setattr(place, name, Norm)
+    grouped_gemm_util.grouped_gemm = grouped_gemm_util  # it is asked whether there is such a package
+    grouped_gemm_util.ops = SimpleNamespace(gmm=gmm)
+
+
+class Norm:
+    """Makes a norm as Megatron-Core's builders do; its parameters say that their gradients are of a rank's tokens."""
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
+        kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
+        made = kind(hidden_size, eps=eps)
+        for parameter in made.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return made
+
+
+def _host_copy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
+def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
+    """The product of a grouped-GEMM package: the rows of each expert with that expert's matrix."""
+    pieces = torch.split(a, batch_sizes.tolist())
+    weights = b.transpose(1, 2) if trans_b else b
+    return torch.cat([piece @ weight for piece, weight in zip(pieces, weights, strict=True)])
+
+
+_all_gather, _reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+
+def _padded_all_gather(tensors: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+    longest = max(len(one) for one in tensors) if tensors[0].dim() else 0
+    if all(one.shape == tensor.shape for one in tensors):
+        return _all_gather(tensors, tensor.contiguous(), group=group, async_op=async_op)
+    rows = [one.new_empty(longest, *one.shape[1:]) for one in tensors]
+    _all_gather(rows, _padded(tensor, longest), group=group)
+    for one, row in zip(tensors, rows, strict=True):
+        one.copy_(row[: len(one)])
+    return None
+
+
+def _padded_reduce_scatter(output: Tensor, tensors: list[Tensor], op: Any = None, group: Any = None) -> Any:
+    total = [one.clone() for one in tensors]  # gloo reduces whole tensors
+    flat = torch.cat([one.reshape(-1) for one in total])
+    dist.all_reduce(flat, group=group)
+    start = sum(one.numel() for one in total[: dist.get_rank(group)])
+    output.copy_(flat[start : start + output.numel()].view_as(output))
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
