@@ -15,7 +15,7 @@ from models import embedding_net, mlp, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*groups.*")
 
-INITS = [True, False, "gaussian", "orthogonal", "xavier", "kaiming", "normal"]
+INITS = [True, False, "gaussian", "orthogonal", "xavier", "kaiming", "normal", "xavier+normal", "kaiming+xavier"]
 #: From the base weight: the seed says nothing, since a file must find the same start again.
 FROM_WEIGHTS = ["pissa", "pissa_niter_4", "olora"]
 

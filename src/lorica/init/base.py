@@ -108,6 +108,8 @@ class Initialisation(NamedTuple):
 
 #: Name → initialisation. A name that ends in ``_N`` stands for every number in that place.
 INITS: dict[bool | str, Initialisation] = {}
+#: The same for pairs of names: how A starts, and how B does (``"xavier+normal"``).
+PAIRS: dict[bool | str, Initialisation] = {}
 
 
 def register(
@@ -130,15 +132,22 @@ def register(
 
 def find(name: bool | str) -> Initialisation | None:
     """Return the initialisation that ``name`` means, or None."""
-    return INITS.get(_key(name))
+    key = _key(name)
+    return INITS.get(key) or PAIRS.get(key)
+
+
+def _found(name: bool | str) -> Initialisation:
+    found = find(name)
+    assert found is not None, name  # the configuration has been checked
+    return found
 
 
 def initialise(name: bool | str, request: InitRequest) -> Factors:
     """Return the logical factors that the initialisation ``name`` gives, in float32."""
     if request.experts:
         return _each_expert(name, request)
-    key, number = _parsed(name)
-    return INITS[key].function(replace(request, number=number) if number else request)
+    number = _parsed(name)[1]
+    return _found(name).function(replace(request, number=number) if number else request)
 
 
 def leftover(name: bool | str, request: InitRequest) -> Tensor | None:
@@ -146,7 +155,7 @@ def leftover(name: bool | str, request: InitRequest) -> Tensor | None:
 
     An embedding keeps its weight.
     """
-    leaves = INITS[_key(name)].leaves
+    leaves = _found(name).leaves
     if leaves is None or request.lookup:
         return None
     return torch.stack(list(map(leaves, _of_experts(request)))) if request.experts else leaves(request)
@@ -181,7 +190,7 @@ def subtracts(name: bool | str, *, lookup: bool) -> bool:
         name: as in ``LoraConfig.init_lora_weights``.
         lookup: whether the layer is an embedding: those start as by default (PEFT's meaning of the same files).
     """
-    return INITS[_key(name)].subtracts and not lookup
+    return _found(name).subtracts and not lookup
 
 
 def freezes(name: bool | str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import ConfigError
-from lorica.init.base import Factors, Init, InitRequest, register
+from lorica.init.base import PAIRS, Factors, Init, Initialisation, InitRequest, register
 
 
 def _zero_b(request: InitRequest, a: Tensor) -> Factors:
@@ -46,9 +46,40 @@ def _kaiming(tensor: Tensor, generator: torch.Generator) -> None:
 register("kaiming")(register(True)(_a_then_zero(lambda a, request: _kaiming(a, request.generator))))
 # Standard deviation 1/r, as diffusers and PEFT have it.
 register("gaussian")(_a_then_zero(lambda a, request: a.normal_(std=1 / request.r, generator=request.generator)))
-# The two further choices of Megatron Bridge's lora_A_init_method.
-register("xavier")(_a_then_zero(lambda a, request: nn.init.xavier_normal_(a, generator=request.generator)))
-register("normal")(_a_then_zero(lambda a, request: a.normal_(std=0.2, generator=request.generator)))
+
+
+#: Megatron Bridge's choices for each factor.
+METHODS: dict[str, Callable[[Tensor, torch.Generator], object]] = {
+    "xavier": lambda tensor, generator: nn.init.xavier_normal_(tensor, generator=generator),
+    "kaiming": _kaiming,
+    "normal": lambda tensor, generator: tensor.normal_(std=0.2, generator=generator),
+    "zero": lambda tensor, generator: tensor.zero_(),
+}
+
+
+def _a_and_b(for_a: str, for_b: str) -> Init:
+    def init(request: InitRequest) -> Factors:
+        if request.lookup:
+            return start_embedding(request)
+        a, b = torch.empty(request.shape_a), torch.empty(request.shape_b)
+        METHODS[for_a](a, request.generator)
+        METHODS[for_b](b, request.generator)
+        return Factors(a, b, torch.zeros(request.shape_b[0]) if request.bias else None)
+
+    return init
+
+
+def named_after(for_a: str, for_b: str) -> str:
+    """Return the name of the initialisation that draws A and B by these of :data:`METHODS`."""
+    return for_a if for_b == "zero" else f"{for_a}+{for_b}"
+
+
+for _a in ("xavier", "normal"):
+    register(_a)(_a_and_b(_a, "zero"))
+# With both zero no gradient is anything else, so that pair is none.
+PAIRS.update(
+    {named_after(a, b): Initialisation(_a_and_b(a, b)) for a in METHODS for b in METHODS if b != "zero"},
+)
 
 
 @register(False)
