@@ -124,14 +124,15 @@ class Spec:
 
     # ---- and back ----------------------------------------------------------------------------------------------------
 
-    def to_logical(self, held: Sequence[tuple[At, Tensor]]) -> dict[str, Tensor]:
+    def to_logical(self, held: Sequence[tuple[At, Tensor]], *, first_copy: bool = False) -> dict[str, Tensor]:
         """Return the logical tensors from what all ranks keep.
 
         Args:
             held: coordinates and tensor of each rank.
+            first_copy: take what the first of them has where two ranks disagree on what both hold.
 
         Raises:
-            LayoutError: a rank is missing, a shape is wrong, or two ranks disagree on what both hold.
+            LayoutError: a rank is missing, a shape is wrong, or two ranks disagree and ``first_copy`` is false.
         """
         self._check_ranks([at for at, _ in held])
         shape = self._logical_shape(held[0][1])
@@ -141,8 +142,8 @@ class Spec:
                     f"{self.local} at {dict(at)} has the shape {tuple(tensor.shape)}, not "
                     f"{tuple(self.layout.local_shape(self.roles, shape, at))}"
                 )
-        whole = self.layout.assemble(shape, self.roles, held)
-        for at, tensor in held:
+        whole = self.layout.assemble(shape, self.roles, reversed(held))  # so that the first is the last to write
+        for at, tensor in () if first_copy else held:
             if not same(self.layout.take(whole, self.roles, at), tensor):
                 raise LayoutError(f"{self.local}: the copy at {dict(at)} differs from that of another rank")
         if len(self.parts) == 1:
@@ -150,6 +151,15 @@ class Spec:
         pieces = whole.split([length for _, length in self.parts], self._dim)  # type: ignore[no-untyped-call]
         found = {name: piece.contiguous() for (name, _), piece in zip(self.parts, pieces, strict=True)}
         return {name: found[name] for name in self.names}
+
+    def shapes(self, local: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each logical tensor, given that of what a rank has."""
+        sizes: Mapping[str, int] = self.layout.sizes
+        whole = tuple(sizes.get(role, length) for role, length in zip(self.roles, local, strict=True))
+        if len(self.parts) == 1:
+            return dict.fromkeys((self.parts[0][0], *self.also), whole)
+        dim, absent = self._dim, set(self.absent)
+        return {n: (*whole[:dim], length, *whole[dim + 1 :]) for n, length in self.parts if n not in absent}
 
     def _check_ranks(self, ranks: Iterable[At]) -> None:
         axes = self.layout.sharded(self.roles)
@@ -260,8 +270,12 @@ class WeightSpecs:
             raise LayoutError(f"{len(strangers)} logical tensors have no place: {strangers[:5]}")
         return {spec.local: spec.to_local(full, at) for spec in self.specs}
 
-    def to_logical(self, states: Iterable[tuple[At, State]]) -> dict[str, Tensor]:
+    def to_logical(self, states: Iterable[tuple[At, State]], *, first_copy: bool = False) -> dict[str, Tensor]:
         """Return the logical state from the states of all ranks.
+
+        Args:
+            states: coordinates and tensors of each rank.
+            first_copy: take what the first of them has where ranks disagree.
 
         Raises:
             LayoutError: a tensor or a rank is missing, a tensor has no place, or ranks disagree.
@@ -272,11 +286,11 @@ class WeightSpecs:
                 raise LayoutError(f"the rank at {dict(at)}: missing or without a place are {wrong[:5]}")
         found: dict[str, Tensor] = {}
         for spec in self.specs:
-            found |= spec.to_logical([(at, state[spec.local]) for at, state in ranks])
-        for first, *others in self.tied:
+            found |= spec.to_logical([(at, state[spec.local]) for at, state in ranks], first_copy=first_copy)
+        for leader, *others in self.tied:
             for name in others:
-                if not same(found.pop(name), found[first]):
-                    raise LayoutError(f"{name} and {first} are tied and differ")
+                if not same(found.pop(name), found[leader]):
+                    raise LayoutError(f"{name} and {leader} are tied and differ")
         return found
 
     def factors(
