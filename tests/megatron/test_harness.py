@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import failing
 import pytest
 import torch
 import world
@@ -10,19 +11,11 @@ from torch import Tensor
 
 world.need_megatron()
 
-DENSE = [
-    Division(tp=2),
-    Division(tp=2, sp=True),
-    Division(tp=4, sp=True),
-    Division(pp=2),
-    Division(tp=2, pp=2),
-    Division(tp=2, sp=True, pp=2, vpp=2),
-]
+DENSE = [Division(tp=2), Division(tp=4, sp=True), Division(tp=2, pp=2), Division(tp=2, sp=True, pp=2, vpp=2)]
 EXPERTS = [
-    Division(ep=2),
     Division(ep=4),
-    Division(tp=2, sp=True, ep=2, etp=1),
     Division(tp=2, sp=True, ep=2),
+    Division(tp=2, sp=True, ep=2, etp=1),
     Division(tp=2, sp=True, ep=2, pp=2, etp=1),
 ]
 
@@ -39,25 +32,26 @@ def dense(division: Division) -> None:
 
 @world.case(ranks=4, divisions=EXPERTS)
 def experts(division: Division) -> None:
-    torch.testing.assert_close(_loss(division, **moe()), _loss(Division(), **moe()), rtol=1e-5, atol=0)
-
-
-@world.case(ranks=4, divisions=EXPERTS)
-def shared_experts(division: Division) -> None:
+    """As modules, stacked, and beside shared ones, whose collectives may be the dispatcher's."""
     fields = moe(moe_shared_expert_intermediate_size=16)
     whole = _loss(Division(), **fields)
-    for overlap in (False, True):
-        found = _loss(division, **fields, moe_shared_expert_overlap=overlap)
-        torch.testing.assert_close(found, whole, rtol=1e-5, atol=0)
-
-
-@world.case(ranks=4, divisions=EXPERTS)
-def grouped_experts(division: Division) -> None:
-    whole = _loss(Division(), **moe())
-    found = _loss(division, **moe(moe_grouped_gemm=True))
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=0)
+    for changes in ({}, {"moe_shared_expert_overlap": True}, {"moe_grouped_gemm": True}):
+        torch.testing.assert_close(_loss(division, **fields | changes), whole, rtol=1e-5, atol=0)
+    assert not torch.isclose(_loss(division, **moe()), whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", world.sizes(__name__))
 def test_cases(ranks: int, request: pytest.FixtureRequest) -> None:
     world.run(__name__, ranks, request.config.getoption("--cases"))
+
+
+def test_a_case_that_fails_is_named_and_the_others_go_on() -> None:
+    with pytest.raises(AssertionError) as caught:
+        world.run(failing.__name__, 2)
+    message = str(caught.value)
+    assert "==== second_fails_on_one_rank" in message
+    assert "rank 1 failed" in message
+    assert "ValueError: of rank 1" in message
+    assert "==== third_fails" in message
+    assert "==== first_passes" not in message
+    world.run(failing.__name__, 2, words="first")

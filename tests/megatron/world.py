@@ -168,6 +168,9 @@ def divided(division: Division) -> Iterator[Any]:
         yield parallel_state
     finally:
         parallel_state.destroy_model_parallel()
+        dist.barrier()
+        for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+            dist.destroy_process_group(group)  # each has threads
 
 
 def tokens(batches: int, length: int = 8, rows: int = 2) -> Tensor:
