@@ -93,10 +93,16 @@ def specs_to_neuron(
     found, left = [], dict(shapes)
     for spec in with_metadata.candidates():
         prefix = PREFIX if any(name.startswith(PREFIX) for name in spec.names) else ""
-        if ".base_layer." in spec.local or not any(name in left for name in (*spec.names, *spec.also)):
+        names = (*spec.names, *spec.also)
+        missing = [name for name in names if name not in left]
+        if ".base_layer." in spec.local or len(missing) == len(names):
             continue
-        for name in (*spec.names, *spec.also):
-            left.pop(name, None)  # one that is missing is an error when tensors are taken
+        if missing:
+            raise LayoutError(
+                f"{spec.local}: its projections are adapted together, and the logical state lacks {missing}"
+            )
+        for name in names:
+            del left[name]
         found.append(_named(spec, f"{prefix}{spec.local}"))
     found += [with_metadata.plain(name, shape, here=False) for name, shape in left.items()]
     return WeightSpecs(tuple(found))
@@ -322,9 +328,9 @@ def number(value: Any) -> int:
     return value
 
 
-def adapter_of(name: str) -> str | None:
-    """Return the adapter whose name is in the name of a parameter; None: of a base layer, or there is none in it."""
-    return _key(name)[1]
+def key_of(name: str) -> str:
+    """Return a parameter's name without PEFT's prefix and without the name of the adapter."""
+    return _key(name)[0]
 
 
 def _key(name: str) -> tuple[str, str | None]:
@@ -366,4 +372,4 @@ def _checked(spec: Spec, shape: Sequence[int], axis: str) -> Spec:
     raise LayoutError(f"{spec.local} has the shape {tuple(shape)}, which is not what the metadata says")
 
 
-__all__ = ["adapter_of", "head_order", "number", "spec_candidates", "specs_from_neuron", "specs_to_neuron"]
+__all__ = ["head_order", "key_of", "number", "spec_candidates", "specs_from_neuron", "specs_to_neuron"]
