@@ -120,7 +120,7 @@ def _owns(entry: Entry, box: Box) -> bool:
         if name in cut:
             if not _first_copy(entry, box, axis):
                 return False
-        elif axis.rank and name != STAGES and name not in stored:
+        elif axis.rank and name != STAGES and name not in site.apart and name not in stored:
             return False
     return True
 
@@ -225,6 +225,7 @@ def lie_over_ranks(model: nn.Module, entries: Mapping[str, Entry]) -> bool:
     for entry in entries.values():
         if is_distributed(entry.tensor):
             return True
-        if entry.site is not None and any(entry.site.axes[n].size > 1 for n in entry.site.layout.sharded(entry.roles)):
+        site = entry.site
+        if site is not None and any(site.axes[n].size > 1 for n in (*site.layout.sharded(entry.roles), *site.apart)):
             return True
     return False

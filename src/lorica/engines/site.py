@@ -60,6 +60,8 @@ class Site:
             A and B; None: nothing.
         across: the same layer where its input is not gathered yet and its output is reduced already, if adapters may be
             added there too: their hidden values are carried, and each product sees its rank's tokens.
+        apart: axes whose ranks have other layers in this one's place, with weights and names of their own: experts that
+            are modules. Nothing is reduced over them.
     """
 
     layout: Layout
@@ -68,6 +70,7 @@ class Site:
     bias: float = 1.0
     carry: Callable[[Tensor], Tensor] | None = None
     across: Site | None = None
+    apart: tuple[str, ...] = ()
 
     @property
     def at(self) -> dict[str, int]:

@@ -72,7 +72,7 @@ def mixed(seed: int, site: Site | None, roles: Iterable[str], tokens: Iterable[s
         return seed
     cuts = [cut.axis for dim in roles if (cut := site.layout.cut_of(dim)) is not None]
     place = 0
-    for name in dict.fromkeys([*cuts, *tokens, *site.layout.data]):
+    for name in dict.fromkeys([*cuts, *tokens, *site.layout.data, *site.apart]):
         axis = site.axes[name]
         place = place * axis.size + axis.rank
     return (seed + place * MIX) % 2**63

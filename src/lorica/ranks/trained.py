@@ -44,7 +44,7 @@ class Trained:
     @property
     def sharded_over(self) -> dict[str, Axis]:
         """The axes whose ranks hold different elements of it."""
-        cut = {name: self.site.axes[name] for name in self.site.layout.sharded(self.roles)}
+        cut = {name: self.site.axes[name] for name in (*self.site.layout.sharded(self.roles), *self.site.apart)}
         cut |= {axis.name: axis for _, axis in storage_axes(self.parameter)}
         return {name: axis for name, axis in cut.items() if axis.size > 1}
 
