@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from lorica.adapt.inject import logical_shapes, logical_weight
 from lorica.config import AdapterSpec
 from lorica.engines.gather import gather
+from lorica.engines.registry import uncut
 from lorica.engines.site import Site
 from lorica.errors import AdapterError
 from lorica.init import Factors
 from lorica.layers import LoraLayer
-from lorica.layout import Layout, Roles
+from lorica.layout import Roles
 from lorica.lowrank import Pair
 from lorica.ops import Op
 from lorica.variants import VARIANTS, Variant
@@ -234,8 +235,7 @@ def _holding(base: Any, name: str, weight: Tensor) -> Any:
     """Return a copy of a base layer that shares everything but its weight, which is whole."""
     copied = copy.copy(base)
     copied._parameters = {**base._parameters, name: nn.Parameter(weight, requires_grad=False)}
-    if isinstance(layout := base.__dict__.get("layout"), Layout):
-        copied.__dict__["layout"] = Layout(dict(layout.sizes), (), layout.parts)
+    uncut(copied)
     return copied
 
 

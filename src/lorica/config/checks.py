@@ -90,7 +90,7 @@ def _check_dropout(config: LoraConfig) -> None:
 
 def _check_flags(config: LoraConfig) -> None:
     flags = ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying", "inference_mode")
-    for name in (*flags, "share_expert_adapters", "normalize_moe_lora", "a2a_experimental"):
+    for name in (*flags, "share_expert_adapters", "normalize_moe_lora", "a2a_experimental", "fused_as_one"):
         _need(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
     for name in ("use_dora", "use_qalora"):
         _need(getattr(config, name) in (True, False, None), name, getattr(config, name), "True or False")

@@ -81,8 +81,8 @@ class LoraConfig(PeftConfig):
         default=True,
         metadata=_help(
             "How the factors start. True: A Kaiming-uniform, B zero. False: both random. Or one of 'gaussian', "
-            "'orthogonal', 'xavier', 'kaiming', 'normal'; from the base weight 'pissa', 'pissa_niter_N', 'olora', "
-            "'mica', 'loftq'; from data 'eva', 'corda', 'lora_ga'."
+            "'orthogonal', 'xavier', 'kaiming', 'normal'; 'xavier+normal' and the like, for A and B; from the base "
+            "weight 'pissa', 'pissa_niter_N', 'olora', 'mica', 'loftq'; from data 'eva', 'corda', 'lora_ga'."
         ),
     )
     layers_to_transform: list[int] | int | None = field(
@@ -154,9 +154,20 @@ class LoraConfig(PeftConfig):
         ),
     )
 
+    fused_as_one: bool = field(
+        default=False,
+        metadata=_help(
+            "Projections that an engine keeps fused in one weight (Megatron's linear_qkv and gated linear_fc1) share "
+            "one pair of factors, in files under the fused layer's name; otherwise each has its own."
+        ),
+    )
+
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     _own_fields: ClassVar[frozenset[str]] = frozenset(
-        {"dropout_position", "lora_dtype", "share_expert_adapters", "normalize_moe_lora", "a2a_experimental"}
+        {
+            *("dropout_position", "lora_dtype", "share_expert_adapters", "normalize_moe_lora", "a2a_experimental"),
+            "fused_as_one",
+        }
     )
 
     def __post_init__(self) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,15 +11,21 @@ from torch import Tensor, nn
 from lorica.engines import fsdp
 from lorica.engines.dtensor import cuts_of
 from lorica.engines.kinds import is_distributed, is_fully_sharded
+from lorica.engines.megatron.engine import MegatronEngine
+from lorica.engines.native.base import NativeEngine
+from lorica.engines.registry import ENGINES, Description, described
 from lorica.engines.site import Axis, Site, opening_of
 from lorica.engines.stages import STAGES, axis_of_stages
+from lorica.errors import LayoutError
 from lorica.layout import Cut, Layout, Roles
 
 #: Names of mesh axes over which batches are divided, on models that :func:`lorica.parallel.parallelize` cut.
 DATA_AXES = ("dp", "dp_replicate", "fsdp", "dp_shard")
 #: transformers lays the same ranks out twice, once for its dense layers and once for its experts. A layer knows the
 #: axes of its own view; those of the other one would divide it by the same ranks again.
-DENSE_VIEW, EXPERT_VIEW = frozenset({"fsdp", "tp"}), frozenset({"efsdp", "ep"})
+DENSE_VIEW, EXPERT_VIEW = frozenset({"fsdp", "tp"}), frozenset({"efsdp", "ep", "etp", "edp"})
+
+ENGINES.extend([NativeEngine(), MegatronEngine()])
 
 
 class Engines:
@@ -37,9 +42,10 @@ class Engines:
             return
         fsdp.reshard(model)
         self._storage = fsdp.data_axes(model)
-        native: Mapping[str, Axis] = getattr(_innermost(model), "lorica_mesh", {})
-        stages = axis_of_stages(_innermost(model))
-        found = {**native, **_axes_of_layers(model), **self._storage, **_axes_of_weights(model)}
+        inner = _innermost(model)
+        stages = axis_of_stages(inner)
+        found = {name: axis for engine in ENGINES for name, axis in engine.axes(inner).items()}
+        found = {**found, **_axes_of_layers(model), **self._storage, **_axes_of_weights(model)}
         found |= {} if stages is None else {STAGES: stages}
         self.axes = {name: axis for name, axis in found.items() if axis.size > 1}
         data = {*self._storage, *DATA_AXES}
@@ -57,10 +63,11 @@ class Engines:
         Raises:
             LayoutError: it is cut in a way that cannot be described.
         """
-        if isinstance(layout := module.__dict__.get("layout"), Layout):
-            layout = replace(layout, sequence=(*layout.sequence, *_sequence(module)), data=self._data)
-            site: Site = module.site(layout, {**self.axes, **module.axes})  # type: ignore[operator,dict-item]
-            return site
+        if (found := described(module)) is not None:
+            try:
+                return found.place(self.axes, self._data)
+            except LayoutError as error:
+                raise LayoutError(f"{name}: {error}") from None
         if not self.axes:
             return None
         layout, axes = self._layout(weight, roles, module, name), self._axes_of(weight)
@@ -81,19 +88,12 @@ class Engines:
         Raises:
             LayoutError: it is cut in a way that cannot be described.
         """
-        layout = module.__dict__.get("layout")
-        if not isinstance(layout, Layout):
-            if not self.axes:
-                return None
-            weight = getattr(module, parameter)
-            return Site(self._layout(weight, roles, module, name), self._axes_of(weight))
-        cuts = tuple(cut for cut in layout.cuts if cut.dim in roles)  # what it lacks is added after the reduction
-        after = tuple(cut.axis for cut in layout.cuts if cut.dim not in roles and _splits_sequence(module))
-        sizes = {role: layout.sizes[role] for role in roles if role in layout.sizes}
-        parts, groups = (layout.parts, layout.groups) if "out" in roles else ((), ())
-        sequence = (*layout.sequence, *_sequence(module), *after)
-        layout = Layout(sizes, cuts, parts, sequence, self._data, groups=groups)
-        return Site(layout, {**self.axes, **module.axes})  # type: ignore[dict-item]
+        if (found := described(module)) is not None:
+            return _beside(found, found.place(self.axes, self._data), roles)
+        if not self.axes:
+            return None
+        weight = getattr(module, parameter)
+        return Site(self._layout(weight, roles, module, name), self._axes_of(weight))
 
     def _layout(self, weight: Tensor, roles: Roles, module: nn.Module, name: str) -> Layout:
         # By name too: the module that fully_shard was applied to may stand around the one that is described.
@@ -101,7 +101,8 @@ class Engines:
         cuts = cuts_of(weight, roles, storage, name) if is_distributed(weight) else ()
         data = tuple(axis for axis in self._data if axis in self._axes_of(weight))
         batches = self._batches(cuts)
-        return Layout(_sizes(weight, roles), cuts, sequence=_sequence(module), data=data, batches=batches)
+        sequence = _sequence(module, weight)
+        return Layout(_sizes(weight, roles), cuts, sequence=sequence, data=data, batches=batches)
 
     def _axes_of(self, weight: Tensor) -> dict[str, Axis]:
         """Return the axes of the view that a weight belongs to."""
@@ -123,17 +124,25 @@ def _sizes(weight: Tensor, roles: Roles) -> dict[str, int]:
     return {role: length for role, length in named if role in ("out", "in", "expert")}
 
 
-def _sequence(module: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(module, "sequence_axes", ()))
+def _beside(found: Description, site: Site, roles: Roles) -> Site:
+    """Return where a parameter with these roles lies, of a layer that lies at ``site``."""
+    layout = site.layout
+    cuts = tuple(cut for cut in layout.cuts if cut.dim in roles)  # what it lacks is added after the reduction
+    after = tuple(cut.axis for cut in layout.cuts if cut.dim not in roles and found.splits_tokens)
+    sizes = {role: layout.sizes[role] for role in roles if role in layout.sizes}
+    parts, groups = (layout.parts, layout.groups) if "out" in roles else ((), ())
+    return Site(Layout(sizes, cuts, parts, (*layout.sequence, *after), layout.data, groups=groups), site.axes)
 
 
-def _splits_sequence(module: nn.Module) -> bool:
-    return bool(getattr(module, "sequence_parallel_enabled", False))
+def _sequence(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
+    """Return the axes whose ranks see different tokens in a whole layer; Megatron marks its weights."""
+    marked = ("tp",) if getattr(weight, "sequence_parallel", False) else ()
+    return (*getattr(module, "sequence_axes", ()), *marked)
 
 
 def _axes_of_layers(model: nn.Module) -> dict[str, Axis]:
-    cut: list[Any] = [module for module in model.modules() if isinstance(module.__dict__.get("layout"), Layout)]
-    return {name: axis for module in cut for name, axis in module.axes.items()}
+    cut = [found for module in model.modules() if (found := described(module)) is not None]
+    return {name: axis for found in cut for name, axis in found.axes.items()}
 
 
 def _axes_of_weights(model: nn.Module) -> dict[str, Axis]:
@@ -144,3 +153,6 @@ def _axes_of_weights(model: nn.Module) -> dict[str, Axis]:
 
 def _innermost(model: Any) -> Any:
     return getattr(model, "module", model)
+
+
+__all__ = ["DATA_AXES", "Engines"]

@@ -34,7 +34,8 @@ def gather(local: Tensor, layout: Layout, roles: Roles, shape: Sequence[int], ax
     over = [axes[name] for name in layout.sharded(roles) if axes[name].size > 1]
     at = {name: axis.rank for name, axis in axes.items()}
     if not over:
-        return local if tuple(local.shape) == tuple(shape) else layout.assemble(shape, roles, [(at, local)])
+        as_it_is = tuple(local.shape) == tuple(shape) and layout.in_order(roles, at)
+        return local if as_it_is else layout.assemble(shape, roles, [(at, local)])
     places: list[dict[str, int]] = [at]
     for axis in over:
         places = [place | {axis.name: rank} for rank in range(axis.size) for place in places]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lorica.engines.native.pipeline import Elsewhere
+from lorica.engines.registry import ENGINES
 from lorica.engines.site import Axis
 
 #: Name of the mesh axis of pipeline stages, which hold different layers.
@@ -28,8 +29,8 @@ _ELSEWHERE: dict[type, bool] = {}
 
 def axis_of_stages(model: Any) -> Axis | None:
     """Return the axis of a model's stages, if it has more than one."""
-    native = getattr(model, "lorica_mesh", {}).get(STAGES)
+    found = next(filter(None, (engine.stages(model) for engine in ENGINES)), None)
     theirs = getattr(model, "_pp_stage", None)
-    if native is None and theirs is not None:
-        native = Axis(STAGES, theirs.pp_size, theirs.pp_rank, theirs.pp_group)
-    return native if native is not None and native.size > 1 else None
+    if found is None and theirs is not None:
+        found = Axis(STAGES, theirs.pp_size, theirs.pp_rank, theirs.pp_group)
+    return found if found is not None and found.size > 1 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -15,7 +14,7 @@ from lorica.errors import LayoutError
 from lorica.init import Factors
 from lorica.layout import Layout, Roles
 from lorica.layout.layout import At
-from lorica.ops.fused import spread
+from lorica.ops.fused import spread_by
 from lorica.storage import Term, add_low_rank_, storage_of
 
 #: How a factor is given: as the slice that the weight's layout names, whole, or cut by a layout (and roles) of its own.
@@ -68,7 +67,7 @@ def merge_shard_(
     if a.shape[-2] != b.shape[-1]:
         if a.shape[-2] != len(layout.parts) * b.shape[-1]:
             raise LayoutError(f"A {tuple(a.shape)} and B {tuple(b.shape)} of {len(layout.parts) or 1} parts do not fit")
-        a, b, *_ = spread(Factors(a, b), SimpleNamespace(layout=layout, at=at))
+        a, b, *_ = spread_by(Factors(a, b), layout, at)
     left, right = (b, a) if roles.index("out") < roles.index("in") else (a.mT, b.mT)
     add_low_rank_(weight, [Term(left, right, scaling)], storage_of(weight, "a shard"))
     return weight

@@ -10,7 +10,7 @@ alike (of an embedding, the vocabulary is its ``"in"``: a lookup is a product wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +136,10 @@ class Layout:
             found = [Box((*box.local, local), (*box.logical, logical)) for box in found for local, logical in sides]
         return found
 
+    def in_order(self, roles: Roles, at: At) -> bool:
+        """Whether what the rank ``at`` holds of a tensor with these roles lies as in the logical one, without gaps."""
+        return all(len(cut.held[at[cut.axis]]) < 2 for cut in self.cuts if cut.dim in roles)
+
     def take(self, logical: Tensor, roles: Roles, at: At) -> Tensor:
         """Return what the rank ``at`` holds of a logical tensor, as a tensor of its own."""
         result = logical
@@ -227,6 +231,11 @@ class Layout:
         _, first, last = self.part_bounds()[index]
         cuts = [cut.within(first, last) if cut.dim == "out" else cut for cut in self.cuts]
         return Layout({**self.sizes, "out": last - first}, tuple(cuts), (), self.sequence, self.data, self.batches)
+
+    def as_one(self) -> Layout:
+        """Return the layout of the same weight where the projections fused in it are one part."""
+        lengths = tuple(length for _, length in self.parts) or self.groups
+        return replace(self, parts=(), groups=lengths)
 
     # ---- as data -----------------------------------------------------------------------------------------------------
 

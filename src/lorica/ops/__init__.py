@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorica.engines.megatron.engine import COLUMN, EMBEDDING, ROW
 from lorica.engines.native import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
-from lorica.layout import Layout
+from lorica.engines.registry import layout_of
 from lorica.ops.attention import Attention
 from lorica.ops.base import FactorShapes, Op
 from lorica.ops.conv import Conv
 from lorica.ops.embedding import Embedding
 from lorica.ops.experts import experts_op, matrix_op
-from lorica.ops.fused import FusedLinear, part_names
+from lorica.ops.fused import FusedLinear, OneLinear, part_names
 from lorica.ops.linear import Beside, Linear, TransposedLinear
 from lorica.storage import LINEARS
 
@@ -28,17 +29,25 @@ OPS: dict[type[nn.Module] | str, Op] = {
     RowParallelLinear: Linear(),
     ParallelEmbedding: Embedding(),
     **dict.fromkeys(LINEARS, Linear()),
+    COLUMN: Linear(),
+    ROW: Linear(),
+    EMBEDDING: Embedding(),
     "transformer_engine.pytorch.module.linear.Linear": Linear(),
     "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": Beside(),
 }
-_FUSED = FusedLinear()
+_FUSED, _ONE = FusedLinear(), OneLinear()
 
 
-def op_of(module: nn.Module) -> Op | None:
-    """Return the op for a base layer or None; subclasses are found by their bases."""
-    layout = module.__dict__.get("layout")
-    if isinstance(layout, Layout) and layout.parts:
-        return _FUSED
+def op_of(module: nn.Module, *, fused_as_one: bool = False) -> Op | None:
+    """Return the op for a base layer or None; subclasses are found by their bases.
+
+    Args:
+        module: the base layer.
+        fused_as_one: whether projections that are fused in it are to have one pair of factors.
+    """
+    layout = layout_of(module)
+    if layout is not None and layout.parts:
+        return _ONE if fused_as_one else _FUSED
     for key in _keys_of(type(module)):
         if key in OPS:
             return OPS[key]

@@ -53,9 +53,10 @@ class Embedding(Op):
 
 def _look_up(ids: Tensor, layer: Host, rows_VR: Tensor) -> Tensor:
     base, site = layer.base_layer, layer.site
-    options = {"scale_grad_by_freq": base.scale_grad_by_freq, "sparse": base.sparse}
+    options = {name: getattr(base, name, False) for name in ("scale_grad_by_freq", "sparse")}
+    padding_idx: int | None = getattr(base, "padding_idx", None)
     if site is None or site.layout.cut_of("in") is None:
-        return F.embedding(ids, rows_VR, base.padding_idx, **options)
+        return F.embedding(ids, rows_VR, padding_idx, **options)
     if not len(rows_VR):  # more ranks than the vocabulary has shares
         return rows_VR.new_zeros(*ids.shape, rows_VR.shape[1]) + rows_VR.sum()
     place, found = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -64,7 +65,7 @@ def _look_up(ids: Tensor, layer: Host, rows_VR: Tensor) -> Tensor:
         here = (ids >= start) & (ids < stop)
         place = torch.where(here, ids - (start - first), place)
         found = found | here
-        if base.padding_idx is not None and start <= base.padding_idx < stop:
-            padding = base.padding_idx - start + first
+        if padding_idx is not None and start <= padding_idx < stop:
+            padding = padding_idx - start + first
         first += stop - start
     return F.embedding(place, rows_VR, padding, **options) * found.unsqueeze(-1)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
+from lorica.engines.registry import prepare
 from lorica.engines.stages import axis_of_stages, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import find, subtracts
@@ -96,11 +97,12 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     Raises:
         TargetError: nothing matches, a match cannot be adapted, or a layer cannot have the spec. Nothing was changed.
     """
+    prepare(model)
     modules = dict(base_modules(model))
     names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
     group = tied_with_embedding(model, modules)
     saved, names, tied = _tying(group, modules, config, names)
-    fused = _parts(modules)
+    fused = {} if config.fused_as_one else _parts(modules)
     chosen = _chosen(config, names, modules, fused)
     whole = tuple(f"{name}." for name in saved)
     chosen = [key for key in chosen if key not in tied and not f"{key}.".startswith(whole)]
@@ -329,7 +331,8 @@ def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names, s
         raise TargetError(
             f"{key}: already trained fully by another adapter (modules_to_save); it cannot be adapted too"
         )
-    op, base = _op(module), bare(module)
+    base = bare(module)
+    op = op_of(base, fused_as_one=config.fused_as_one) if part_names(key, base) else _op(module)
     if op is None:
         raise TargetError(
             f"Target module {str(module).splitlines()[0]} is not supported. Currently, only the following modules are "

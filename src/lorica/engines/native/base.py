@@ -69,10 +69,20 @@ class Native(nn.Module):
         # The product leaves the bias to be added after the sum of a layer cut by its inputs, be it for one rank.
         bias = 1.0 if layout.cut_of("in") is None else 0.0
         across = None
-        if getattr(self, "sequence_parallel_enabled", False):
+        if self.splits_tokens:
             apart = replace(layout, sequence=tuple(dict.fromkeys((*layout.sequence, *self.axes))))
             across = Site(apart, axes, Opening(self, "spanning"), bias, carry=self.carry)
         return Site(layout, axes, Opening(self, "product"), bias, across=across)
+
+    def place(self, axes: Mapping[str, Axis], data: tuple[str, ...]) -> Site:
+        """Return where this layer is adapted, among all axes of its model; ``data`` divide batches."""
+        sequence = (*self.layout.sequence, *getattr(self, "sequence_axes", ()))
+        return self.site(replace(self.layout, sequence=sequence, data=data), {**axes, **self.axes})
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether what leaves or enters the layer is this rank's tokens."""
+        return bool(getattr(self, "sequence_parallel_enabled", False))
 
     @property
     def at(self) -> dict[str, int]:
@@ -126,6 +136,38 @@ class Native(nn.Module):
         raise NotImplementedError
 
 
+class NativeEngine:
+    """The engine of the layers above, for the registry: each describes itself."""
+
+    def knows(self, cls: type[nn.Module]) -> bool:
+        """Whether a class is one of these layers."""
+        return issubclass(cls, Native)
+
+    def describe(self, module: nn.Module) -> Native | None:
+        """Return the layer itself."""
+        return module if isinstance(module, Native) and "layout" in module.__dict__ else None
+
+    def uncut(self, module: nn.Module) -> None:
+        """Give a copy whose weight is whole a layout without cuts."""
+        assert isinstance(module, Native)
+        module.layout = Layout(dict(module.layout.sizes), (), module.layout.parts)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing: a layer knows everything."""
+
+    def adapted(self, model: nn.Module) -> None:
+        """Nothing."""
+
+    def axes(self, model: nn.Module) -> Mapping[str, Axis]:
+        """Return the mesh that a model was cut over."""
+        found: Mapping[str, Axis] = getattr(model, "lorica_mesh", {})
+        return found
+
+    def stages(self, model: nn.Module) -> Axis | None:
+        """Return the mesh's axis of stages."""
+        return self.axes(model).get("pp")
+
+
 def need_plain(module: nn.Module, cls: type[nn.Module], where: str = "") -> None:
     """Refuse to cut a module that is not ``cls`` with an unquantised weight.
 
@@ -159,4 +201,4 @@ def held_order(cut: Cut, device: torch.device) -> Tensor | None:
     return None if order is None else torch.tensor(order, device=device)
 
 
-__all__ = ["AxisLike", "Native", "axis_of", "held_order", "need_plain"]
+__all__ = ["AxisLike", "Native", "NativeEngine", "axis_of", "held_order", "need_plain"]

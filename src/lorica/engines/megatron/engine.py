@@ -1,0 +1,136 @@
+"""Megatron-Core's layers as layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from lorica.engines.megatron.fused import DESCRIBED, tell, told
+from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_axis
+from lorica.engines.megatron.openings import MegatronOpening
+from lorica.engines.registry import qualified_names
+from lorica.engines.site import Axis, Site
+from lorica.errors import LayoutError
+from lorica.layout import Layout, even
+
+_LAYERS = "megatron.core.tensor_parallel.layers."
+COLUMN, ROW, EMBEDDING = (
+    _LAYERS + name for name in ("ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding")
+)
+
+
+@dataclass
+class Placed:
+    """How one of Megatron's layers lies.
+
+    Attributes:
+        module: it.
+        kind: which of the classes above it is, or is derived from.
+        layout: how its logical weight lies.
+        axes: the axes that concern it.
+    """
+
+    module: Any = field(repr=False)
+    kind: str
+    layout: Layout
+    axes: dict[str, Axis]
+
+    @property
+    def at(self) -> dict[str, int]:
+        """This rank's coordinates."""
+        return {name: axis.rank for name, axis in self.axes.items()}
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether what enters or leaves the layer is this rank's tokens."""
+        scatters = getattr(self.module, "reduce_scatter_embeddings", False)
+        return bool(getattr(self.module, "sequence_parallel", False) or scatters)
+
+    def place(self, axes: Mapping[str, Axis], data: tuple[str, ...]) -> Site:
+        """Return where the layer is adapted; Megatron knows all axes that concern it.
+
+        Raises:
+            LayoutError: what is fused in it cannot be told apart.
+        """
+        if (inside := told(self.module)) is not None and inside.refusal:
+            raise LayoutError(inside.refusal)
+        opening = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
+        # The bias is added after the reduction, or handed on to whoever fuses its addition.
+        added = self.kind == COLUMN and not self.module.skip_bias_add
+        return Site(self.layout, self.axes, opening, bias=float(added))
+
+
+class MegatronEngine:
+    """Megatron-Core, for the registry."""
+
+    def knows(self, cls: type[nn.Module]) -> bool:
+        """Whether a class is one of Megatron's layers, or derived from one."""
+        return _kind_of(cls) is not None
+
+    def describe(self, module: nn.Module) -> Placed:
+        """Return how a layer lies; worked out once, since forwards ask."""
+        found: Placed | None = module.__dict__.get(DESCRIBED)
+        if found is None or found.module is not module:
+            found = module.__dict__[DESCRIBED] = _described(module)
+        return found
+
+    def uncut(self, module: nn.Module) -> None:
+        """Describe a copy as whole."""
+        found = self.describe(module)
+        layout = Layout(dict(found.layout.sizes), (), found.layout.parts)
+        module.__dict__[DESCRIBED] = replace(found, module=module, layout=layout)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Tell fused layers what is fused in them."""
+        for module in model.modules():
+            tell(module)
+
+    def adapted(self, model: nn.Module) -> None:
+        """Nothing."""
+
+    def axes(self, model: nn.Module) -> Mapping[str, Axis]:
+        """Return none but those of the layers."""
+        return {}
+
+    def stages(self, model: nn.Module) -> Axis | None:
+        """Return the axis of pipeline stages of a model of Megatron's."""
+        if not any(name.startswith("megatron.core.") for name in qualified_names(type(model))):
+            return None
+        return stage_axis(model)
+
+
+def _described(module: Any) -> Placed:
+    kind = _kind_of(type(module))
+    assert kind is not None
+    axis, data = tensor_axis(module), data_axis()
+    if kind == EMBEDDING:
+        words, width = module.num_embeddings, module.embedding_dim
+        layout = Layout({"in": words, "out": width}, (even(axis.name, "in", words, axis.size),), data=(DATA,))
+    else:
+        layout = _linear(module, kind, axis)
+    return Placed(module, kind, layout, {axis.name: axis, data.name: data})
+
+
+def _linear(module: Any, kind: str, axis: Axis) -> Layout:
+    sizes = {"out": module.output_size, "in": module.input_size}
+    if kind == ROW:
+        return Layout(sizes, (even(axis.name, "in", module.input_size, axis.size),), data=(DATA,))
+    if (inside := told(module)) is not None and not inside.refusal:
+        return Layout(sizes, (inside.cut(axis.name, axis.size),), inside.parts, data=(DATA,))
+    cut = even(axis.name, "out", module.output_size, axis.size)
+    return Layout(sizes, (cut,), data=(DATA,))
+
+
+def _kind_of(cls: type) -> str | None:
+    if cls not in _KINDS:
+        names = qualified_names(cls)
+        _KINDS[cls] = next((kind for kind in (COLUMN, ROW, EMBEDDING) if kind in names), None)
+    return _KINDS[cls]
+
+
+_KINDS: dict[type, str | None] = {}
+
+__all__ = ["COLUMN", "EMBEDDING", "ROW", "MegatronEngine", "Placed"]

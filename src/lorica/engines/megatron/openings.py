@@ -1,0 +1,138 @@
+"""The way into the forward of Megatron's layers: between the collective of the input and that of the output.
+
+::
+
+    column:  input ─ gather the sequence | copy ─ product ─ (gather)       row:  input ─ product ─ reduce (scatter)
+
+Megatron's linears hand the collective of their input to the function that multiplies, so that it can overlap with the
+product. In an adapted layer it is done before that function, which then gets the input that it multiplies: the same
+collectives, and the adapter's part works on the same gathered input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorica.engines.site import Forward, Opening
+
+
+class _Inside:
+    """What stands in for a method of a layer; openings replace its ``product``."""
+
+    method: str
+    product: Forward
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.own = getattr(module, self.method)
+        self.product = self._product
+
+    def _product(self, x: Tensor, **options: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class _Linear(_Inside):
+    """In the place of ``_forward_impl`` of a linear layer."""
+
+    method = "_forward_impl"
+
+    def __call__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False,
+        tp_group: Any = None,
+        **options: Any,
+    ) -> Any:
+        from megatron.core.tensor_parallel import mappings
+
+        if sequence_parallel:
+            input = mappings.gather_from_sequence_parallel_region(
+                input, tensor_parallel_output_grad=True, group=tp_group
+            )
+        elif allreduce_dgrad:
+            input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
+        return self.product(input, weight=weight, bias=bias, tp_group=tp_group, **options)
+
+    def _product(self, x: Tensor, **options: Any) -> Tensor:
+        result: Tensor = self.own(x, allreduce_dgrad=False, sequence_parallel=False, **options)
+        return result
+
+
+class _Embedding(_Inside):
+    """In the place of ``forward`` of an embedding that is cut by words.
+
+    What ``product`` gets are ids of the whole vocabulary, and it returns zeros for those of other ranks.
+    """
+
+    method = "forward"
+
+    def __call__(self, input_: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import mappings
+
+        module, rows = self.module, self.product(input_)
+        if module.reduce_scatter_embeddings:  # [batch, tokens, …] becomes [tokens of this rank, batch, …]
+            scattered: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(
+                rows.transpose(0, 1).contiguous(), group=module.tp_group
+            )
+            return scattered
+        reduced: Tensor = mappings.reduce_from_tensor_model_parallel_region(rows, group=module.tp_group)
+        return reduced
+
+    def _product(self, x: Tensor, **options: Any) -> Tensor:
+        module = self.module
+        if module.tp_group is None or module.tp_group.size() == 1:
+            return self._rows(x)
+        elsewhere = (x < module.vocab_start_index) | (x >= module.vocab_end_index)
+        rows = self._rows((x - module.vocab_start_index).masked_fill(elsewhere, 0))
+        return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight[ids] if self.module.deterministic_mode else F.embedding(ids, weight)
+
+
+class MegatronOpening(Opening):
+    """The way into a layer's product. What stands in for the layer's method is there while something is put in.
+
+    Args:
+        module: the layer.
+        lookup: whether it is an embedding.
+    """
+
+    def __init__(self, module: nn.Module, *, lookup: bool) -> None:
+        self._module, self._kind = module, _Embedding if lookup else _Linear
+        inside = self._inside()
+        super().__init__(inside or self._kind(module), "product")
+
+    def again(self) -> Opening:
+        """Return another one at the same place."""
+        return MegatronOpening(self._module, lookup=self._kind is _Embedding)
+
+    def put(self, forward: Forward) -> None:
+        """Let the layer's forward call ``forward`` between its collectives."""
+        if (inside := self._inside()) is None:
+            inside = self._kind(self._module)
+            self._module.__dict__[self._kind.method] = inside
+        self._owner = inside
+        super().put(forward)
+
+    def close(self) -> None:
+        """Take out what was put in; the last one to leave gives the layer its own method back."""
+        super().close()
+        inside = self._inside()
+        if inside is not None and inside.product == inside._product:
+            del self._module.__dict__[self._kind.method]
+
+    def _inside(self) -> _Inside | None:
+        found = self._module.__dict__.get(self._kind.method)
+        return found if isinstance(found, _Inside) else None
+
+
+__all__ = ["MegatronOpening"]

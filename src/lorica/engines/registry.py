@@ -1,0 +1,128 @@
+"""What an engine answers of the layers that it cuts, and the registry of those that have layers of their own.
+
+An engine whose cuts stand on the weights (``DTensor``) needs no entry: placements say all. One with layer classes of
+its own recognises them and gives a :class:`Description` of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import nn
+
+from lorica.engines.site import Axis, Site
+from lorica.layout import Layout
+
+
+class Description(Protocol):
+    """How one base layer lies over ranks, as its engine says it; the native layers say it themselves.
+
+    Attributes:
+        layout: how the logical weight lies over the axes.
+        axes: every axis that the layout names, and those that the engine knows besides.
+        at: this rank's coordinates.
+        splits_tokens: whether what leaves the layer, or enters it, is this rank's tokens only.
+    """
+
+    layout: Layout
+    axes: dict[str, Axis]
+
+    @property
+    def at(self) -> dict[str, int]: ...
+
+    @property
+    def splits_tokens(self) -> bool: ...
+
+    def place(self, axes: Mapping[str, Axis], data: tuple[str, ...]) -> Site:
+        """Return where the layer is adapted.
+
+        Args:
+            axes: those of the model.
+            data: the names of those over which batches are divided.
+        """
+
+
+class Engine(Protocol):
+    """A library with layers of its own."""
+
+    def knows(self, cls: type[nn.Module]) -> bool:
+        """Whether a class, or one that it is derived from, is one of its layers."""
+
+    def describe(self, module: nn.Module) -> Description | None:
+        """Return how a layer of a class that it knows lies; None: it is whole."""
+
+    def uncut(self, module: nn.Module) -> None:
+        """Let a copy of such a layer, whose weight is whole, be described so."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Tell layers what they cannot know by themselves: what is fused in them, which number they have in all.
+
+        Called before targets are looked for; nothing of what the model computes may change.
+        """
+
+    def adapted(self, model: nn.Module) -> None:
+        """Do what a model needs once it has an adapter."""
+
+    def axes(self, model: nn.Module) -> Mapping[str, Axis]:
+        """Return the axes that divide a model, beside those of its layers."""
+
+    def stages(self, model: nn.Module) -> Axis | None:
+        """Return the axis of a model's pipeline stages, if it has one."""
+
+
+#: Engines in the order in which they are asked. Filled by :mod:`lorica.engines.describe`.
+ENGINES: list[Engine] = []
+
+
+def engine_of(cls: type[nn.Module]) -> Engine | None:
+    """Return the engine that knows a class of base layers."""
+    if cls not in _ENGINE_OF:
+        _ENGINE_OF[cls] = next((engine for engine in ENGINES if engine.knows(cls)), None)
+    return _ENGINE_OF[cls]
+
+
+_ENGINE_OF: dict[type, Engine | None] = {}
+
+
+def described(module: nn.Module) -> Description | None:
+    """Return what the engine of a base layer says of it; None where it is no layer of an engine's own."""
+    engine = engine_of(type(module))
+    return None if engine is None else engine.describe(module)
+
+
+def prepare(model: nn.Module) -> None:
+    """Let every engine tell the layers of a model what they cannot know by themselves."""
+    for engine in ENGINES:
+        engine.prepare(model)
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """Return the layout of an engine's own layer."""
+    found = described(module)
+    return None if found is None else found.layout
+
+
+def uncut(module: nn.Module) -> None:
+    """Let a copy of a layer, whose weight is whole, be described so."""
+    engine = engine_of(type(module))
+    if engine is not None:
+        engine.uncut(module)
+
+
+def qualified_names(cls: type) -> list[str]:
+    """Return the full names of a class and of those it is derived from: how classes are known without an import."""
+    return [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__]
+
+
+__all__ = [
+    "ENGINES",
+    "Description",
+    "Engine",
+    "described",
+    "engine_of",
+    "layout_of",
+    "prepare",
+    "qualified_names",
+    "uncut",
+]

@@ -1,0 +1,96 @@
+"""What an adapted model of Megatron's gives under a division: loss, gradients and the file, as logical tensors.
+
+All of them are on rank 0; other ranks get empty dictionaries. So ``expect_equal`` compares on rank 0 and tells all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import world
+from gpt import Division, chunks
+from torch import Tensor, nn
+
+from lorica import LoraConfig, get_peft_model
+from lorica.checkpoint.names import adapter_entries
+from lorica.checkpoint.pieces import collect, pieces
+from lorica.parallel import sum_gradients
+
+#: Every kind of layer of a dense model; B of each starts other than zero, so that all gradients say something.
+EVERYTHING = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "word_embeddings", "output_layer"]
+
+
+@dataclass
+class Outcome:
+    """What came out under one division."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+
+
+def config(**changes: Any) -> LoraConfig:
+    """Return a configuration of small factors, none of which starts at zero."""
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": EVERYTHING, "init_lora_weights": False}
+    return LoraConfig(**fields | changes)
+
+
+def adapted(models: Sequence[nn.Module], wanted: LoraConfig) -> Any:
+    """Return the chunks of a rank as one adapted model."""
+    torch.manual_seed(7)
+    return get_peft_model(models[0] if len(models) == 1 else nn.ModuleList(models), wanted)  # type: ignore[arg-type]
+
+
+def outcome(division: Division, wanted: LoraConfig, *, batches: Tensor | None = None, **changes: Any) -> Outcome:
+    """Train one step without an optimiser, and return what there is to compare.
+
+    Args:
+        division: of the model.
+        wanted: the adapter.
+        batches: microbatches; None: two, or as many as there are data-parallel ranks.
+        **changes: of the model.
+    """
+    with world.divided(division):
+        models = chunks(division, **changes)
+        model = adapted(models, wanted)
+        loss = world.train(models, world.tokens(4) if batches is None else batches)
+        sum_gradients(model)
+        return Outcome(loss, logical(model, gradients=True), logical(model))
+
+
+def logical(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Return the adapter's tensors, or their gradients, whole and under their names in a file."""
+    entries = adapter_entries(model, "default", model.peft_config["default"])
+    if gradients:
+        entries = {name: replace(entry, tensor=_gradient(entry.tensor)) for name, entry in entries.items()}
+    return {name: tensor.clone() for name, tensor in collect(pieces(entries)).items()}
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    held = getattr(tensor, "main_grad", None)
+    gradient = tensor.grad if held is None else held
+    return torch.zeros_like(tensor) if gradient is None else gradient
+
+
+def expect_equal(found: Outcome, wanted: Outcome, tolerance: float = 1e-5) -> None:
+    """Refuse outcomes that differ: files in a bit, losses and gradients by more than a relative error."""
+    assert found.tensors.keys() == wanted.tensors.keys(), sorted(found.tensors.keys() ^ wanted.tensors.keys())[:6]
+    for name, tensor in found.tensors.items():
+        assert torch.equal(tensor, wanted.tensors[name]), f"{name} starts otherwise"
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=tolerance, atol=0)
+    close(found.gradients, wanted.gradients, tolerance)
+
+
+def close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Refuse tensors of which one differs by more than a relative error of its norm; none may be zero."""
+    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:6]
+    errors = {}
+    for name, tensor in found.items():
+        size = wanted[name].norm()
+        assert size > 0, f"{name} is zero, so nothing is compared"
+        errors[name] = float((tensor - wanted[name]).norm() / size)
+    wrong = {name: error for name, error in errors.items() if not error < tolerance}
+    assert not wrong, f"{len(wrong)} of {len(errors)} differ: {dict(list(wrong.items())[:8])}"

@@ -1,0 +1,22 @@
+"""A dense GPT of Megatron-Core's own layers, adapted: every division equals one process (I1, I2, I3, I6)."""
+
+from __future__ import annotations
+
+import outcomes
+import pytest
+import world
+from gpt import Division
+
+world.need_megatron()
+
+WHOLE = Division()
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), Division(tp=2, sp=True)])
+def every_layer(division: Division) -> None:
+    outcomes.expect_equal(outcomes.outcome(division, outcomes.config()), outcomes.outcome(WHOLE, outcomes.config()))
+
+
+@pytest.mark.parametrize("ranks", world.sizes(__name__))
+def test_dense(ranks: int, request: pytest.FixtureRequest) -> None:
+    world.run(__name__, ranks, request.config.getoption("--cases"))
