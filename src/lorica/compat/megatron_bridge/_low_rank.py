@@ -1,0 +1,164 @@
+"""What LoRA, its canonical form and DoRA share: their fields become one ``LoraConfig``, which lorica carries out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lorica.adapt.inject import inject
+from lorica.compat.megatron_bridge._experts import expert_fields
+from lorica.compat.megatron_bridge.base import PEFT
+from lorica.compat.megatron_bridge.module_matcher import ModuleMatcher, is_linear
+from lorica.config import LoraConfig
+from lorica.engines.registry import prepare
+from lorica.engines.stages import axis_of_stages
+from lorica.errors import ConfigError, TargetError, suggest
+from lorica.init.random import METHODS, named_after
+from lorica.layers import LoraLayer, Switch
+from lorica.model import LoraModel
+from lorica.ops import part_names
+from lorica.targets import make_plan
+from lorica.targets.explain import endings
+from lorica.targets.match import idle_entries, meaning, shortest_names
+from lorica.targets.walk import bare, base_modules
+
+#: What the adapter is called in files and in the model.
+ADAPTER = "default"
+
+
+@dataclass
+class LowRank(PEFT, ModuleMatcher):
+    """A method that puts factors on linear layers."""
+
+    _switch: Switch = field(default_factory=lambda: Switch(active=(ADAPTER,)), init=False, repr=False, compare=False)
+
+    @abstractmethod
+    def lora_fields(self) -> dict[str, Any]:
+        """Return the fields of ``LoraConfig`` that the method's own fields mean, whatever the model."""
+
+    def named(self, modules: Mapping[str, nn.Module]) -> set[str]:
+        """Return the names that the configuration has of what is adapted.
+
+        Args:
+            modules: of the model, by their full names.
+        """
+        return set(self.entries() or ())
+
+    def lora_config(self, model: nn.Module | list[Any]) -> LoraConfig:
+        """Return the configuration that is carried out on a model.
+
+        Args:
+            model: an unwrapped model, or the list of a pipeline stage's chunks; all ranks ask.
+
+        Raises:
+            ConfigError: the fields contradict each other.
+            TargetError: an entry means no module of the model.
+        """
+        chunks = model if isinstance(model, list) else [model]
+        for chunk in chunks:
+            prepare(chunk)
+        modules = {name: module for chunk in chunks for name, module in base_modules(chunk) if name}
+        names = self._names(modules, chunks)
+        meant = meaning(names)
+        fields = self.lora_fields()
+        fields |= expert_fields({name: module for name, module in modules.items() if meant(name)}, fields)
+        return LoraConfig(target_modules=names, exclude_modules=list(self.exclude_modules or ()) or None, **fields)
+
+    def adapt(self, chunks: list[Any]) -> None:
+        """Put the adapter in, as one plan for all that is meant.
+
+        Raises:
+            ConfigError: the fields contradict each other.
+            TargetError: an entry means nothing, or a layer cannot be adapted so. The model is as it was.
+        """
+        config = self.lora_config(chunks)
+        state = torch.get_rng_state()
+        for chunk in chunks:
+            torch.set_rng_state(state)  # so that what a layer starts from does not depend on how it is chunked
+            LoraModel(chunk, config, ADAPTER)
+
+    def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Return the module with an adapter, where it is meant and has none.
+
+        Called on the whole model (:meth:`PEFT.__call__`) a method does more: it tells one model's layers apart by their
+        place in it, and refuses entries that mean nothing.
+
+        Args:
+            module: any module of the model.
+            name: its name in the module that holds it.
+            prefix: the full name of that one.
+
+        Raises:
+            TargetError: it is meant and cannot be adapted.
+        """
+        found = None if isinstance(module, LoraLayer) else self.match(module, name, prefix)
+        if found is None:
+            return module
+        holder, full_name = _held(module, found[1])
+        inside = {full_name: module}
+        names = {full_name} if self.entries() is None else self.named(inside)
+        fields = self.lora_fields()
+        config = LoraConfig(target_modules=names, **fields | expert_fields(inside, fields))
+        inject(holder, make_plan(holder, config), config, ADAPTER, self._switch, autocast=False)
+        return holder.get_submodule(full_name)
+
+    def _names(self, modules: dict[str, nn.Module], chunks: list[Any]) -> set[str]:
+        if self.entries() is None:
+            excluded = meaning(self.exclude_modules)
+            chosen = [name for name, module in modules.items() if is_linear(module) and not excluded(name)]
+            found = shortest_names(chosen, modules.keys() - set(chosen))
+            return set().union(*_everywhere(found, chunks))
+        names = set().union(*_everywhere(self.named(modules), chunks))
+        known = [inner for name, module in modules.items() for inner in (name, *part_names(name, bare(module)))]
+        idle = set.intersection(*_everywhere(idle_entries(names, known), chunks))
+        if idle:
+            hints = "".join(suggest(name, endings(modules)) for name in sorted(idle))
+            raise TargetError(f"{type(self).__name__}: no module of the model is meant by {sorted(idle)}.{hints}")
+        return names
+
+
+def init_of(for_a: str, for_b: str) -> str:
+    """Return lorica's name of a start of A and B.
+
+    Args:
+        for_a: ``lora_A_init_method``.
+        for_b: ``lora_B_init_method``.
+
+    Raises:
+        ConfigError: a method is not known, or both are ``"zero"``.
+    """
+    for name, method in (("lora_A_init_method", for_a), ("lora_B_init_method", for_b)):
+        if method not in METHODS:
+            raise ConfigError(f"{name}={method!r}: there are {', '.join(METHODS)}.{suggest(str(method), METHODS)}")
+    if for_a == for_b == "zero":
+        raise ConfigError(
+            "lora_A_init_method='zero' with lora_B_init_method='zero': all gradients would be zero, and the adapter "
+            "would never learn; let one of them be random"
+        )
+    return named_after(for_a, for_b)
+
+
+def _everywhere(found: set[str], chunks: list[Any]) -> list[set[str]]:
+    """Return what was found on each rank, where these hold different layers of a model."""
+    if all(axis_of_stages(chunk) is None for chunk in chunks):
+        return [found]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    return everywhere
+
+
+def _held(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return a model in which nothing but a module is, under its full name."""
+    model = holder = nn.Module()
+    *path, last = name.split(".")
+    for word in path:
+        holder.add_module(word, nn.Module())
+        holder = holder.get_submodule(word)
+    holder.add_module(last, module)
+    return model, name
