@@ -9,13 +9,15 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import lorica
 from lorica.adapt.inject import adapted, adapter_modules, lora_layers
 from lorica.layers import Factor
-from lorica.layers.holders import begin, module_dict
+from lorica.layers.holders import Container, Light, begin
 
 
 class Block(nn.Module):
@@ -124,27 +126,53 @@ def test_both_ways_to_look_find_the_same_in_the_same_order():
 # ---- modules that are set up at once --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: Factor(nn.Parameter(torch.zeros(2, 3))), module_dict])
+@pytest.mark.parametrize("make", [lambda: Factor(nn.Parameter(torch.zeros(2, 3))), Container])
 def test_a_module_set_up_at_once_is_like_any_other(make):
-    def fresh(module: nn.Module) -> dict[str, object]:
-        return {name: value for name, value in vars(module).items() if name not in ("_parameters", "bias")}
-
     one, other, plain = make(), make(), nn.Module()
-    assert fresh(one) == {name: value for name, value in vars(plain).items() if name != "_parameters"}
-    assert {name: type(value) for name, value in fresh(one).items()} == {
-        name: type(value) for name, value in vars(plain).items() if name != "_parameters"
-    }
-    containers = [name for name, value in vars(plain).items() if isinstance(value, dict | set)]
-    for name in containers:
-        assert vars(one)[name] is not vars(other)[name], name
-    calls = []
-    one.register_forward_hook(lambda *_: calls.append(1))
+    for name, value in vars(plain).items():
+        assert type(getattr(one, name)) is type(value), name
+        if name != "_parameters":
+            assert getattr(one, name) == value, name
+        if isinstance(value, dict | set):
+            assert getattr(one, name) is getattr(one, name), name
+            assert getattr(one, name) is not getattr(other, name), name
+    one.register_forward_hook(lambda *_: None)
     assert len(one._forward_hooks) == 1
     assert not other._forward_hooks
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_light_module_is_copied_whole(again):
+    factor = Factor(nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(2)))
+    made = again(factor)
+    assert [name for name, _ in made.named_parameters()] == ["weight", "bias"]
+    assert torch.equal(made.weight, factor.weight)
+    made.register_state_dict_post_hook(lambda *_: None)
+    assert not factor._state_dict_hooks
+
+
+def test_a_light_module_takes_what_torch_s_tools_put_into_modules():
+    factor = Factor(nn.Parameter(torch.arange(6.0).view(2, 3)))
+    torch.nn.utils.prune.l1_unstructured(factor, "weight", amount=1)
+    assert [name for name, _ in factor.named_buffers()] == ["weight_mask"]
+    torch.nn.utils.prune.remove(factor, "weight")
+    torch.nn.utils.parametrizations.weight_norm(factor)
+    assert torch.allclose(factor.weight, torch.arange(6.0).view(2, 3))
+    assert {name for name, _ in factor.named_parameters()} == {
+        "parametrizations.weight.original0",
+        "parametrizations.weight.original1",
+    }
+
+
+def test_a_bias_of_a_factor_is_a_parameter_or_none():
+    weight, bias = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2))
+    assert Factor(weight).bias is None
+    assert Factor(weight, bias).bias is bias
+    assert dict(Factor(weight, bias).named_parameters()) == {"weight": weight, "bias": bias}
+
+
 def test_attributes_are_set_as_they_are():
-    module = nn.Module.__new__(nn.Module)
+    module = Light.__new__(Light)
     begin(module, rank=3)
     assert module.rank == 3
     assert module.training

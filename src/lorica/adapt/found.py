@@ -43,15 +43,15 @@ def adapted(model: nn.Module) -> list[AdapterModule]:
     stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
-        if module is None or id(module) in seen:
+        if module is None or not (children := module._modules) or id(module) in seen:
             continue
         seen.add(id(module))
         if isinstance(module, _KINDS):
             found.append(module)
             if inside := _inside(module):
                 stack += reversed(inside.values())
-        elif module._modules:
-            stack += reversed(module._modules.values())
+        else:
+            stack += reversed(children.values())
     return found
 
 
@@ -62,10 +62,11 @@ def _inside(module: AdapterModule) -> dict[str, nn.Module | None]:
     """Return those modules inside an adapted one that may be adapted too, by their names below it."""
     if isinstance(module, LoraLayer):
         base: nn.Module = module._modules["base_layer"]  # type: ignore[assignment]
+        if not base._modules:
+            return _NOTHING
         if isinstance(base, LoraLayer):
             return {"base_layer": base}
-        names = module.op.children
-        return {f"base_layer.{name}": base._modules[name] for name in names} if names else _NOTHING
+        return {f"base_layer.{name}": base._modules[name] for name in module.op.children}
     if isinstance(module, TrainableTokensWrapper) and isinstance(module.original_module, LoraLayer):
         return {"token_adapter.base_layer": module.original_module}
     return _NOTHING
@@ -115,9 +116,9 @@ def adapters_of(module: AdapterModule) -> list[str]:
 
 def merged_into(module: AdapterModule) -> list[str]:
     """Return the names of the adapters that are merged into the weight of an adapted module."""
-    if isinstance(module, ModulesToSaveWrapper):
-        return []
-    return (module.token_adapter if isinstance(module, TrainableTokensWrapper) else module).merged_adapters
+    if isinstance(module, LoraLayer):
+        return module.merged_adapters
+    return module.token_adapter.merged_adapters if isinstance(module, TrainableTokensWrapper) else []
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:

@@ -23,7 +23,7 @@ from lorica.engines.site import Site
 from lorica.errors import AdapterError, LayoutError
 from lorica.init import Factors
 from lorica.layers import lean
-from lorica.layers.holders import Factor, Tensors, module_dict
+from lorica.layers.holders import Container, Factor, Tensors
 from lorica.layers.merging import Merging
 from lorica.layers.mixed import add_by_rows, refuse_merged
 from lorica.layers.switch import Switch
@@ -66,7 +66,7 @@ class LoraLayer(Merging):
         # add_module would find the containers' names in a layer inside this one
         self._modules["base_layer"] = base_layer
         for name in _container_names(op):
-            self._modules[name] = nn.ParameterDict() if op.lookup else module_dict()
+            self._modules[name] = nn.ParameterDict() if op.lookup else Container()
         if site is not None:
             self.settle(site)
 
@@ -120,7 +120,7 @@ class LoraLayer(Merging):
             first[name], second[name] = a, b
         else:
             bias = None if factors.bias is None else nn.Parameter(factors.bias)
-            first[name], second[name] = Factor(a), Factor(b, bias)
+            first._modules[name], second._modules[name] = Factor(a), Factor(b, bias)
         self.specs[name] = spec
         if subtract and b.is_meta:
             self.owed.add(name)
@@ -226,22 +226,21 @@ class LoraLayer(Merging):
         Args:
             wanted: adapter → whether its parameters train.
         """
-        first, second = self._containers()
         tied, plain = self.tied, not (self.op.lookup or self.extras)
+        containers = self._containers()
         for name, spec in self.specs.items():
             trains = wanted.get(name)
             if trains is None or name in tied:
                 continue
-            if plain:  # what own_parameters gives; there are many layers, and this is most of the work
-                own = [*first._modules[name]._parameters.values(), *second._modules[name]._parameters.values()]
-            else:
-                own = [parameter for _, parameter in self.own_parameters(name)]
-            for parameter in own:
-                if parameter is not None and parameter.requires_grad is not trains:
-                    parameter.requires_grad_(trains)
-            for key, parameter in self.own_parameters(name) if spec.frozen else ():
-                if key in spec.frozen and parameter is not None:
-                    parameter.requires_grad_(False)
+            if plain and not spec.frozen:  # what own_parameters gives; this is most of the work of a switch
+                for container in containers:
+                    for parameter in container._modules[name]._parameters.values():
+                        if parameter is not None:
+                            parameter.requires_grad = trains
+                continue
+            for key, parameter in self.own_parameters(name):
+                if parameter is not None:
+                    parameter.requires_grad = trains and key not in spec.frozen
 
     def _extra_tensors(self, adapter: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

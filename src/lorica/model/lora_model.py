@@ -200,7 +200,7 @@ class LoraModel(nn.Module):
             self._need(name)
         modules = inject.adapted(self.model)
         _refuse_two_copies(self.model, modules, names)
-        if any(inject.merged_into(module) for module in modules):
+        if any(map(inject.merged_into, modules)):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge_adapter()
         self.switch.active = names
