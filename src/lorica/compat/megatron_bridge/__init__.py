@@ -1,7 +1,7 @@
 """Megatron Bridge's methods of adaptation over lorica: ``from lorica.compat.megatron_bridge import LoRA``.
 
-``megatron.bridge.peft.lora`` is ``lorica.compat.megatron_bridge.lora``, and so on. Megatron-Core is imported only where a
-model of its layers is there already; models of transformers and plain torch are adapted alike.
+``megatron.bridge.peft.lora`` is ``lorica.compat.megatron_bridge.lora``, and so on. Megatron-Core is imported only where
+a model of its layers is there already; models of transformers and plain torch are adapted alike.
 """
 
 from lorica.compat.megatron_bridge.base import PEFT

@@ -19,6 +19,11 @@ def chunks_of(model: nn.Module | list[Any]) -> list[Any]:
     return [_unwrapped(chunk) for chunk in (model if isinstance(model, list) else [model])]
 
 
+def as_one(chunks: list[Any]) -> Any:
+    """Return the chunks of a pipeline stage as one module."""
+    return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     while _WRAPPERS.intersection(cls.__name__ for cls in type(model).__mro__):
         model = model.get_submodule("module")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from lorica.adapt.inject import inject
+from lorica.compat.megatron_bridge._chunks import as_one, chunks_of
 from lorica.compat.megatron_bridge._experts import expert_fields
 from lorica.compat.megatron_bridge.base import PEFT
 from lorica.compat.megatron_bridge.module_matcher import ModuleMatcher, is_linear
@@ -54,17 +54,16 @@ class LowRank(PEFT, ModuleMatcher):
         """Return the configuration that is carried out on a model.
 
         Args:
-            model: an unwrapped model, or the list of a pipeline stage's chunks; all ranks ask.
+            model: a model, or the list of a pipeline stage's chunks; all ranks ask.
 
         Raises:
             ConfigError: the fields contradict each other.
             TargetError: an entry means no module of the model.
         """
-        chunks = model if isinstance(model, list) else [model]
-        for chunk in chunks:
-            prepare(chunk)
-        modules = {name: module for chunk in chunks for name, module in base_modules(chunk) if name}
-        names = self._names(modules, chunks)
+        whole = as_one(chunks_of(model))
+        prepare(whole)
+        modules = {name: module for name, module in base_modules(whole) if name}
+        names = self._names(modules, whole)
         meant = meaning(names)
         fields = self.lora_fields()
         fields |= expert_fields({name: module for name, module in modules.items() if meant(name)}, fields)
@@ -77,11 +76,9 @@ class LowRank(PEFT, ModuleMatcher):
             ConfigError: the fields contradict each other.
             TargetError: an entry means nothing, or a layer cannot be adapted so. The model is as it was.
         """
-        config = self.lora_config(chunks)
-        state = torch.get_rng_state()
+        made = LoraModel(as_one(chunks), self.lora_config(chunks), ADAPTER)
         for chunk in chunks:
-            torch.set_rng_state(state)  # so that what a layer starts from does not depend on how it is chunked
-            LoraModel(chunk, config, ADAPTER)
+            chunk.peft_config = made.peft_config
 
     def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Return the module with an adapter, where it is meant and has none.
@@ -108,15 +105,15 @@ class LowRank(PEFT, ModuleMatcher):
         inject(holder, make_plan(holder, config), config, ADAPTER, self._switch, autocast=False)
         return holder.get_submodule(full_name)
 
-    def _names(self, modules: dict[str, nn.Module], chunks: list[Any]) -> set[str]:
+    def _names(self, modules: dict[str, nn.Module], model: nn.Module) -> set[str]:
         if self.entries() is None:
             excluded = meaning(self.exclude_modules)
             chosen = [name for name, module in modules.items() if is_linear(module) and not excluded(name)]
             found = shortest_names(chosen, modules.keys() - set(chosen))
-            return set().union(*_everywhere(found, chunks))
-        names = set().union(*_everywhere(self.named(modules), chunks))
+            return set().union(*_everywhere(found, model))
+        names = set().union(*_everywhere(self.named(modules), model))
         known = [inner for name, module in modules.items() for inner in (name, *part_names(name, bare(module)))]
-        idle = set.intersection(*_everywhere(idle_entries(names, known), chunks))
+        idle = set.intersection(*_everywhere(idle_entries(names, known), model))
         if idle:
             hints = "".join(suggest(name, endings(modules)) for name in sorted(idle))
             raise TargetError(f"{type(self).__name__}: no module of the model is meant by {sorted(idle)}.{hints}")
@@ -144,9 +141,9 @@ def init_of(for_a: str, for_b: str) -> str:
     return named_after(for_a, for_b)
 
 
-def _everywhere(found: set[str], chunks: list[Any]) -> list[set[str]]:
+def _everywhere(found: set[str], model: nn.Module) -> list[set[str]]:
     """Return what was found on each rank, where these hold different layers of a model."""
-    if all(axis_of_stages(chunk) is None for chunk in chunks):
+    if axis_of_stages(model) is None:
         return [found]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
