@@ -12,9 +12,23 @@ world.need_megatron()
 WHOLE = Division()
 
 
-@world.case(ranks=2, divisions=[Division(tp=2), Division(tp=2, sp=True)])
+@world.case(ranks=2, divisions=[Division(tp=2), Division(tp=2, sp=True), Division(pp=2)])
 def every_layer(division: Division) -> None:
     outcomes.expect_equal(outcomes.outcome(division, outcomes.config()), outcomes.outcome(WHOLE, outcomes.config()))
+
+
+@world.case(
+    ranks=4,
+    divisions=[
+        Division(tp=4, sp=True),
+        Division(tp=2, sp=True, pp=2),
+        Division(tp=2, pp=2, vpp=2),
+        Division(tp=2),
+        Division(pp=2),
+    ],
+)
+def every_layer_on_four(division: Division) -> None:
+    every_layer(division)
 
 
 @pytest.mark.parametrize("ranks", world.sizes(__name__))

@@ -32,6 +32,7 @@ from lorica.config.checks import factor_dtype
 from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
 from lorica.engines.kinds import is_distributed
+from lorica.engines.names import submodule
 from lorica.engines.rest import at_rest, unshard
 from lorica.errors import AdapterError
 from lorica.init import (
@@ -390,7 +391,7 @@ def _layer_at(target: Target, places: Places, switch: Switch) -> LoraLayer:
 def _save_whole(model: nn.Module, plan: Plan, adapter: str, switch: Switch, places: Places) -> None:
     wrappers: dict[str, ModulesToSaveWrapper] = {}
     for name, source in sorted(plan.saved.items(), key=lambda item: item[1] is not None):
-        module = model.get_submodule(name)
+        module = submodule(model, name)
         if not isinstance(module, ModulesToSaveWrapper):
             wrapper = ModulesToSaveWrapper(module, switch, name)
             wrapper.training = module.training

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lorica.engines.names import submodule
 from lorica.engines.rest import at_rest, storage_axes
 from lorica.layers import Switch, TrainableTokensLayer, TrainableTokensWrapper
 from lorica.targets.tokens import Tokens
@@ -88,7 +89,7 @@ def train_rows(
     """
     layers: dict[str, TrainableTokensLayer] = {}
     for tokens in planned:
-        module = model.get_submodule(tokens.name)
+        module = submodule(model, tokens.name)
         source = None if tokens.tied_to is None else layers[tokens.tied_to]
         if isinstance(module, TrainableTokensWrapper):
             layer = module.token_adapter

@@ -23,6 +23,8 @@ from lorica.checkpoint.forms import FORMS
 from lorica.checkpoint.walk import live_modules
 from lorica.config import LoraConfig
 from lorica.engines import Engines, Site, fsdp
+from lorica.engines.names import logical_names
+from lorica.engines.registry import lies_elsewhere
 from lorica.engines.stages import is_elsewhere
 from lorica.errors import AdapterError, suggest
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer, TrainableTokensWrapper
@@ -90,25 +92,26 @@ def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[
     entries: dict[str, Entry] = {}
     engines: Engines | None = None
     inside: dict[int, str] = {}
+    logical = logical_names(model, base_of(model))
     for path, module in adapter_modules(model):
         if isinstance(module, LoraLayer):
-            saved_as, base = inside.get(id(module), path), module._modules["base_layer"]
+            saved_as, base = inside.get(id(module), logical(path)), module._modules["base_layer"]
             # Of layers around one another, those without this adapter leave no trace in the names of a file.
             inside[id(base)] = f"{saved_as}.base_layer" if adapter in module.specs else saved_as
             if adapter in module.specs:
                 _enter_factors(entries, path, saved_as, module, adapter)
         elif isinstance(module, TrainableTokensWrapper):
-            inside[id(module.original_module)] = path
-            entries.update(_rows(path, module.token_adapter, adapter))
+            inside[id(module.original_module)] = logical(path)
+            entries.update(_rows(path, logical(path), module.token_adapter, adapter))
         elif adapter in module.modules_to_save:
             engines = engines or Engines(base_of(model))
             prefix = f"{path}.modules_to_save.{adapter}"
             copied = module.modules_to_save[adapter]
             for name, tensor in copied.state_dict(keep_vars=True).items():
-                entries[f"{path}.{name}"] = _whole(f"{prefix}.{name}", tensor, copied, name, engines)
+                entries[f"{logical(path)}.{name}"] = _whole(f"{prefix}.{name}", tensor, copied, name, engines)
     for name, bias in named_biases(model, config.bias):
         engines = engines or Engines(base_of(model))
-        entries[name] = _whole(name, bias, model, name, engines)
+        entries[logical(name)] = _whole(name, bias, model, name, engines)
     return {_WRAPPERS.sub("", name): entry for name, entry in entries.items()}
 
 
@@ -154,14 +157,14 @@ def _held(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
     return module, module._buffers[leaf] if held is None else held  # type: ignore[return-value]
 
 
-def _rows(path: str, layer: TrainableTokensLayer, adapter: str) -> dict[str, Entry]:
+def _rows(path: str, saved_as: str, layer: TrainableTokensLayer, adapter: str) -> dict[str, Entry]:
     if adapter not in layer.token_indices or layer.tied_adapter is not None:
         return {}
-    name, rows = f"{path}.token_adapter.trainable_tokens_delta", layer.trainable_tokens_delta
+    name, rows = "token_adapter.trainable_tokens_delta", layer.trainable_tokens_delta
     device = layer.bare._parameters[layer.op.weight_name].device  # type: ignore[union-attr]
-    return {
-        name: Entry(f"{name}.{adapter}", rows[adapter], owner=rows, device=device, roles=layer.roles, site=layer.site)
-    }
+    live = f"{path}.{name}.{adapter}"
+    entry = Entry(live, rows[adapter], owner=rows, device=device, roles=layer.roles, site=layer.site)
+    return {f"{saved_as}.{name}": entry}
 
 
 def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[str, Entry]:
@@ -197,7 +200,9 @@ def of_other_stages(model: nn.Module, names: Iterable[str]) -> set[str]:
     if not dist.is_available() or not dist.is_initialized():
         return set()
     places = tuple(f"{path}." for path, module in live_modules(model) if is_elsewhere(module))
-    return {name for name in names if name.startswith(places)} if places else set()
+    found = {name for name in names if name.startswith(places)} if places else set()
+    base = base_of(model)
+    return found | {name for name in names if lies_elsewhere(base, name.removeprefix("base_model.model."))}
 
 
 def config_of_adapter(model: nn.Module, adapter: str) -> LoraConfig:

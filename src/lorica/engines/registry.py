@@ -70,6 +70,9 @@ class Engine(Protocol):
     def stages(self, model: nn.Module) -> Axis | None:
         """Return the axis of a model's pipeline stages, if it has one."""
 
+    def lies_elsewhere(self, model: nn.Module, name: str) -> bool:
+        """Whether what has a logical name lies on other ranks only, without anything in its place here."""
+
 
 #: Engines in the order in which they are asked. Filled by :mod:`lorica.engines.describe`.
 ENGINES: list[Engine] = []
@@ -97,6 +100,11 @@ def prepare(model: nn.Module) -> None:
         engine.prepare(model)
 
 
+def lies_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether what has a logical name lies on other ranks only, without anything in its place here."""
+    return any(engine.lies_elsewhere(model, name) for engine in ENGINES)
+
+
 def layout_of(module: nn.Module) -> Layout | None:
     """Return the layout of an engine's own layer."""
     found = described(module)
@@ -122,6 +130,7 @@ __all__ = [
     "described",
     "engine_of",
     "layout_of",
+    "lies_elsewhere",
     "prepare",
     "qualified_names",
     "uncut",

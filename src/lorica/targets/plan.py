@@ -11,6 +11,7 @@ from torch import nn
 
 from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
+from lorica.engines.names import submodule
 from lorica.engines.registry import prepare
 from lorica.engines.stages import axis_of_stages, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
@@ -101,15 +102,16 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     modules = dict(base_modules(model))
     names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
     group = tied_with_embedding(model, modules)
-    saved, names, tied = _tying(group, modules, config, names)
+    staged = axis_of_stages(model) is not None  # then what is named may lie on another stage
+    saved, names, tied = _tying(group, modules, config, names, staged=staged)
     fused = {} if config.fused_as_one else _parts(modules)
     chosen = _chosen(config, names, modules, fused)
     whole = tuple(f"{name}." for name in saved)
     chosen = [key for key in chosen if key not in tied and not f"{key}.".startswith(whole)]
-    staged = axis_of_stages(model) is not None  # then what is named may lie on another stage
     if not chosen and not config.target_parameters and not staged:
         explain_no_match(config, names, modules)
-    warn_of_idle_entries(config, names, [name for key in modules for name in (key, *fused.get(key, ()))])
+    if not staged:
+        warn_of_idle_entries(config, names, [name for key in modules for name in (key, *fused.get(key, ()))])
     chosen = _without_attention_inside(chosen, modules)
     specs = Specs(config)
     targets = [target for key in chosen for target in _targets_at(key, modules[key], config, names, specs)]
@@ -128,7 +130,7 @@ def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
     saved = list(saved)
     sharded = fsdp.managed(model) if saved else set()
     for name in saved:
-        if any(id(parameter) in sharded for parameter in model.get_submodule(name).parameters()):
+        if any(id(parameter) in sharded for parameter in submodule(model, name).parameters()):
             raise LayoutError(
                 f"{name}: modules_to_save trains a copy, and what fully_shard manages cannot be copied; add the "
                 "adapter first and call fully_shard then"
@@ -377,10 +379,15 @@ _TIED_WARNING = (
 
 
 def _tying(
-    group: tuple[str, list[str]] | None, modules: dict[str, nn.Module], config: LoraConfig, names: Names
+    group: tuple[str, list[str]] | None,
+    modules: dict[str, nn.Module],
+    config: LoraConfig,
+    names: Names,
+    *,
+    staged: bool,
 ) -> tuple[dict[str, str | None], Names, dict[str, str]]:
     """Return the modules to save, the target names and the tied targets, with ``ensure_weight_tying`` carried out."""
-    saved: dict[str, str | None] = dict.fromkeys(_saved_modules(config, modules))
+    saved: dict[str, str | None] = dict.fromkeys(_saved_modules(config, modules, staged=staged))
     if group is None:
         if config.ensure_weight_tying:
             warnings.warn(
@@ -423,7 +430,7 @@ def _tied_target(key: str, module: nn.Module, source: Target) -> Target:
     return Target(key, bare(module), op, source.spec, tied_to=source.name)
 
 
-def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module], *, staged: bool) -> list[str]:
     wanted = tuple(config.modules_to_save or ())
     if not wanted:
         return []
@@ -431,7 +438,7 @@ def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module]) -> list[st
     named = [key for key in modules if key.endswith(wanted)]
     heads = {head for heads in TASK_HEADS.values() for head in heads}
     for name in wanted:
-        if name not in heads and not any(key.endswith(name) for key in named):
+        if name not in heads and not staged and not any(key.endswith(name) for key in named):
             raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, endings(modules))}")
     found = [key for key in named if not is_elsewhere(modules[key])]
     for key in found:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from lorica.engines.names import below, children_of
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 
 _ADAPTED = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
@@ -21,7 +22,7 @@ def targets_of_keys(keys: Iterable[str]) -> set[str]:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module with its name in the base model.
+    """Yield every module with its logical name in the base model.
 
     An adapted layer is yielded as it is, its inside is not.
 
@@ -36,8 +37,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         yield name, module
         if module._modules and not isinstance(module, _ADAPTED):
-            prefix = f"{name}." if name else ""
-            stack += [(prefix + child, inner) for child, inner in reversed(module._modules.items())]
+            stack += [(below(name, child), inner) for child, inner in reversed([*children_of(module)])]
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
 from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_axis
+from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.registry import qualified_names
 from lorica.engines.site import Axis, Site
@@ -84,9 +85,10 @@ class MegatronEngine:
         module.__dict__[DESCRIBED] = replace(found, module=module, layout=layout)
 
     def prepare(self, model: nn.Module) -> None:
-        """Tell fused layers what is fused in them."""
+        """Tell fused layers what is fused in them; note the numbers of layers and experts in the whole model."""
         for module in model.modules():
             tell(module)
+        number_globally(model)
 
     def adapted(self, model: nn.Module) -> None:
         """Nothing."""
@@ -97,9 +99,12 @@ class MegatronEngine:
 
     def stages(self, model: nn.Module) -> Axis | None:
         """Return the axis of pipeline stages of a model of Megatron's."""
-        if not any(name.startswith("megatron.core.") for name in qualified_names(type(model))):
-            return None
-        return stage_axis(model)
+        chunks = chunks_of(model)
+        return stage_axis(chunks[0]) if chunks else None
+
+    def lies_elsewhere(self, model: nn.Module, name: str) -> bool:
+        """Whether what has a logical name is on another stage, or among another rank's experts."""
+        return lies_elsewhere(model, name)
 
 
 def _described(module: Any) -> Placed:

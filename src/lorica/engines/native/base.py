@@ -167,6 +167,10 @@ class NativeEngine:
         """Return the mesh's axis of stages."""
         return self.axes(model).get("pp")
 
+    def lies_elsewhere(self, model: nn.Module, name: str) -> bool:
+        """Whether a name is of another stage: no, something stands in the place of everything."""
+        return False
+
 
 def need_plain(module: nn.Module, cls: type[nn.Module], where: str = "") -> None:
     """Refuse to cut a module that is not ``cls`` with an unquantised weight.

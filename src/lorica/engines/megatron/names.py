@@ -1,0 +1,102 @@
+"""Numbers of layers and experts in the whole model, and what lies on other ranks."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lorica.engines.names import children_of, renumber
+from lorica.engines.registry import qualified_names
+
+_EXPERTS = "megatron.core.transformer.moe.experts.SequentialMLP"
+#: What only the first stage of a pipeline has, or only the last one.
+_ENDS = ("embedding", "output_layer", "decoder.final_layernorm")
+#: A numbered level of a logical name: of layers (the first there is) or of experts.
+_NUMBERED = re.compile(r"(?:^|\.)(?P<list>layers|local_experts)\.(?P<number>\d+)(?=\.|$)")
+
+
+def is_megatron(module: nn.Module) -> bool:
+    """Whether a module is of a class of Megatron-Core's, or derived from one."""
+    cls = type(module)
+    if cls not in _OURS:
+        _OURS[cls] = any(name.startswith("megatron.core.") for name in qualified_names(cls))
+    return _OURS[cls]
+
+
+_OURS: dict[type, bool] = {}
+
+
+def chunks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the chunks that a rank has of a model: itself, or the members of a list of chunks; none of others'."""
+    if isinstance(model, nn.ModuleList):
+        return [chunk for chunk in model if is_megatron(chunk)]
+    return [model] if is_megatron(model) else []
+
+
+def number_globally(model: nn.Module) -> None:
+    """Note the numbers that layers and experts have in the whole model; a list of chunks is no level of names."""
+    if chunks_of(model) and isinstance(model, nn.ModuleList):
+        renumber(model, model, dict.fromkeys(model._modules, ""))
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            numbers = {name: _number_of(layer) for name, layer in module._modules.items()}
+            if any(numbers.values()):
+                renumber(model, module, {name: str(number - 1) for name, number in numbers.items() if number})
+        elif is_megatron(module) and _EXPERTS in qualified_names(type(module)):
+            _number_experts(model, module)
+
+
+def _number_of(layer: Any) -> int:
+    """Return the number that a layer has in the whole model, from 1; 0 where it has none."""
+    return int(getattr(layer, "layer_number", 0)) if is_megatron(layer) else 0
+
+
+def _number_experts(model: nn.Module, block: Any) -> None:
+    experts, first = block.local_experts, _place(block) * block.num_local_experts
+    renumber(model, experts, {name: str(first + int(name)) for name in experts._modules})
+
+
+def _place(block: Any) -> int:
+    group = getattr(block, "ep_group", None)
+    if group is None:
+        state: Any = sys.modules["megatron.core.parallel_state"]
+        return int(state.get_expert_model_parallel_rank()) if state.model_parallel_is_initialized() else 0
+    return int(group.rank())
+
+
+def lies_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether what has a logical name is on another pipeline stage, or among another rank's experts.
+
+    Args:
+        model: the base model, or the list of its chunks.
+        name: of a tensor or of a module.
+    """
+    chunks: list[Any] = chunks_of(model)
+    config = getattr(chunks[0], "config", None) if chunks else None
+    if config is None:
+        return False
+    end = next((end for end in _ENDS if name.startswith(f"{end}.")), None)
+    if end is not None and getattr(config, "pipeline_model_parallel_size", 1) > 1:
+        return next(_there(model, end.split(".")), None) is None
+    counts = {"layers": getattr(config, "num_layers", 0), "local_experts": getattr(config, "num_moe_experts", 0) or 0}
+    for found in _NUMBERED.finditer(name):
+        if next(_there(model, name[: found.end()].split(".")), None) is None:
+            return int(found["number"]) < counts[found["list"]]
+    return False
+
+
+def _there(module: nn.Module, parts: list[str]) -> Iterator[nn.Module]:
+    """Yield the modules here that some parts of a logical name lead to."""
+    if not parts:
+        yield module
+        return
+    for name, child in children_of(module):
+        if child is not None and name in ("", parts[0]):
+            yield from _there(child, parts[1:] if name else parts)
+
+
+__all__ = ["chunks_of", "is_megatron", "lies_elsewhere", "number_globally"]
