@@ -40,6 +40,7 @@ ROOMS = {
     "parallel": "what does the user of many ranks call?",
     "merge": "how are files merged without a model?",
     "export": "how do other loaders want it?",
+    "convert": "how does it move between systems?",
     "compat": "how do programs for others find it?",
     "train": "how is it trained?",
     "bench": "how fast is it, beside others?",

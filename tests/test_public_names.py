@@ -35,6 +35,7 @@ NAMES = [
     "__version__",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "convert_adapter",
     "convert_to_lora",
     "create_arrow_model",
     "create_lorafa_optimizer",

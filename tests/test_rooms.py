@@ -36,6 +36,7 @@ ROOMS = [
     "parallel",
     "merge",
     "export",
+    "convert",
     "helpers",
     "__init__",
     "compat",

@@ -27,6 +27,7 @@ from lorica.config import (
     TaskType,
     VeloraConfig,
 )
+from lorica.convert import convert_adapter
 from lorica.helpers import (
     DoraCaching,
     cast_mixed_precision_params,
@@ -86,6 +87,7 @@ __all__ = [
     "__version__",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "convert_adapter",
     "convert_to_lora",
     "create_arrow_model",
     "create_lorafa_optimizer",

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorica._version import __version__
-from lorica.cli import bench, export, extract, inspect, launch, merge, plan, state, use
+from lorica.cli import bench, convert, export, extract, inspect, launch, merge, plan, state, use
 from lorica.cli.errors import note, quiet, readable
 
 app = typer.Typer(
@@ -126,6 +126,7 @@ app.command("eval")(use.evaluate)
 app.command()(merge.merge)
 app.command()(extract.extract)
 app.command()(export.export)
+app.command()(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command()(plan.plan)
 app.command()(bench.bench)

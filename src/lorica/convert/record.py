@@ -1,0 +1,69 @@
+"""What one system's files cannot say of an adapter, in a file beside them, so that going back gives what there was.
+
+``conversion.json`` holds the configuration that the adapter came with and, of every pair that was made of several or
+padded, how (:func:`lorica.convert.fuse.apart` undoes it). It only ever restores what the tensors bear out: an adapter
+that was trained further in its fused form has numbers where there were zeros, and is then read as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorica.errors import CheckpointError
+from lorica.files.atomic import write_json
+from lorica.files.json import read_json_object
+from lorica.targets.match import pattern_value
+
+NAME = "conversion.json"
+_FORMAT = "lorica conversion"
+_VERSION = 1
+_MAX_BYTES = 64 * 1024 * 1024
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a conversion wrote beside an adapter; empty where there is none.
+
+    Raises:
+        CheckpointError: the file is no record.
+    """
+    path = Path(folder, NAME)
+    if not path.is_file():
+        return {}
+    values = read_json_object(path, limit=_MAX_BYTES)
+    if values.pop("format", None) != _FORMAT or values.pop("version", None) != _VERSION:
+        raise CheckpointError(f"{path}: not a {_FORMAT!r} of version {_VERSION}; without the file, it is not needed")
+    for key, kind in (("config", dict), ("bridge", dict), ("spelling", dict), ("joined", list)):
+        if not isinstance(values.get(key, kind()), kind):
+            raise CheckpointError(f"{path}: {key!r} is no {kind.__name__}")
+    return values
+
+
+def write_record(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Write a record, if there is anything to say."""
+    if said := {key: value for key, value in values.items() if value}:
+        write_json(Path(folder, NAME), {"format": _FORMAT, "version": _VERSION, **said})
+
+
+def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return the scale that a configuration gives a layer of this rank.
+
+    Args:
+        config: values of ``adapter_config.json``.
+        name: the layer's.
+        rank: rows of its A.
+
+    Raises:
+        CheckpointError: the configuration does not say.
+    """
+    try:
+        alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{name}: the configuration has no lora_alpha, so its scale is not known") from error
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+__all__ = ["NAME", "read_record", "scale_of", "write_record"]

@@ -1,0 +1,278 @@
+"""Writing what Megatron Bridge loads: a distributed checkpoint of one process, chunk by chunk.
+
+``LoRA`` has one pair on a fused layer, ``CanonicalLoRA`` one for each projection; both have one rank and one alpha for
+all layers (``normalize_moe_lora``: experts have the rank divided by the experts of a token). What does not fit is
+padded with zeros, and fused exactly (:mod:`lorica.convert.fuse`); ``conversion.json`` remembers it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lorica.convert.adapter import Adapter, Lazy, Pair, is_same
+from lorica.convert.dcp import DistributedWriter
+from lorica.convert.families import Place, in_megatron, in_transformers, slot_named
+from lorica.convert.fuse import Fused, Layer, fuse, padded, scaled
+from lorica.convert.geometry import Geometry, as_megatron
+from lorica.convert.megatron import LATEST, RUN_CONFIG
+from lorica.errors import ExportError
+from lorica.files.atomic import write_bytes
+
+_ITERATION = "iter_0000000"
+FORMS = ("auto", "fused", "canonical")
+
+
+class Named(NamedTuple):
+    """A pair and its place.
+
+    Attributes:
+        place: the layer.
+        part: which projection of a fused one; empty: all.
+        pair: the factors.
+    """
+
+    place: Place
+    part: str
+    pair: Pair
+
+
+def write_bridge_adapter(
+    adapter: Adapter,
+    folder: Path,
+    geometry: Geometry | None,
+    *,
+    form: str = "auto",
+    rank: int | None = None,
+    rounding: bool = False,
+) -> Fused:
+    """Fill a directory with an adapter in Megatron Bridge's form.
+
+    Args:
+        adapter: the adapter.
+        folder: the directory, which is there.
+        geometry: of the model; ``ranks`` are those that are to load it, which only ``CanonicalLoRA``'s gate and up, and
+            DoRA's magnitudes, depend on.
+        form: ``"fused"`` for ``LoRA`` (and ``DoRA``), ``"canonical"`` for ``CanonicalLoRA``, ``"auto"`` for the first
+            where the projections of every fused layer share their A, and else the second.
+        rank: the largest rank of fused layers; None: nothing is lost.
+        rounding: as in :func:`lorica.convert.fuse.scaled`.
+
+    Returns:
+        What was fused, and what that lost.
+
+    Raises:
+        ExportError: it cannot be written so.
+    """
+    if geometry is None:
+        raise ExportError(
+            f"{adapter.where}: Megatron's form needs the model's configuration; give it (model=, --model)"
+        )
+    for pair in adapter.pairs:
+        if pair.lookup:
+            raise ExportError(f"{pair.name}: Megatron Bridge adapts no embedding")
+    form = _form(adapter, form, geometry)
+    if form == "canonical":
+        done = fuse(
+            (single for pair in adapter.pairs for single in pair.split()),
+            lambda name: Layer((name,)),
+            rounding=rounding,
+        )
+    else:
+        done = fuse(adapter.pairs, lambda name: _layer_of(name, geometry), rank=rank, rounding=rounding)
+    said = _one_configuration(done, geometry, rounding)
+    named = [_named(pair, form, geometry) for pair in done.pairs]
+    iteration = folder / _ITERATION
+    iteration.mkdir()
+    with DistributedWriter(iteration) as writer:
+        for one in named:
+            _write(writer, one, geometry)
+    sections = {"peft": _peft(adapter, form, said, named), "model": _model(adapter, geometry)}
+    _write_yaml(iteration / RUN_CONFIG, sections)
+    state = {"step": torch.tensor(0, dtype=torch.int32)}
+    for path in (iteration / "train_state.pt", folder / "latest_train_state.pt"):
+        torch.save(state, path)
+    write_bytes(folder / LATEST, b"0")
+    return done
+
+
+# ---- form ------------------------------------------------------------------------------------------------------------
+
+
+def _form(adapter: Adapter, form: str, geometry: Geometry) -> str:
+    if form not in FORMS:
+        raise ExportError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+    dora = any(pair.magnitude is not None for pair in adapter.pairs)
+    if dora and form == "canonical":
+        raise ExportError("Megatron Bridge has DoRA on fused layers only; form='fused' writes it so")
+    if dora or form != "auto":
+        return "fused" if dora else form
+    if str(adapter.kept.get("bridge", {}).get("peft", {}).get("_target_", "")).endswith(".CanonicalLoRA"):
+        return "canonical"
+    groups: dict[tuple[str, ...], list[Pair]] = {}
+    for pair in adapter.pairs:
+        groups.setdefault(_layer_of(pair.names[0], geometry).names, []).append(pair)
+    for names, group in groups.items():
+        whole = sum(len(pair.names) for pair in group) == len(names)
+        if not whole or any(not is_same(pair.a, group[0].a) or pair.scale != group[0].scale for pair in group[1:]):
+            return "canonical"
+    return "fused"
+
+
+def _layer_of(name: str, geometry: Geometry) -> Layer:
+    place, _ = in_megatron(name, gated=geometry.gated)
+    names = in_transformers(place, gated=geometry.gated)
+    return Layer(names, geometry.qkv if len(names) == 3 else None)
+
+
+def _named(pair: Pair, form: str, geometry: Geometry) -> Named:
+    place, part = in_megatron(pair.names[0], gated=geometry.gated)
+    slot = None if place.layer is None else slot_named(place.module, gated=geometry.gated)
+    if slot is None or not slot.parts or (form == "fused"):
+        return Named(place, "", pair)
+    return Named(place, slot.parts[part], pair)
+
+
+def _one_configuration(done: Fused, geometry: Geometry, rounding: bool) -> dict[str, Any]:
+    """Give pairs the ranks and the scale that one configuration can say, and return it."""
+    routed = {pair.names: _is_routed(pair, geometry) for pair in done.pairs}
+    dense, experts = ({p.rank for p in done.pairs if routed[p.names] is flag} for flag in (False, True))
+    alphas = {_alpha(pair) for pair in done.pairs}
+    if len(alphas) == 1 and len(dense) == len(experts) == 1 and geometry.top_k > 1:
+        rank, inner = dense.pop(), experts.pop()
+        if inner != rank and inner == rank // geometry.top_k and rank % geometry.top_k == 0:
+            return {"dim": rank, "alpha": alphas.pop(), "normalize_moe_lora": True}
+    rank = max(pair.rank for pair in done.pairs)
+    scale = Counter(pair.scale for pair in done.pairs).most_common(1)[0][0]
+    done.pairs = [padded(scaled(pair, scale, rounding=rounding), rank) for pair in done.pairs]
+    return {"dim": rank, "alpha": _number(scale * rank), "normalize_moe_lora": False}
+
+
+def _is_routed(pair: Pair, geometry: Geometry) -> bool:
+    return in_megatron(pair.names[0], gated=geometry.gated)[0].expert is not None
+
+
+def _alpha(pair: Pair) -> int | float:
+    return _number(pair.scale * pair.rank)
+
+
+def _number(value: float) -> int | float:
+    nearest = round(value)
+    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _write(writer: DistributedWriter, one: Named, geometry: Geometry) -> None:
+    place, part, pair = one
+    lead: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    module = place.module
+    if place.layer is not None:
+        module, lead, shape = f"decoder.layers.{module}", (place.layer,), (geometry.layers,)
+    if place.layer is not None and not 0 <= place.layer < geometry.layers:
+        raise ExportError(f"{', '.join(pair.names)}: the model has {geometry.layers} layers")
+    if place.expert is not None:
+        if not place.expert < geometry.experts:
+            raise ExportError(f"{', '.join(pair.names)}: the model has {geometry.experts} experts")
+        module = module.replace("mlp.experts.", "mlp.experts.experts.", 1)
+        lead, shape = (*lead, place.expert), (*shape, geometry.experts)
+    key = f"{place.root}{module}.adapter." + (f"adapter_{part}." if part else "")
+    b, m = _fused_order(one, geometry)
+    leaves = [("linear_in.weight", pair.a), ("linear_out.weight", b)]
+    if m is not None:
+        leaves.append(("weight_magnitude", m))
+    for leaf, lazy in leaves:
+        writer.write(f"{key}{leaf}", (*shape, *lazy.shape), lead, lazy.read())
+
+
+def _fused_order(one: Named, geometry: Geometry) -> tuple[Lazy, Lazy | None]:
+    """Return B and magnitude with their rows in Megatron's order."""
+    pair = one.pair
+    ranks = geometry.expert_ranks if one.place.expert is not None else geometry.ranks
+    m = None if pair.magnitude is None else pair.magnitude.map(lambda t: t.reshape(-1), (pair.b.shape[0],))
+    if one.part in ("gate", "up"):
+        return halved(pair.b, ranks), m
+    if len(pair.names) == 2:
+        return pair.b, m and rank_by_rank(m, ranks)
+    if len(pair.names) < 3:
+        return pair.b, m
+    order = geometry.interleaved()
+    if pair.b.shape[0] != len(order):
+        raise ExportError(f"{', '.join(pair.names)}: B has {pair.b.shape[0]} rows, the model {len(order)}")
+    return pair.b.map(lambda t: t[order]), m and m.map(lambda t: t[order])
+
+
+def halved(b: Lazy, ranks: int) -> Lazy:
+    """Return the rows of gate (or up) as Megatron Bridge stores them; ``megatron.unhalved`` undoes it."""
+    if ranks == 1:
+        return b
+    if b.shape[0] % (2 * ranks):
+        raise ExportError(f"{b.shape[0]} rows of gate or up do not divide over {ranks} ranks and two halves")
+    return b.map(lambda t: t.view(ranks, 2, -1, t.shape[-1]).transpose(0, 1).flatten(0, 2))
+
+
+def rank_by_rank(magnitude: Lazy, ranks: int) -> Lazy:
+    """Return a vector of gate and up rank by rank; ``megatron.by_halves`` undoes it."""
+    if magnitude.shape[0] % (2 * ranks):
+        raise ExportError(f"{magnitude.shape[0]} rows of gate and up do not divide over {ranks} ranks")
+    return magnitude if ranks == 1 else magnitude.map(lambda t: t.view(2, ranks, -1).transpose(0, 1).flatten())
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+def _peft(adapter: Adapter, form: str, said: Mapping[str, Any], named: Sequence[Named]) -> dict[str, Any]:
+    """Return the section of the run's configuration: what the adapter came with, brought up to date."""
+    kept: Mapping[str, Any] = adapter.kept.get("bridge", {}).get("peft", {})
+    dora = any(one.pair.magnitude is not None for one in named)
+    name = "dora.DoRA" if dora else "lora.LoRA" if form == "fused" else "canonical_lora.CanonicalLoRA"
+    made: dict[str, Any] = {
+        "_target_": f"megatron.bridge.peft.{name}",
+        "target_modules": sorted({_target(one) for one in named}),
+    }
+    made |= {"dropout": float(adapter.config.get("lora_dropout") or 0.0)}
+    made |= {"dropout_position": adapter.config.get("dropout_position", "pre")}
+    result = made | dict(kept) | dict(said)
+    if str(result["_target_"]).rpartition(".")[2] not in (name.rpartition(".")[2], f"VLM{name.rpartition('.')[2]}"):
+        result |= {key: made[key] for key in ("_target_", "target_modules")}
+    if any(one.place.expert is not None for one in named):
+        result["share_expert_adapters"] = bool(kept.get("share_expert_adapters", False)) and _experts_share(named)
+    return result
+
+
+def _target(one: Named) -> str:
+    leaf = one.place.module.rpartition(".")[2]
+    if not one.part:
+        return leaf
+    return f"linear_{one.part}" if leaf == "linear_qkv" else f"{leaf}_{one.part}"
+
+
+def _experts_share(named: Sequence[Named]) -> bool:
+    first: dict[tuple[int | None, str, str], Pair] = {}
+    for place, part, pair in named:
+        if place.expert is not None:
+            other = first.setdefault((place.layer, place.module, part), pair)
+            if not (is_same(other.a, pair.a) and is_same(other.b, pair.b)):
+                return False
+    return True
+
+
+def _model(adapter: Adapter, geometry: Geometry) -> dict[str, Any]:
+    kept: Mapping[str, Any] = adapter.kept.get("bridge", {}).get("model", {})
+    return {**kept, **as_megatron(geometry)}
+
+
+def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    import yaml
+
+    write_bytes(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).encode())
+
+
+__all__ = ["FORMS", "write_bridge_adapter"]
