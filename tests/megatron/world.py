@@ -31,6 +31,7 @@ with every rank's traceback. ``pytest tests/megatron/test_x.py --cases rows,rout
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import importlib.util
 import sys
@@ -48,8 +49,8 @@ import torch.distributed as dist
 from gpt import VOCABULARY, Division
 from torch import Tensor, nn
 
-#: Seconds that a case may take, and those a start takes.
-PATIENCE, START = 60, 60
+#: Seconds that a case may take, and those a start takes. A rank that hangs says where it is and leaves.
+PATIENCE, START = 40, 60
 #: So many failures are told, and the cases after them not tried.
 MOST = 4
 #: The cases of each file, by its module's name.
@@ -131,6 +132,7 @@ def _run(module: str, indices: Sequence[int], folder: str) -> None:
         file.write_text(str(place))
         found = CASES[module][index]
         torch.manual_seed(0)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
             found.function(*([] if found.division is None else [found.division]))
         except BaseException as error:
@@ -138,6 +140,7 @@ def _run(module: str, indices: Sequence[int], folder: str) -> None:
         finally:
             sys.stdout.flush()
         dist.barrier()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _progress(folder: str, rank: int) -> int:
@@ -166,7 +169,10 @@ def divided(division: Division) -> Iterator[Any]:
     torch.manual_seed(0)
     try:
         yield parallel_state
-    finally:
+    except BaseException:  # the others may not come here
+        parallel_state.destroy_model_parallel()
+        raise
+    else:
         parallel_state.destroy_model_parallel()
         dist.barrier()
         for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
