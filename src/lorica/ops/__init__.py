@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorica.engines.megatron.engine import COLUMN, EMBEDDING, ROW
+from lorica.engines.megatron.engine import COLUMN, EMBEDDING, ROUTER, ROW
 from lorica.engines.native import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from lorica.engines.registry import layout_of
 from lorica.ops.attention import Attention
@@ -13,7 +13,7 @@ from lorica.ops.conv import Conv
 from lorica.ops.embedding import Embedding
 from lorica.ops.experts import experts_op, matrix_op
 from lorica.ops.fused import FusedLinear, OneLinear, part_names
-from lorica.ops.linear import Beside, Linear, TransposedLinear
+from lorica.ops.linear import Beside, Linear, Router, TransposedLinear
 from lorica.storage import LINEARS
 
 #: Class of a base layer, or its full name where lorica does not depend on its package → op.
@@ -32,6 +32,7 @@ OPS: dict[type[nn.Module] | str, Op] = {
     COLUMN: Linear(),
     ROW: Linear(),
     EMBEDDING: Embedding(),
+    ROUTER: Router(),
     "transformer_engine.pytorch.module.linear.Linear": Linear(),
     "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": Beside(),
 }

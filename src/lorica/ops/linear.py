@@ -67,6 +67,12 @@ class TransposedLinear(Linear):
         return factors.a.T, factors.b.T
 
 
+class Router(Linear):
+    """What gives each token its logits for the experts of a mixture; no linear layer in the sense of "all-linear"."""
+
+    kind = "Router"
+
+
 class Beside(Linear):
     """A linear inside a larger step, which the adapter stands beside: TransformerEngine's ``LayerNormLinear``.
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from lorica.engines.megatron.experts import EXPERTS, ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
 from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_axis
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.registry import qualified_names
-from lorica.engines.site import Axis, Site
+from lorica.engines.site import Axis, Opening, Site
 from lorica.errors import LayoutError
 from lorica.layout import Layout, even
 
@@ -58,10 +59,13 @@ class Placed:
         """
         if (inside := told(self.module)) is not None and inside.refusal:
             raise LayoutError(inside.refusal)
+        if self.kind == ROUTER:  # adapters add to the logits, of which the routing is made
+            return Site(self.layout, self.axes, Opening(self.module, "gating"))
         opening = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
         # The bias is added after the reduction, or handed on to whoever fuses its addition.
         added = self.kind == COLUMN and not self.module.skip_bias_add
-        return Site(self.layout, self.axes, opening, bias=float(added))
+        apart = tuple(name for name in (EXPERTS,) if name in self.axes)
+        return Site(self.layout, self.axes, opening, bias=float(added), apart=apart)
 
 
 class MegatronEngine:
@@ -110,32 +114,53 @@ class MegatronEngine:
 def _described(module: Any) -> Placed:
     kind = _kind_of(type(module))
     assert kind is not None
-    axis, data = tensor_axis(module), data_axis()
-    if kind == EMBEDDING:
-        words, width = module.num_embeddings, module.embedding_dim
-        layout = Layout({"in": words, "out": width}, (even(axis.name, "in", words, axis.size),), data=(DATA,))
-    else:
-        layout = _linear(module, kind, axis)
-    return Placed(module, kind, layout, {axis.name: axis, data.name: data})
+    routed = is_expert(module)
+    axis = expert_tensor_axis(module) if routed else tensor_axis(module)
+    layout = _LAYOUTS[kind](module, axis)
+    if routed:
+        return Placed(module, kind, as_expert(layout), {axis.name: axis, **expert_axes()})
+    return Placed(module, kind, replace(layout, data=(DATA,)), {axis.name: axis, DATA: data_axis()})
 
 
-def _linear(module: Any, kind: str, axis: Axis) -> Layout:
+def _column(module: Any, axis: Axis) -> Layout:
     sizes = {"out": module.output_size, "in": module.input_size}
-    if kind == ROW:
-        return Layout(sizes, (even(axis.name, "in", module.input_size, axis.size),), data=(DATA,))
     if (inside := told(module)) is not None and not inside.refusal:
-        return Layout(sizes, (inside.cut(axis.name, axis.size),), inside.parts, data=(DATA,))
-    cut = even(axis.name, "out", module.output_size, axis.size)
-    return Layout(sizes, (cut,), data=(DATA,))
+        return Layout(sizes, (inside.cut(axis.name, axis.size),), inside.parts)
+    return Layout(sizes, (even(axis.name, "out", module.output_size, axis.size),))
+
+
+def _row(module: Any, axis: Axis) -> Layout:
+    sizes = {"out": module.output_size, "in": module.input_size}
+    return Layout(sizes, (even(axis.name, "in", module.input_size, axis.size),))
+
+
+def _embedding(module: Any, axis: Axis) -> Layout:
+    sizes = {"in": module.num_embeddings, "out": module.embedding_dim}
+    return Layout(sizes, (even(axis.name, "in", module.num_embeddings, axis.size),))
+
+
+def _router(module: Any, axis: Axis) -> Layout:
+    """Whole on every rank, of whose tokens alone it makes logits under sequence parallelism."""
+    sizes = {"out": module.num_experts, "in": module.config.hidden_size}
+    return Layout(sizes, sequence=(axis.name,) if module.config.sequence_parallel else ())
+
+
+#: The layout of each kind of layer over its tensor-parallel axis, but for what all of its axes have to do with tokens.
+_LAYOUTS: dict[str, Callable[[Any, Axis], Layout]] = {
+    COLUMN: _column,
+    ROW: _row,
+    EMBEDDING: _embedding,
+    ROUTER: _router,
+}
 
 
 def _kind_of(cls: type) -> str | None:
     if cls not in _KINDS:
         names = qualified_names(cls)
-        _KINDS[cls] = next((kind for kind in (COLUMN, ROW, EMBEDDING) if kind in names), None)
+        _KINDS[cls] = next((kind for kind in _LAYOUTS if kind in names), None)
     return _KINDS[cls]
 
 
 _KINDS: dict[type, str | None] = {}
 
-__all__ = ["COLUMN", "EMBEDDING", "ROW", "MegatronEngine", "Placed"]
+__all__ = ["COLUMN", "EMBEDDING", "ROUTER", "ROW", "MegatronEngine", "Placed"]

@@ -28,15 +28,15 @@ def data_axis(model: nn.Module | None = None) -> Axis:
 
     Megatron's loss functions are scaled so that the average over ranks of one sequence is the gradient of all of it.
     """
-    return axis_of(DATA, _group(model, "dp_cp", "get_data_parallel_group", with_context_parallel=True))
+    return axis_of(DATA, group_of(model, "dp_cp", "get_data_parallel_group", with_context_parallel=True))
 
 
 def stage_axis(model: nn.Module | None = None) -> Axis:
     """Return the axis of pipeline stages."""
-    return axis_of(STAGES, _group(model, "pp", "get_pipeline_model_parallel_group"))
+    return axis_of(STAGES, group_of(model, "pp", "get_pipeline_model_parallel_group"))
 
 
-def _group(model: nn.Module | None, name: str, getter: str, **options: Any) -> Any:
+def group_of(model: nn.Module | None, name: str, getter: str, **options: Any) -> Any:
     """Return a group: of the collection that the model was given, or else of Megatron's global state."""
     own = getattr(getattr(model, "pg_collection", None), name, None)
     if own is not None:
@@ -47,4 +47,4 @@ def _group(model: nn.Module | None, name: str, getter: str, **options: Any) -> A
     return getattr(state, getter)(**options)
 
 
-__all__ = ["DATA", "STAGES", "TENSOR", "axis_of", "data_axis", "stage_axis", "tensor_axis"]
+__all__ = ["DATA", "STAGES", "TENSOR", "axis_of", "data_axis", "group_of", "stage_axis", "tensor_axis"]

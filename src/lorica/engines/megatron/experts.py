@@ -1,0 +1,57 @@
+"""Mixtures of experts: the same ranks, divided another way.
+
+What dense layers see as ``tp × cp × dp`` experts see as ``etp × ep × edp``: their own tensor parallelism, ranks with
+other experts, and ranks with the same ones. Every token of a step is seen once by each expert that it is routed to, on
+whichever rank of ``edp`` it is; with more tensor-parallel ranks than there are in ``etp × ep``, ranks of ``edp`` see
+parts of one sequence. So a gradient is the sum over ``edp``, divided by the number of batches of the step, the size of
+``dp × cp``: Megatron's own rule. Lepikhin et al. 2020 (expert parallelism).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lorica.engines.megatron.groups import axis_of, data_axis, group_of
+from lorica.engines.site import Axis
+from lorica.layout import Layout
+
+#: The mesh axes of experts: tensor, data, and ranks that have other experts as modules.
+EXPERT_TENSOR, EXPERT_DATA, EXPERTS = "etp", "edp", "experts"
+
+#: What routes tokens to experts.
+ROUTER = "megatron.core.transformer.moe.router.Router"
+
+
+def is_expert(module: Any) -> bool:
+    """Whether a linear layer is one of a routed expert's; shared experts are dense layers."""
+    return bool(getattr(module, "is_expert", False))
+
+
+def expert_tensor_axis(module: Any) -> Axis:
+    """Return the tensor-parallel axis of an expert's layer, which holds its group."""
+    return axis_of(EXPERT_TENSOR, getattr(module, "tp_group", None))
+
+
+def expert_axes() -> dict[str, Axis]:
+    """Return the axes of experts besides the tensor-parallel one."""
+    data = axis_of(EXPERT_DATA, group_of(None, "expt_dp", "get_expert_data_parallel_group"))
+    others = axis_of(EXPERTS, group_of(None, "ep", "get_expert_model_parallel_group"))
+    return {data.name: data, others.name: others}
+
+
+def as_expert(layout: Layout) -> Layout:
+    """Return the layout of a layer of an expert: what is known of it besides its cuts."""
+    return replace(layout, sequence=(EXPERT_DATA,), data=(), batches=data_axis().size)
+
+
+__all__ = [
+    "EXPERTS",
+    "EXPERT_DATA",
+    "EXPERT_TENSOR",
+    "ROUTER",
+    "as_expert",
+    "expert_axes",
+    "expert_tensor_axis",
+    "is_expert",
+]

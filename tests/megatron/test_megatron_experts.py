@@ -1,0 +1,54 @@
+"""Mixtures of experts of Megatron-Core, adapted: every division equals one process (I1, I2, I3, I6)."""
+
+from __future__ import annotations
+
+import outcomes
+import pytest
+import world
+from gpt import Division, moe
+from outcomes import Outcome
+
+world.need_megatron()
+
+WHOLE = Division()
+EXPERTS = ["linear_fc1", "linear_fc2"]
+#: Experts divided in every way: among ranks, by their own tensor parallelism, by neither of them under that of others.
+DIVISIONS = [
+    Division(ep=2),
+    Division(tp=2, sp=True, etp=1),
+    Division(tp=2, sp=True),
+    Division(tp=2, sp=True, ep=2, etp=1),
+]
+MORE = [
+    Division(ep=4),
+    Division(ep=2, etp=2),
+    Division(tp=2, sp=True, ep=2),
+    Division(tp=2, sp=True, ep=2, etp=1, pp=2),
+    Division(tp=4, sp=True, ep=2, etp=2),
+    Division(tp=4, sp=True, ep=2, etp=1),
+]
+
+
+def _equal(division: Division, names: list[str], **changes: object) -> None:
+    wanted = outcomes.config(target_modules=names)
+
+    def found(division: Division) -> Outcome:
+        return outcomes.outcome(division, wanted, **moe(**changes))  # type: ignore[arg-type]
+
+    outcomes.expect_equal(found(division), found(WHOLE))
+
+
+@world.case(ranks=2, divisions=DIVISIONS)
+def experts(division: Division) -> None:
+    _equal(division, EXPERTS)
+
+
+@world.case(ranks=2, divisions=DIVISIONS)
+def router(division: Division) -> None:
+    """Each rank has logits of its tokens only, of which every router's factors see a part of the gradient."""
+    _equal(division, ["router"])
+
+
+@pytest.mark.parametrize("ranks", world.sizes(__name__))
+def test_experts(ranks: int, request: pytest.FixtureRequest) -> None:
+    world.run(__name__, ranks, request.config.getoption("--cases"))
