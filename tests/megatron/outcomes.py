@@ -5,6 +5,7 @@ All of them are on rank 0; other ranks get empty dictionaries. So ``expect_equal
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +60,43 @@ def outcome(division: Division, wanted: LoraConfig, *, batches: Tensor | None = 
         loss = world.train(models, world.tokens(4) if batches is None else batches)
         sum_gradients(model)
         return Outcome(loss, logical(model, gradients=True), logical(model))
+
+
+def trained(
+    division: Division, wanted: LoraConfig, *, distributed: bool = False, steps: int = 2, **changes: Any
+) -> dict[str, Tensor]:
+    """Train with Megatron's own DDP, finalisation and optimiser, and return the adapter's file.
+
+    Args:
+        division: of the model.
+        wanted: the adapter.
+        distributed: whether the optimiser's state lies over data-parallel ranks.
+        steps: of the optimiser.
+        **changes: of the model.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    # The distributed optimiser asks slices of its buffer for their gradients.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    with world.divided(division):
+        models = chunks(division, **changes)
+        model = adapted(models, wanted)
+        settings = models[0].config
+        settings.finalize_model_grads_func = finalize_model_grads
+        how = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+        wrapped = [DistributedDataParallel(settings, how, chunk) for chunk in models]
+        plan = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=distributed, clip_grad=0.05)
+        optimizer = get_megatron_optimizer(plan, wrapped)
+        for step in range(steps):
+            for chunk in wrapped:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            world.train(wrapped, world.tokens(4 * (step + 1))[-4:])
+            done, norm, _ = optimizer.step()
+            assert done
+            assert norm > plan.clip_grad, "nothing is clipped, so a wrong norm would not be seen"
+        return logical(model)
 
 
 def logical(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:

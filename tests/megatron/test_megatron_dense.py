@@ -31,6 +31,15 @@ def every_layer_on_four(division: Division) -> None:
     every_layer(division)
 
 
+@world.case(ranks=4, divisions=[Division(tp=2), Division(tp=2, sp=True), Division(pp=2), Division(tp=2, sp=True, pp=2)])
+def megatrons_own_loop(division: Division) -> None:
+    """Its DDP, its finalisation, its clipping by the global norm, both of its optimisers."""
+    wanted = outcomes.trained(WHOLE, outcomes.config())
+    for distributed in (False, True):
+        found = outcomes.trained(division, outcomes.config(), distributed=distributed)
+        outcomes.close(found, wanted, 1e-4)
+
+
 @pytest.mark.parametrize("ranks", world.sizes(__name__))
 def test_dense(ranks: int, request: pytest.FixtureRequest) -> None:
     world.run(__name__, ranks, request.config.getoption("--cases"))

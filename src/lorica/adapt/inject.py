@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from lorica.engines import Site
 from lorica.engines.gather import gather_parameter
 from lorica.engines.kinds import is_distributed
 from lorica.engines.names import submodule
+from lorica.engines.registry import mark
 from lorica.engines.rest import at_rest, unshard
 from lorica.errors import AdapterError
 from lorica.init import (
@@ -129,11 +130,25 @@ def _inject(
             _used_up(target, config, made)
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
+    _mark(layers.values(), adapter)
     _save_whole(model, plan, adapter, switch, places)
     train_rows(model, plan.tokens, rows, adapter, switch, places)
     _keep_from_fast_path(places)
     introduce(layers.values())
     warn_of_starts(layers.values())
+
+
+def _mark(layers: Iterable[LoraLayer], adapter: str) -> None:
+    """Note on new factors what the training loop of their layer's engine has to know of them."""
+    for layer in layers:
+        if layer.site is None or adapter in layer.tied:
+            continue
+        base = layer.get_base_layer()
+        live = layer.factor_names(adapter).values()
+        for name, roles in zip(live, layer.factor_roles(adapter), strict=True):
+            owner, _, leaf = name.rpartition(".")
+            if isinstance(parameter := getattr(layer.get_submodule(owner), leaf), nn.Parameter):
+                mark(base, layer.site, parameter, roles)
 
 
 def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:

@@ -49,6 +49,8 @@ def take_over(entry: Entry, value: Tensor) -> Tensor:
         entry.owner._buffers[leaf] = value
         return value
     entry.owner._parameters[leaf] = made = nn.Parameter(value, old.requires_grad)
+    if old.__dict__:
+        made.__dict__.update(old.__dict__)  # what an engine noted on it
     return made
 
 

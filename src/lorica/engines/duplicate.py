@@ -6,6 +6,7 @@ import copy
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from lorica.engines.kinds import is_distributed
@@ -23,12 +24,22 @@ def duplicate(module: nn.Module, *, share: bool = False) -> nn.Module:
         for parameter in module.parameters()
         if share or is_distributed(parameter)
     }
-    copied = copy.deepcopy(module, tensors)
+    kept = {id(value): value for inner in module.modules() for value in vars(inner).values() if _is_group(value)}
+    copied = copy.deepcopy(module, {**tensors, **kept})
+    for parameter, made in zip(module.parameters(), copied.parameters(), strict=True):
+        for name, note in parameter.__dict__.items():  # what an engine noted on it
+            if name != "main_grad":
+                made.__dict__.setdefault(name, note)
     for old, new in zip(module.modules(), copied.modules(), strict=True):
         forward = new.__dict__.get("forward")
         if forward is not None:
             new.__dict__["forward"] = _rebound(forward, old, new)
     return copied
+
+
+def _is_group(value: Any) -> bool:
+    """Whether a value is a process group, of which there is one for all copies."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
 def _rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:

@@ -6,13 +6,13 @@ its own recognises them and gives a :class:`Description` of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from torch import nn
 
 from lorica.engines.site import Axis, Site
-from lorica.layout import Layout
+from lorica.layout import Layout, Roles
 
 
 class Description(Protocol):
@@ -61,8 +61,19 @@ class Engine(Protocol):
         Called before targets are looked for; nothing of what the model computes may change.
         """
 
-    def adapted(self, model: nn.Module) -> None:
-        """Do what a model needs once it has an adapter."""
+    def adapted(self, model: nn.Module, finish: Callable[[nn.Module], None]) -> None:
+        """Do what a model needs once it has an adapter.
+
+        Args:
+            model: the base model.
+            finish: sums what gradients lack, for an engine whose training loop can call it at the right moment.
+        """
+
+    def mark(self, module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -> None:
+        """Note on a factor of a layer what the engine's own training loop has to know of it."""
+
+    def reduces(self, parameter: nn.Parameter) -> Collection[str]:
+        """Return the axes over which the engine's own training loop reduces the gradient of a parameter."""
 
     def axes(self, model: nn.Module) -> Mapping[str, Axis]:
         """Return the axes that divide a model, beside those of its layers."""
@@ -100,6 +111,18 @@ def prepare(model: nn.Module) -> None:
         engine.prepare(model)
 
 
+def mark(module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -> None:
+    """Note on a factor of a layer what the training loop of the layer's engine has to know of it."""
+    engine = engine_of(type(module))
+    if engine is not None:
+        engine.mark(module, site, parameter, roles)
+
+
+def reduced_by_engines(parameter: nn.Parameter) -> set[str]:
+    """Return the axes over which the training loop of an engine reduces the gradient of a parameter."""
+    return {axis for engine in ENGINES for axis in engine.reduces(parameter)}
+
+
 def lies_elsewhere(model: nn.Module, name: str) -> bool:
     """Whether what has a logical name lies on other ranks only, without anything in its place here."""
     return any(engine.lies_elsewhere(model, name) for engine in ENGINES)
@@ -131,7 +154,9 @@ __all__ = [
     "engine_of",
     "layout_of",
     "lies_elsewhere",
+    "mark",
     "prepare",
     "qualified_names",
+    "reduced_by_engines",
     "uncut",
 ]

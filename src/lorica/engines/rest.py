@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Axis, Site
@@ -23,6 +23,12 @@ class Held(NamedTuple):
 
     local: Tensor
     slices: tuple[slice, ...]
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+    """Return the gradient of a parameter: where Megatron's DDP collects it, the one in its buffer."""
+    held: Tensor | None = getattr(parameter, "main_grad", None)
+    return parameter.grad if held is None else held
 
 
 def storage_axes(tensor: Tensor, site: Site | None = None) -> list[tuple[int, Axis]]:

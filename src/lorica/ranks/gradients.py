@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorica.adapt.inject import base_of, lora_layers, switch_of
+from lorica.engines.registry import ENGINES
 from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES, axis_of_stages
@@ -62,8 +63,9 @@ def sum_gradients(model: nn.Module) -> None:
     for axis, shares in _by_axis(items):
         _reduce(shares, axis)
     for item in items:
-        if item.site.layout.batches > 1 and (gradient := item.local_gradient()) is not None:
-            gradient.div_(item.site.layout.batches)
+        batches = 1 if item.reduced_elsewhere else item.site.layout.batches
+        if batches > 1 and (gradient := item.local_gradient()) is not None:
+            gradient.div_(batches)
 
 
 def buckets(model: nn.Module) -> list[tuple[Axis, list[tuple[nn.Parameter, int]]]]:
@@ -94,6 +96,8 @@ def _share(item: Trained, axis: str) -> _Share | None:
     layout = item.site.layout
     if axis not in item.site.axes or axis in item.stored_over or axis == STAGES or axis in item.site.apart:
         return None  # stages hold different layers
+    if axis in item.reduced_elsewhere:
+        return None
     if axis in layout.summed(item.roles):
         return _Share(item, mean=False)
     return None if axis in layout.sharded(item.roles) else _Share(item, mean=True)
@@ -174,6 +178,8 @@ def watch(model: nn.Module) -> None:
         switch = switch_of(model)
         assert switch is not None
         switch.agreed = False
+        for engine in ENGINES:
+            engine.adapted(model, sum_gradients)
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_pre_hook(_before_step))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorica.adapt.inject import base_of
 from lorica.engines import Engines
 from lorica.engines.kinds import is_distributed
-from lorica.engines.rest import at_rest, storage_axes
+from lorica.engines.rest import at_rest, gradient_of, storage_axes
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES
 from lorica.ranks.gradients import sum_gradients
@@ -121,10 +121,10 @@ def _power(gradient: Tensor | None, norm_type: float) -> Tensor:
 
 
 def _with_gradients(model: nn.Module) -> Iterable[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.grad is not None]
+    return [parameter for parameter in model.parameters() if gradient_of(parameter) is not None]
 
 
 def _local(parameter: nn.Parameter) -> Tensor | None:
-    gradient = parameter.grad
+    gradient = gradient_of(parameter)
     local: Tensor | None = gradient.to_local() if is_distributed(gradient) else gradient
     return local

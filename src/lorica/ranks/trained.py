@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lorica.adapt.inject import base_of
 from lorica.checkpoint.names import Entry, adapter_entries
 from lorica.engines.kinds import is_distributed
-from lorica.engines.rest import storage_axes
+from lorica.engines.registry import reduced_by_engines
+from lorica.engines.rest import gradient_of, storage_axes
 from lorica.engines.site import Axis, Site
 from lorica.errors import AdapterError
 from lorica.layout import Roles
@@ -48,9 +49,14 @@ class Trained:
         cut |= {axis.name: axis for _, axis in storage_axes(self.parameter)}
         return {name: axis for name, axis in cut.items() if axis.size > 1}
 
+    @property
+    def reduced_elsewhere(self) -> set[str]:
+        """The axes over which the engine's own training loop reduces its gradient."""
+        return reduced_by_engines(self.parameter)
+
     def local_gradient(self) -> Tensor | None:
         """What this rank holds of the gradient, sharing its memory."""
-        gradient = self.parameter.grad
+        gradient = gradient_of(self.parameter)
         return gradient.to_local() if is_distributed(gradient) else gradient
 
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from lorica.engines.megatron.experts import EXPERTS, ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
+from lorica.engines.megatron.gradients import finish_with, mark, reduces
 from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_axis
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.registry import qualified_names
 from lorica.engines.site import Axis, Opening, Site
 from lorica.errors import LayoutError
-from lorica.layout import Layout, even
+from lorica.layout import Layout, Roles, even
 
 _LAYERS = "megatron.core.tensor_parallel.layers."
 COLUMN, ROW, EMBEDDING = (
@@ -94,8 +95,17 @@ class MegatronEngine:
             tell(module)
         number_globally(model)
 
-    def adapted(self, model: nn.Module) -> None:
-        """Nothing."""
+    def adapted(self, model: nn.Module, finish: Callable[[nn.Module], None]) -> None:
+        """Let gradients be summed after Megatron has finished them."""
+        finish_with(model, finish)
+
+    def mark(self, module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -> None:
+        """Give a factor the attributes that Megatron's training loop reads."""
+        mark(module, site, parameter, roles)
+
+    def reduces(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Return the axes over which Megatron reduces a gradient in its buffers."""
+        return reduces(parameter)
 
     def axes(self, model: nn.Module) -> Mapping[str, Axis]:
         """Return none but those of the layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -155,8 +155,15 @@ class NativeEngine:
     def prepare(self, model: nn.Module) -> None:
         """Nothing: a layer knows everything."""
 
-    def adapted(self, model: nn.Module) -> None:
+    def adapted(self, model: nn.Module, finish: Callable[[nn.Module], None]) -> None:
+        """Nothing: there is no training loop that would have to know."""
+
+    def mark(self, module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -> None:
         """Nothing."""
+
+    def reduces(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     def axes(self, model: nn.Module) -> Mapping[str, Axis]:
         """Return the mesh that a model was cut over."""
