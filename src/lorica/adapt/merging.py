@@ -14,6 +14,7 @@ from lorica.adapt.replicate import own_weights, share_again
 from lorica.adapt.tying import retie, untie
 from lorica.engines import fsdp
 from lorica.layers import LoraLayer, TrainableTokensLayer
+from lorica.layers.rewrites import carry_out
 from lorica.storage import Room
 
 
@@ -68,23 +69,24 @@ def merge(
     untie(model, names, found.modules)
     for tokens in found.rows:
         tokens.merge(adapter_names=names)
-    for layer, added in zip(tqdm(found.layers, disable=not progressbar, desc="Merging"), terms, strict=True):
-        layer.merge_checked(added, keep=keep, room=room)
+    rewrites = [
+        layer.ready_to_merge(added, keep=keep) for layer, added in zip(found.layers, terms, strict=True) if added
+    ]
+    carry_out(tqdm(rewrites, disable=not progressbar, desc="Merging"))
     return [layer for layer in found.layers if layer.merge_error is not None]
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> torch.dtype | None:
     """Take all merged deltas out again; return the dtype of a weight that could not keep its values exactly, if any."""
-    found, room, inexact = Adapted.of(model), Room(), None
-    for layer in found.layers:
-        if not layer.unmerge_quietly(room):
-            inexact = layer.stored.dtype
+    found = Adapted.of(model)
+    rewrites = [layer.ready_to_unmerge() for layer in found.layers if layer.merged_adapters]
+    carry_out(rewrites)
     for tokens in found.rows[::-1]:
         tokens.unmerge()
     retie(model, found.modules)
     share_again(found.layers)
-    return inexact
+    return next((rewrite.inexact for rewrite in rewrites if rewrite.inexact is not None), None)
 
 
 __all__ = ["merge", "unmerge"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from lorica.engines.site import Site
 from lorica.errors import AdapterError
 from lorica.init import Factors
 from lorica.layers.holders import Light, begin_called
+from lorica.layers.rewrites import Rewrite, carry_out, change_kernel, rewrite_packed
 from lorica.layers.switch import Switch
 from lorica.ops import Op
 from lorica.storage import (
+    Change,
     MergeError,
     Packed,
     Room,
     Term,
     add_low_rank_,
+    change_of,
     first_not_finite,
     storage_of,
     stored_weight,
@@ -133,7 +137,8 @@ class Merging(Light):
             TargetError: the delta of this layer has no place in its weight (a grouped convolution).
         """
         names = self.mergeable(self.switch.active if adapter_names is None else adapter_names)
-        self.merge_checked(self.check_merge(names, finite=safe_merge))
+        terms = self.check_merge(names, finite=safe_merge)
+        carry_out([self.ready_to_merge(terms)] if terms else [])
         if names and self.merge_error is not None:
             warnings.warn(requantised_message([self]), stacklevel=3)
 
@@ -152,7 +157,7 @@ class Merging(Light):
             room: memory for a chunk of the weight, which all layers share; None: some is allocated where it is needed.
 
         Returns:
-            What each adapter adds, for :meth:`merge_checked`. The matrices of plain LoRA are the factors themselves.
+            What each adapter adds, for :meth:`ready_to_merge`. The matrices of plain LoRA are the factors themselves.
         """
         if not names:
             return {}
@@ -196,26 +201,27 @@ class Merging(Light):
                 f"({self.target_name})"
             )
 
-    def merge_checked(self, terms: Mapping[str, Term], *, keep: bool = True, room: Room | None = None) -> None:
-        """Merge adapters, without a warning; to be called without autograd.
+    def ready_to_merge(self, terms: Mapping[str, Term], *, keep: bool = True) -> Rewrite:
+        """Return what merges adapters, without a warning; to be called without autograd.
 
         Args:
             terms: what :meth:`check_merge` returned.
             keep: keep a quantised weight as it is now, to be given back by unmerging.
-            room: memory for a chunk, as in :meth:`check_merge`.
         """
-        if not terms:
-            return
         stored = self.stored
         if isinstance(stored, Packed):
-            # From the weight as it was, with all that is merged: errors do not add up.
-            before = self._before[0] if self._before else stored.kept()
-            all_terms = self._terms([*self.merged_adapters, *terms], before)
-            self.merge_error = add_low_rank_(stored, all_terms, stored.storage, source=before)
-            self._before = [before] if keep else []
-        else:
-            added = [term for name, term in terms.items() if not self._is_sources(name, stored)]
-            self._change(added, stored, room=room)
+            return Rewrite(partial(self._requantise, stored, terms, keep), partial(self._note_merged, terms))
+        added = [term for name, term in terms.items() if not self._is_sources(name, stored)]
+        return Rewrite(self._change_of(added, stored), partial(self._note_merged, terms))
+
+    def _requantise(self, stored: Packed, terms: Mapping[str, Term], keep: bool, room: Room | None) -> None:
+        # From the weight as it was, with all that is merged: errors do not add up.
+        before = self._before[0] if self._before else stored.kept()
+        all_terms = self._terms([*self.merged_adapters, *terms], before)
+        self.merge_error = add_low_rank_(stored, all_terms, stored.storage, source=before)
+        self._before = [before] if keep else []
+
+    def _note_merged(self, terms: Mapping[str, Term]) -> None:
         self._add_biases(terms)
         self.merged_adapters.extend(terms)
         self.notes.clear()
@@ -229,32 +235,33 @@ class Merging(Light):
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-        elif not self.unmerge_quietly():
-            warnings.warn(inexact_message(self.stored.dtype), stacklevel=3)
-
-    def unmerge_quietly(self, room: Room | None = None) -> bool:
-        """Unmerge without a warning; return whether the storage gave the weight back up to float32's rounding.
-
-        To be called without autograd.
-
-        Args:
-            room: memory for a chunk, as in :meth:`check_merge`.
-        """
-        if not self.merged_adapters:
-            return True
-        stored = self.stored
-        exact = bool(self._before) or storage_of(stored, self.target_name).exact
-        if isinstance(stored, Packed) and self._before:
-            stored.restore(self._before.pop())
         else:
-            self._change(self._terms(self.merged_adapters, stored), stored, undo=True, room=room)
+            rewrite = self.ready_to_unmerge()
+            carry_out([rewrite])
+            if rewrite.inexact is not None:
+                warnings.warn(inexact_message(rewrite.inexact), stacklevel=3)
+
+    def ready_to_unmerge(self) -> Rewrite:
+        """Return what takes all merged deltas out again, without a warning; to be called without autograd."""
+        stored = self.stored
+        if isinstance(stored, Packed) and self._before:
+            return Rewrite(self._restore, self._note_unmerged)
+        form = storage_of(stored, self.target_name)
+        write = self._change_of(self._terms(self.merged_adapters, stored), stored, undo=True)
+        return Rewrite(write, self._note_unmerged, None if form.exact else stored.dtype)
+
+    def _restore(self, room: Room | None) -> None:
+        stored = self.stored
+        assert isinstance(stored, Packed)
+        stored.restore(self._before.pop())
+
+    def _note_unmerged(self) -> None:
         if self.merge_error is not None:
             self.merge_error = None
         self._add_biases(self.merged_adapters, sign=-1)
         self.merged_adapters.clear()
         self._gains.clear()
         self.notes.clear()
-        return exact
 
     def unmerged_weight(self) -> Tensor | Packed:
         """Return what this rank has of the base weight without the adapters that are merged into it; do not write.
@@ -271,7 +278,7 @@ class Merging(Light):
             return stored
         plain = stored.clone()
         with torch.no_grad():
-            self._change(self._terms(self.merged_adapters, self.stored), plain, undo=True)
+            self._change_of(self._terms(self.merged_adapters, self.stored), plain, undo=True)(None)
         return plain
 
     @torch.no_grad()
@@ -289,7 +296,11 @@ class Merging(Light):
         self._check_change(name)
         left, right = self._delta_at_rest(factors)
         scale = self.specs[name].scaling if scale is None else scale
-        self.start_error = self._change([Term(left, right, -scale)], self.stored)
+        stored, terms = self.stored, [Term(left, right, -scale)]
+        if isinstance(stored, Packed):
+            self.start_error = add_low_rank_(stored, terms, stored.storage)
+        else:
+            self._change_of(terms, stored)(None)
         self.owed.discard(name)
         self.notes.clear()
 
@@ -379,21 +390,13 @@ class Merging(Light):
     def _shaped(self, gain: Tensor | None) -> Tensor | None:
         return gain if gain is None else gain.view((-1, 1) if self.op.roles_weight[0] == "out" else (1, -1))
 
-    def _change(
-        self, terms: Sequence[Term], weight: Tensor | Packed, *, undo: bool = False, room: Room | None = None
-    ) -> MergeError | None:
-        if not terms:
-            return None
-        if isinstance(weight, Packed):
-            return add_low_rank_(weight, terms, weight.storage, undo=undo)
+    def _change_of(self, terms: Sequence[Term], weight: Tensor | Packed, *, undo: bool = False) -> Change:
         form = storage_of(weight, self.target_name)
+        if isinstance(weight, Packed):
+            return partial(rewrite_packed, weight, terms, undo)
         if weight.dim() == 2 or self.op.roles_weight[0] == "expert":
-            return add_low_rank_(weight, terms, form, undo=undo, room=room)
-        matrix = weight.flatten(1)
-        add_low_rank_(matrix, terms, form, undo=undo, room=room)
-        if matrix.data_ptr() != weight.data_ptr():  # a kernel stored channels last has no two-dimensional view
-            weight.copy_(matrix.view(weight.shape))
-        return None
+            return change_of(weight, terms, form, undo=undo)
+        return partial(change_kernel, weight, terms, form, undo)
 
     def _delta_at_rest(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """Return the factors of the delta of the weight that this rank keeps between forwards."""

@@ -6,7 +6,16 @@ kind is one file.
 """
 
 from lorica.storage.base import Packed, Quantised, Room, Storage
-from lorica.storage.deltas import MergeError, Term, add_low_rank_, chunks, first_not_finite, write_values
+from lorica.storage.deltas import (
+    Change,
+    MergeError,
+    Term,
+    add_low_rank_,
+    change_of,
+    chunks,
+    first_not_finite,
+    write_values,
+)
 from lorica.storage.dense import STORAGES, Dense
 from lorica.storage.kinds import KINDS, LINEARS, kind_of, storage_of, stored_weight
 
@@ -14,6 +23,7 @@ __all__ = [
     "KINDS",
     "LINEARS",
     "STORAGES",
+    "Change",
     "Dense",
     "MergeError",
     "Packed",
@@ -22,6 +32,7 @@ __all__ = [
     "Storage",
     "Term",
     "add_low_rank_",
+    "change_of",
     "chunks",
     "first_not_finite",
     "kind_of",

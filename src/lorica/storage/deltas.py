@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from lorica.storage.base import Packed, Room, Storage
 
 #: Elements of a chunk while merging, at most. Beside the model, merging needs that many float32 values.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
-#: The same on a CPU, for each thread: half of what a core's second-level cache usually holds. A chunk is written and
-#: read three times, which then costs no traffic to memory.
-CACHED_ELEMENTS = 256 * 1024
+#: The same on a CPU, for each thread: three quarters of what a core's second-level cache usually holds. A chunk is
+#: written and read three times, which then costs no traffic to memory; a smaller one has threads wait for each other
+#: more often.
+CACHED_ELEMENTS = 384 * 1024
 
 
 class Term(NamedTuple):
@@ -38,10 +40,21 @@ class Term(NamedTuple):
         left, right = (factor[expert] if factor.dim() == 3 else factor for factor in (self.left, self.right))
         return self._replace(left=left, right=right)
 
+    def rows(self, part: slice) -> Term:
+        """Return the change of some rows of a weight, or of some weights of a stack."""
+        left, right, scale, gain = self
+        if gain is not None and len(gain) > 1:
+            gain = gain[part]
+        return Term(left[part], right[part] if right.dim() == 3 else right, scale, gain)
+
+    def fits(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the factors are in a dtype, and where the weight is."""
+        return self.left.dtype == dtype == self.right.dtype and self.left.device == weight.device
+
     def to(self, weight: Tensor, dtype: torch.dtype) -> Term:
         """Return the same in the dtype that is computed in, where the weight is; with one pair for each of a stack."""
         left, right = self.left, self.right
-        if left.dtype != dtype or right.dtype != dtype or left.device != weight.device:
+        if not self.fits(weight, dtype):
             left, right = left.to(weight.device, dtype), right.to(weight.device, dtype)
         if weight.dim() == 3:
             left, right = (factor.expand(len(weight), -1, -1) for factor in (left, right))
@@ -93,21 +106,66 @@ def add_low_rank_(
     """
     if isinstance(weight, Packed):
         return _rewrite(weight, terms, weight if source is None else source, undo=undo)
+    _write(_pieces(weight, terms, storage, undo=undo), room)
+    return None
+
+
+#: A change of a weight that is ready to be made, given memory for the chunks (:func:`add_low_rank_`) or none.
+Change = Callable[[Room | None], None]
+
+
+def change_of(weight: Tensor, terms: Sequence[Term], storage: Storage, *, undo: bool = False) -> Change:
+    """Return what :func:`add_low_rank_` does to a weight of plain numbers, ready to be done.
+
+    Between two large products little of the interpreter's memory is left in a processor's cache, and each line takes
+    several times as long. So as much as possible is worked out here, for all weights before the first is written: but
+    nothing that copies numbers, and no more than one tensor's views.
+    """
+    pieces: Iterable[_Piece] = _pieces(weight, terms, storage, undo=undo)
+    if all(term.fits(weight, storage.compute) for term in terms) and (_is_exact(weight, storage) or _is_one(weight)):
+        pieces = [*pieces]
+    return partial(_write, pieces)
+
+
+class _Piece(NamedTuple):
+    """Some rows of a weight, or some weights of a stack, and what is to be done to them."""
+
+    stored: Tensor
+    terms: list[Term]  # of these rows, in the dtype that is computed in, in the order in which they are made or undone
+    storage: Storage
+    undo: bool
+
+
+def _write(pieces: Iterable[_Piece], room: Room | None = None) -> None:
     room = Room() if room is None else room
+    for stored, terms, storage, undo in pieces:
+        values = storage.dequantize(stored, room)
+        _apply(values, terms, undo=undo)
+        storage.requantize(stored, values)
+
+
+def _pieces(weight: Tensor, terms: Sequence[Term], storage: Storage, *, undo: bool) -> Iterator[_Piece]:
+    """Yield the pieces of a weight; the memory of one is given up before the next is asked for."""
     if weight.dim() == 3 and not _are_one_product(weight, terms):
         for e, matrix in enumerate(weight.unbind(0)):
-            add_low_rank_(matrix, [term.of(e) for term in terms], storage, undo=undo, room=room)
-        return None
+            yield from _pieces(matrix, [term.of(e) for term in terms], storage, undo=undo)
+        return
     terms = [term.to(weight, storage.compute) for term in (reversed(terms) if undo else terms)]
-    if storage.exact and 1 in weight.stride():
-        _apply(weight, terms, None, undo=undo)
-        return None
+    if _is_exact(weight, storage) or _is_one(weight):
+        yield _Piece(weight, terms, storage, undo)
+        return
     for part in chunks(weight):
-        stored = weight[part]
-        values = storage.dequantize(stored, room)
-        _apply(values, terms, part, undo=undo)
-        storage.requantize(stored, values)
-    return None
+        yield _Piece(weight[part], [term.rows(part) for term in terms], storage, undo)
+
+
+def _is_exact(weight: Tensor, storage: Storage) -> bool:
+    """Whether a weight is changed where it lies."""
+    return storage.exact and 1 in weight.stride()
+
+
+def _is_one(weight: Tensor) -> bool:
+    """Whether a weight is one chunk."""
+    return weight.numel() <= chunk_elements(weight.device)
 
 
 def _are_one_product(weight: Tensor, terms: Sequence[Term]) -> bool:
@@ -141,7 +199,7 @@ def first_not_finite(weight: Tensor, terms: Sequence[Term], storage: Storage, ro
     for part in chunks(weight) if weight.numel() else ():
         values = room.copy(weight[part], storage.compute)
         for index, term in enumerate(terms[:first]):
-            _apply(values, [term], part, undo=False)
+            _apply(values, [term.rows(part)], undo=False)
             if not _finite(values, weight.dtype):
                 first = index
                 break
@@ -167,19 +225,13 @@ def chunks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _apply(values: Tensor, terms: Sequence[Term], part: slice | None, *, undo: bool) -> None:
-    """Change the values of a part of the rows, or of a stack, by terms in the given order; None: of all of it."""
+def _apply(values: Tensor, terms: Sequence[Term], *, undo: bool) -> None:
+    """Change values by terms in the given order."""
     for left, right, scale, gain in terms:
-        if part is not None:
-            left = left[part]
-            gain = gain if gain is None or len(gain) == 1 else gain[part]
         if undo and gain is not None:
             values.div_(gain)
-        alpha = -scale if undo else scale
-        if values.dim() == 3:
-            values.baddbmm_(left, right if part is None else right[part], alpha=alpha)
-        else:
-            values.addmm_(left, right, alpha=alpha)
+        add = values.baddbmm_ if values.dim() == 3 else values.addmm_
+        add(left, right, alpha=-scale if undo else scale)
         if not undo and gain is not None:
             values.mul_(gain)
 
@@ -187,7 +239,7 @@ def _apply(values: Tensor, terms: Sequence[Term], part: slice | None, *, undo: b
 def _rewrite(weight: Packed, terms: Sequence[Term], source: Packed, *, undo: bool) -> MergeError:
     values = source.dequantize()
     terms = [term.to(values, values.dtype) for term in (reversed(terms) if undo else terms)]
-    _apply(values, terms, None, undo=undo)
+    _apply(values, terms, undo=undo)
     return write_values(weight, values, source)
 
 
@@ -222,9 +274,11 @@ def _distance(stored: Packed, values: Tensor) -> float:
 __all__ = [
     "CACHED_ELEMENTS",
     "CHUNK_ELEMENTS",
+    "Change",
     "MergeError",
     "Term",
     "add_low_rank_",
+    "change_of",
     "chunks",
     "first_not_finite",
     "write_values",
