@@ -49,6 +49,19 @@ def router(division: Division) -> None:
     _equal(division, ["router"])
 
 
+@world.case(ranks=4, divisions=MORE)
+def everything(division: Division) -> None:
+    """Experts, the router under a loss that balances it, and shared experts, which are dense layers."""
+    changes = {"moe_shared_expert_intermediate_size": 16, "moe_router_load_balancing_type": "aux_loss"}
+    _equal(division, [*EXPERTS, "router", "linear_qkv"], **changes, moe_aux_loss_coeff=0.1)
+
+
+@world.case(ranks=4, divisions=MORE[:3])
+def shared_experts_that_overlap(division: Division) -> None:
+    """The collectives around a shared expert's layers are the dispatcher's."""
+    _equal(division, EXPERTS, moe_shared_expert_intermediate_size=16, moe_shared_expert_overlap=True)
+
+
 @pytest.mark.parametrize("ranks", world.sizes(__name__))
 def test_experts(ranks: int, request: pytest.FixtureRequest) -> None:
     world.run(__name__, ranks, request.config.getoption("--cases"))
