@@ -7,9 +7,9 @@
     metadata.json      Megatron's word for the format
     common.pt          what is no tensor; not read
 
-The pickle is read by an unpickler that knows a fixed list of names and makes inert records of them: no class of
-torch's or Megatron's is looked up, nothing is imported, nothing is called. Chunks are read with ``weights_only``. Where
-they lie and how large they are is checked against the file before they are read.
+The pickle is read by an unpickler that makes inert records of whatever torch's and Megatron's checkpointing wrote: none
+of their classes is looked up, nothing is imported, nothing of theirs is called, and any other name is an error. Chunks
+are read with ``weights_only``. Where they lie and how large they are is checked against the file before they are read.
 """
 
 from __future__ import annotations
@@ -60,20 +60,10 @@ def _numbers(values: Sequence[int] = ()) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
-_CHECKPOINT = "torch.distributed.checkpoint"
+#: Modules whose objects become records: of torch's checkpoints, and of what Megatron adds to them.
+_RECORDED = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
+#: What is built in place of other names.
 _KNOWN: dict[tuple[str, str], Any] = {
-    **{
-        (f"{_CHECKPOINT}.metadata", name): type(name, (_Inert,), {})
-        for name in (
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        )
-    },
-    **{(f"{_CHECKPOINT}.filesystem", name): type(name, (_Inert,), {}) for name in ("_StorageInfo", "_StoragePrefix")},
-    **{
-        ("megatron.core.dist_checkpointing.strategies.torch", name): type(name, (_Inert,), {})
-        for name in ("MCoreMetadata", "MCoreSavePlan")
-    },
     ("torch", "Size"): _numbers,
     ("torch.serialization", "_get_layout"): str,
     ("collections", "OrderedDict"): dict,
@@ -89,12 +79,14 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes inert records; any name that is not on the list is an error."""
+    """Makes inert records; any name that no checkpoint needs is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return _KNOWN[module, name]
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if f"{module}.".startswith(_RECORDED):
+            return type(name.rpartition(".")[2], (_Inert,), {})
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError(f"it refers to something outside ({pid!r})")

@@ -48,6 +48,7 @@ _KEY = re.compile(
 )
 _EXPERTS = re.compile(r"mlp\.experts\.(?:(?:local_)?experts\.)?(?:(?P<expert>\d+)\.)?(?P<leaf>linear_fc[12])")
 _LEAVES = {"linear_in.weight": "A", "linear_out.weight": "B", "weight_magnitude": "m"}
+_OPTIMISER = ("optimizer.", "chained_")
 _MAX_CONFIG = 16 * 1024 * 1024
 
 
@@ -169,7 +170,7 @@ class _Reader:
         for name in self.stored.tensors:
             match = _KEY.fullmatch(name)
             if match is None:
-                if ".adapter." in name and "_extra_state" not in name:
+                if ".adapter." in name and "_extra_state" not in name and not name.startswith(_OPTIMISER):
                     raise CheckpointError(f"{self.where}: {name} is no factor that is known")
                 continue
             module, expert = match["module"] or match["outside"], None
