@@ -31,28 +31,7 @@ def get_peft_model(
         TargetError: the configuration does not fit the model. The model is then as it was.
         NotImplementedError: ``mixed`` is true.
     """
-    before, found = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
-    peft_config.base_model_name_or_path = found
-    if switch_of(model) is not None:
-        warnings.warn(
-            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            "different config, make sure to call `.unload()` before.",
-            stacklevel=2,
-        )
-    if before is not None and before != found:
-        warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{found}'. "
-            "Please ensure that the correct base model is loaded when loading this checkpoint.",
-            stacklevel=2,
-        )
-    if revision is not None:
-        if peft_config.revision not in (None, revision):
-            warnings.warn(
-                f"peft config has already set base model revision to {peft_config.revision}, overwriting with "
-                f"revision {revision}",
-                stacklevel=2,
-            )
-        peft_config.revision = revision
+    about_to_adapt(model, peft_config, revision)
     warn_of_name(adapter_name)
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name)
@@ -66,4 +45,36 @@ def get_peft_model(
     )
 
 
-__all__ = ["get_peft_model"]
+def about_to_adapt(model: nn.Module, peft_config: Any, revision: str | None) -> None:
+    """Write the base model's name and the revision into a configuration, and warn as PEFT does.
+
+    Args:
+        model: the model to adapt.
+        peft_config: is changed.
+        revision: of the base model; None: the configuration's.
+    """
+    before, found = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    peft_config.base_model_name_or_path = found
+    if switch_of(model) is not None:
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before.",
+            stacklevel=3,
+        )
+    if before is not None and before != found:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{found}'. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=3,
+        )
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"peft config has already set base model revision to {peft_config.revision}, overwriting with "
+                f"revision {revision}",
+                stacklevel=3,
+            )
+        peft_config.revision = revision
+
+
+__all__ = ["about_to_adapt", "get_peft_model"]

@@ -1,1 +1,1 @@
-"""Optimum Neuron."""
+"""optimum.neuron.models: what surrounds training."""
