@@ -107,7 +107,8 @@ def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[
             engines = engines or Engines(base_of(model))
             prefix = f"{path}.modules_to_save.{adapter}"
             copied = module.modules_to_save[adapter]
-            for name, tensor in copied.state_dict(keep_vars=True).items():
+            state = copied.state_dict(keep_vars=True)
+            for name, tensor in ((name, value) for name, value in state.items() if value is not None):
                 entries[f"{logical(path)}.{name}"] = _whole(f"{prefix}.{name}", tensor, copied, name, engines)
     for name, bias in named_biases(model, config.bias):
         engines = engines or Engines(base_of(model))

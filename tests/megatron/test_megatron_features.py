@@ -1,0 +1,238 @@
+"""What an adapter can be on Megatron's dense layers: variants, starts, fused projections, whole modules, files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import outcomes
+import pytest
+import torch
+import torch.distributed as dist
+import world
+from gpt import Division, chunks
+from outcomes import Outcome
+
+from lorica import LoraConfig, PeftModel
+from lorica.errors import LayoutError
+from lorica.parallel import sum_gradients
+
+world.need_megatron()
+
+WHOLE = Division()
+SEQUENCE = Division(tp=2, sp=True)
+#: Layers that can have everything; an embedding has no bias.
+LINEAR = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"]
+
+
+def same_everywhere(wanted: LoraConfig, *divisions: Division, **changes: Any) -> Outcome:
+    """Compare divisions with one process, and return what that gives."""
+    whole = outcomes.outcome(WHOLE, wanted, **changes)
+    for division in divisions:
+        outcomes.expect_equal(outcomes.outcome(division, wanted, **changes), whole, exact=not wanted.use_dora)
+    return whole
+
+
+def targets(outcome: Outcome) -> set[str]:
+    """Return the last words of the names of what has factors, on rank 0."""
+    return {name.removeprefix("base_model.model.").split(".lora_")[0].rpartition(".")[2] for name in outcome.tensors}
+
+
+@world.case(ranks=2)
+def fused_projections_have_factors_of_their_own_or_one_pair() -> None:
+    fused = ["linear_qkv", "linear_fc1"]
+    apart = same_everywhere(outcomes.config(target_modules=fused), Division(tp=2), SEQUENCE)
+    one = same_everywhere(outcomes.config(target_modules=fused, fused_as_one=True), Division(tp=2), SEQUENCE)
+    if dist.get_rank() == 0:
+        assert targets(apart) == {"linear_q", "linear_k", "linear_v", "linear_fc1_gate", "linear_fc1_up"}
+        assert targets(one) == set(fused)
+        layer = "base_model.model.decoder.layers.3.self_attention"
+        assert apart.tensors[f"{layer}.linear_k.lora_B.weight"].shape == (16, 4)
+        assert one.tensors[f"{layer}.linear_qkv.lora_B.weight"].shape == (64, 4)
+
+
+@world.case(ranks=2)
+def a_pair_for_all_has_its_rows_in_the_order_of_the_parts() -> None:
+    """The same delta, told part by part or for all of them at once, gives the same logits."""
+    apart = outcomes.config(target_modules=["linear_qkv", "linear_fc1"])
+    one = outcomes.config(target_modules=["linear_qkv", "linear_fc1"], fused_as_one=True)
+    for division in (WHOLE, SEQUENCE):
+        with world.divided(division):
+            first, second = chunks(division), chunks(division)
+            separate, joined = outcomes.adapted(first, apart), outcomes.adapted(second, one)
+            for (name, part), (_, whole) in zip(layers(separate), layers(joined), strict=True):
+                count = len(part.op.parts(part.base_layer))
+                a = torch.randn(4, whole.site.layout.sizes["in"], generator=torch.Generator().manual_seed(len(name)))
+                with torch.no_grad():
+                    whole.lora_A["default"].weight.copy_(a)
+                    part.lora_A["default"].weight.copy_(a.repeat(count, 1))
+                    part.lora_B["default"].weight.copy_(whole.lora_B["default"].weight)
+            found = [world.train(chunk, world.tokens(2), forward_only=True) for chunk in (first, second)]
+            torch.testing.assert_close(*found)
+
+
+def layers(model: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "op")]
+
+
+@world.case(ranks=2)
+def one_projection_of_several() -> None:
+    outcome = same_everywhere(outcomes.config(target_modules=["linear_q", "linear_fc1_up"]), Division(tp=2), SEQUENCE)
+    if dist.get_rank() == 0:
+        assert targets(outcome) == {"linear_q", "linear_fc1_up"}
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
+def dora(division: Division) -> None:
+    """Norms are those of whole rows, also where a rank has a part of each."""
+    same_everywhere(outcomes.config(use_dora=True), division)
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
+def scales_and_biases(division: Division) -> None:
+    same_everywhere(outcomes.config(target_modules=LINEAR, use_rslora=True, lora_bias=True), division)
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
+def starts_from_the_weights(division: Division) -> None:
+    for start in ("pissa", "olora"):
+        wanted = outcomes.config(target_modules=LINEAR, init_lora_weights=start)
+        whole, found = outcomes.outcome(WHOLE, wanted), outcomes.outcome(division, wanted)
+        torch.testing.assert_close(found.loss, whole.loss, rtol=1e-5, atol=0)
+        outcomes.close(found.tensors, whole.tensors, 1e-3)
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE, Division(pp=2)])
+def whole_modules(division: Division) -> None:
+    modules = ["input_layernorm", "final_layernorm", "output_layer", "linear_proj"]
+    wanted = outcomes.config(target_modules=["linear_qkv", "linear_fc1"], modules_to_save=modules)
+    outcome = same_everywhere(wanted, division)
+    if dist.get_rank() == 0:
+        assert "base_model.model.decoder.layers.3.input_layernorm.weight" in outcome.tensors
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE, Division(pp=2)])
+def one_file_for_every_division(division: Division) -> None:
+    """Saved on a division it is the same bytes as on one process, and it loads on every other."""
+    folder = _shared_folder()
+    wanted = outcomes.config()
+    losses = []
+    for place in (WHOLE, division):
+        with world.divided(place):
+            models = chunks(place)
+            outcomes.adapted(models, wanted).save_pretrained(folder / str(place), save_embedding_layers=False)
+            losses.append(world.train(models, world.tokens(2), forward_only=True))
+    one, other = ((folder / str(place) / "adapter_model.safetensors").read_bytes() for place in (WHOLE, division))
+    assert one == other
+    for place, source in ((WHOLE, division), (division, WHOLE)):
+        with world.divided(place):
+            models = chunks(place)
+            loaded = PeftModel.from_pretrained(models[0], folder / str(source), is_trainable=True)
+            losses.append(world.train(models, world.tokens(2), forward_only=True))
+            assert any(parameter.requires_grad for parameter in loaded.parameters())
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4), rtol=1e-5, atol=0)
+
+
+def _shared_folder() -> Path:
+    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(made)
+    return Path(made[0])
+
+
+@world.case(ranks=2, divisions=[WHOLE, Division(tp=2), SEQUENCE])
+def merged_is_adapted_and_off_is_off(division: Division) -> None:
+    with world.divided(division):
+        models = chunks(division)
+        before = [parameter.clone() for parameter in models[0].parameters()]
+        plain = world.train(models, world.tokens(2), forward_only=True)
+        model = outcomes.adapted(models, outcomes.config())
+        adapted = world.train(models, world.tokens(2), forward_only=True)
+        with model.disable_adapter():
+            assert torch.equal(world.train(models, world.tokens(2), forward_only=True), plain)
+        assert not torch.isclose(adapted, plain, rtol=1e-3)
+        model.merge_adapter()
+        torch.testing.assert_close(world.train(models, world.tokens(2), forward_only=True), adapted, rtol=1e-5, atol=0)
+        model.unmerge_adapter()
+        after = [p for name, p in models[0].named_parameters() if "lora" not in name]
+        torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(
+            world.train([merged], world.tokens(2), forward_only=True), adapted, rtol=1e-5, atol=0
+        )
+        assert not any("_forward_impl" in module.__dict__ for module in merged.modules())
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
+def no_collective_of_its_own(division: Division) -> None:
+    """An adapted model sends what the frozen one sends, and nothing else, until gradients are summed."""
+    with world.divided(division):
+        models = chunks(division)
+        hidden(models[0])  # as after an adapted embedding, without which a frozen model has no backward
+        base = sent(models)
+        model = outcomes.adapted(models, outcomes.config(target_modules=LINEAR))
+        assert sent(models) == base
+        assert sum(base.values()) > 20
+        with counting() as count:
+            sum_gradients(model)
+        assert sum(count.values()) <= 2, count  # the data axis is one rank
+
+
+def hidden(model: Any) -> None:
+    """Let the embedding's output require a gradient."""
+    model.embedding.word_embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+
+
+def sent(models: Any) -> Counter[str]:
+    with counting() as count:
+        world.train(models, world.tokens(1))
+    return count
+
+
+class counting:
+    """Counts collectives, those that Megatron has names of its own for too."""
+
+    names = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+
+    def __enter__(self) -> Counter[str]:
+        from megatron.core.tensor_parallel import mappings
+
+        self.count: Counter[str] = Counter()
+        places = [(dist, name) for name in self.names]
+        places += [(mappings, name) for name in ("dist_all_gather_func", "dist_reduce_scatter_func")]
+        self.patches = [mock.patch.object(place, name, self._counted(place, name)) for place, name in places]
+        for patch in self.patches:
+            patch.start()
+        return self.count
+
+    def __exit__(self, *exception: Any) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+    def _counted(self, place: Any, name: str) -> Any:
+        function = getattr(place, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+@world.case(ranks=2)
+def gated_queries_are_refused() -> None:
+    with world.divided(WHOLE):
+        models = chunks(WHOLE)
+        for module in models[0].modules():
+            if hasattr(module, "linear_qkv"):
+                module.config.attention_output_gate = True
+        with pytest.raises(LayoutError, match=r"decoder.layers.0.self_attention.linear_qkv.*attention_output_gate"):
+            outcomes.adapted(models, outcomes.config(target_modules=["linear_qkv"]))
+        outcomes.adapted(models, outcomes.config(target_modules=["linear_proj"]))
+
+
+@pytest.mark.parametrize("ranks", world.sizes(__name__))
+def test_features(ranks: int, request: pytest.FixtureRequest) -> None:
+    world.run(__name__, ranks, request.config.getoption("--cases"))
