@@ -44,6 +44,14 @@ def experts(division: Division) -> None:
 
 
 @world.case(ranks=2, divisions=DIVISIONS)
+def grouped_experts(division: Division) -> None:
+    """Stacked experts start, train and are saved as those that are modules: of one process, here."""
+    wanted = outcomes.config(target_modules=EXPERTS)
+    found = outcomes.outcome(division, wanted, **moe(moe_grouped_gemm=True))
+    outcomes.expect_equal(found, outcomes.outcome(WHOLE, wanted, **moe()))
+
+
+@world.case(ranks=2, divisions=DIVISIONS)
 def router(division: Division) -> None:
     """Each rank has logits of its tokens only, of which every router's factors see a part of the gradient."""
     _equal(division, ["router"])

@@ -111,6 +111,19 @@ def prepare(model: nn.Module) -> None:
         engine.prepare(model)
 
 
+def in_pieces(module: nn.Module) -> None:
+    """Note that a layer is adapted by others, each of which is a piece of it, and is no target itself."""
+    module.__dict__[_IN_PIECES] = True
+
+
+def is_in_pieces(module: nn.Module) -> bool:
+    """Whether others that are pieces of a layer are targets in its place."""
+    return _IN_PIECES in module.__dict__
+
+
+_IN_PIECES = "lorica_in_pieces"
+
+
 def mark(module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -> None:
     """Note on a factor of a layer what the training loop of the layer's engine has to know of it."""
     engine = engine_of(type(module))
@@ -152,6 +165,8 @@ __all__ = [
     "Engine",
     "described",
     "engine_of",
+    "in_pieces",
+    "is_in_pieces",
     "layout_of",
     "lies_elsewhere",
     "mark",

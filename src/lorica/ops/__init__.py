@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorica.engines.megatron.engine import COLUMN, EMBEDDING, ROUTER, ROW
+from lorica.engines.megatron.engine import COLUMN, EMBEDDING, EXPERT_COLUMN, EXPERT_ROW, ROUTER, ROW
 from lorica.engines.native import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from lorica.engines.registry import layout_of
 from lorica.ops.attention import Attention
@@ -33,6 +33,8 @@ OPS: dict[type[nn.Module] | str, Op] = {
     ROW: Linear(),
     EMBEDDING: Embedding(),
     ROUTER: Router(),
+    EXPERT_COLUMN: Linear(),
+    EXPERT_ROW: Linear(),
     "transformer_engine.pytorch.module.linear.Linear": Linear(),
     "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": Beside(),
 }

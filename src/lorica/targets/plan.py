@@ -12,7 +12,7 @@ from torch import nn
 from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.names import submodule
-from lorica.engines.registry import prepare
+from lorica.engines.registry import is_in_pieces, prepare
 from lorica.engines.stages import axis_of_stages, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import find, subtracts
@@ -186,7 +186,7 @@ def _chosen(config: LoraConfig, names: Names, modules: dict[str, nn.Module], fus
         return is_selected(name) and not is_excluded(name)
 
     found = [key for key in modules if key and (is_meant(key) or (key in fused and any(map(is_meant, fused[key]))))]
-    return [key for key in found if not is_elsewhere(modules[key])]
+    return [key for key in found if not (is_elsewhere(modules[key]) or is_in_pieces(modules[key]))]
 
 
 def _parts(modules: dict[str, nn.Module]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from torch import nn
 from lorica.engines.megatron.experts import EXPERTS, ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
 from lorica.engines.megatron.gradients import finish_with, mark, reduces
+from lorica.engines.megatron.grouped import ExpertColumn, ExpertRow, unpack
 from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_axis
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
@@ -23,6 +24,8 @@ _LAYERS = "megatron.core.tensor_parallel.layers."
 COLUMN, ROW, EMBEDDING = (
     _LAYERS + name for name in ("ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding")
 )
+
+EXPERT_COLUMN, EXPERT_ROW = (f"{cls.__module__}.{cls.__qualname__}" for cls in (ExpertColumn, ExpertRow))
 
 
 @dataclass
@@ -62,10 +65,12 @@ class Placed:
             raise LayoutError(inside.refusal)
         if self.kind == ROUTER:  # adapters add to the logits, of which the routing is made
             return Site(self.layout, self.axes, Opening(self.module, "gating"))
+        apart = tuple(name for name in (EXPERTS,) if name in self.axes)
+        if self.kind in (EXPERT_COLUMN, EXPERT_ROW):  # they are called where their block has multiplied
+            return Site(self.layout, self.axes, bias=0.0, apart=apart)
         opening = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
         # The bias is added after the reduction, or handed on to whoever fuses its addition.
         added = self.kind == COLUMN and not self.module.skip_bias_add
-        apart = tuple(name for name in (EXPERTS,) if name in self.axes)
         return Site(self.layout, self.axes, opening, bias=float(added), apart=apart)
 
 
@@ -90,9 +95,10 @@ class MegatronEngine:
         module.__dict__[DESCRIBED] = replace(found, module=module, layout=layout)
 
     def prepare(self, model: nn.Module) -> None:
-        """Tell fused layers what is fused in them; note the numbers of layers and experts in the whole model."""
-        for module in model.modules():
+        """Tell fused layers what is fused in them, part stacks of experts, and number layers and experts globally."""
+        for module in [*model.modules()]:
             tell(module)
+            unpack(module)
         number_globally(model)
 
     def adapted(self, model: nn.Module, finish: Callable[[nn.Module], None]) -> None:
@@ -161,6 +167,8 @@ _LAYOUTS: dict[str, Callable[[Any, Axis], Layout]] = {
     ROW: _row,
     EMBEDDING: _embedding,
     ROUTER: _router,
+    EXPERT_COLUMN: _column,
+    EXPERT_ROW: _row,
 }
 
 
@@ -173,4 +181,4 @@ def _kind_of(cls: type) -> str | None:
 
 _KINDS: dict[type, str | None] = {}
 
-__all__ = ["COLUMN", "EMBEDDING", "ROUTER", "ROW", "MegatronEngine", "Placed"]
+__all__ = ["COLUMN", "EMBEDDING", "EXPERT_COLUMN", "EXPERT_ROW", "ROUTER", "ROW", "MegatronEngine", "Placed"]

@@ -102,6 +102,11 @@ def tell(block: nn.Module) -> None:
 _KINDS: dict[type, str] = {}
 
 
+def note(layer: nn.Module, inside: Fused) -> None:
+    """Note what is fused in a layer."""
+    layer.__dict__[_MARK] = inside
+
+
 def told(module: nn.Module) -> Fused | None:
     """Return what is fused in a layer, if its block has told it."""
     found: Fused | None = module.__dict__.get(_MARK)
@@ -116,4 +121,4 @@ def _layer(block: nn.Module, name: str) -> Any:
     return found
 
 
-__all__ = ["DESCRIBED", "Fused", "gate_and_up", "qkv", "tell", "told"]
+__all__ = ["DESCRIBED", "Fused", "gate_and_up", "note", "qkv", "tell", "told"]

@@ -12,7 +12,9 @@ from torch import nn
 from lorica.engines.names import children_of, renumber
 from lorica.engines.registry import qualified_names
 
-_EXPERTS = "megatron.core.transformer.moe.experts.SequentialMLP"
+_EXPERTS = {
+    f"megatron.core.transformer.moe.experts.{name}" for name in ("SequentialMLP", "GroupedMLP", "TEGroupedMLP")
+}
 #: What only the first stage of a pipeline has, or only the last one.
 _ENDS = ("embedding", "output_layer", "decoder.final_layernorm")
 #: A numbered level of a logical name: of layers (the first there is) or of experts.
@@ -46,7 +48,7 @@ def number_globally(model: nn.Module) -> None:
             numbers = {name: _number_of(layer) for name, layer in module._modules.items()}
             if any(numbers.values()):
                 renumber(model, module, {name: str(number - 1) for name, number in numbers.items() if number})
-        elif is_megatron(module) and _EXPERTS in qualified_names(type(module)):
+        elif is_megatron(module) and not _EXPERTS.isdisjoint(qualified_names(type(module))):
             _number_experts(model, module)
 
 
