@@ -127,6 +127,20 @@ def _level_3() -> None:
     cuda.nvtx = SimpleNamespace(range_push=lambda *a, **k: None, range_pop=lambda *a, **k: None)
     _MODE.append(_OnTheCpu())
     _MODE[0].__enter__()
+    _also_in_backward()
+
+
+def _also_in_backward() -> None:
+    """torch leaves a mode for the length of a backward, in which activations are computed again."""
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
+    own = CheckpointFunction.backward
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with _MODE[0]:
+            return own(ctx, *gradients)
+
+    CheckpointFunction.backward = staticmethod(backward)
 
 
 def _level_4() -> None:

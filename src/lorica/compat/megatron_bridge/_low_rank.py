@@ -16,6 +16,7 @@ from lorica.compat.megatron_bridge._experts import expert_fields
 from lorica.compat.megatron_bridge.base import PEFT
 from lorica.compat.megatron_bridge.module_matcher import ModuleMatcher, is_linear
 from lorica.config import LoraConfig
+from lorica.engines.megatron.fused import tell_alone
 from lorica.engines.registry import prepare
 from lorica.engines.stages import axis_of_stages
 from lorica.errors import ConfigError, TargetError, suggest
@@ -98,8 +99,9 @@ class LowRank(PEFT, ModuleMatcher):
         if found is None:
             return module
         holder, full_name = _held(module, found[1])
-        inside = {full_name: module}
-        names = {full_name} if self.entries() is None else self.named(inside)
+        tell_alone(module, full_name.rpartition(".")[2])
+        inside, meant = {full_name: module}, meaning(self.named({full_name: module}))
+        names = {part for part in part_names(full_name, module) if meant(part)} or {full_name}
         fields = self.lora_fields()
         config = LoraConfig(target_modules=names, **fields | expert_fields(inside, fields))
         inject(holder, make_plan(holder, config), config, ADAPTER, self._switch, autocast=False)

@@ -93,13 +93,30 @@ def tell(block: nn.Module) -> None:
     config: Any = getattr(block, "config", None)
     name = "linear_qkv" if kind == ATTENTION else "linear_fc1"
     layer = _layer(block, name)
-    if layer is None or _MARK in layer.__dict__ or (kind == MLP and not config.gated_linear_unit):
-        return
-    layer.__dict__[_MARK] = qkv(config) if kind == ATTENTION else gate_and_up(layer.output_size)
-    layer.__dict__.pop(DESCRIBED, None)
+    if layer is not None and _MARK not in layer.__dict__:
+        _tell(layer, name, config)
 
 
 _KINDS: dict[type, str] = {}
+
+
+def tell_alone(layer: nn.Module, name: str) -> None:
+    """Tell a layer what is fused in it by the name that it has in its block, where the block itself is not at hand.
+
+    Args:
+        layer: any module.
+        name: the last word of its name.
+    """
+    known = any(base.startswith("megatron.core.") for base in qualified_names(type(layer)))
+    if known and name in ("linear_qkv", "linear_fc1") and _MARK not in layer.__dict__:
+        _tell(layer, name, layer.config)
+
+
+def _tell(layer: Any, name: str, config: Any) -> None:
+    if name == "linear_fc1" and not config.gated_linear_unit:
+        return
+    layer.__dict__[_MARK] = qkv(config) if name == "linear_qkv" else gate_and_up(layer.output_size)
+    layer.__dict__.pop(DESCRIBED, None)
 
 
 def note(layer: nn.Module, inside: Fused) -> None:
@@ -121,4 +138,4 @@ def _layer(block: nn.Module, name: str) -> Any:
     return found
 
 
-__all__ = ["DESCRIBED", "Fused", "gate_and_up", "note", "qkv", "tell", "told"]
+__all__ = ["DESCRIBED", "Fused", "gate_and_up", "note", "qkv", "tell", "tell_alone", "told"]
