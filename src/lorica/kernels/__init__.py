@@ -7,19 +7,21 @@ kernels where they fit. A kernel for a device is one more file and one more entr
 
 from __future__ import annotations
 
-from lorica.kernels import function, gain, gated, grouped, inference, plain, together
+from lorica.kernels import function, gain, gated, grouped, inference, plain, recorded, together
 from lorica.kernels.dropout import Dropped, draw_seed, keep_mask, scale_of
 from lorica.kernels.projection import Projection
 from lorica.kernels.registry import KERNELS, Kernel, asked, kernel_for, register, using
 
 # One linear layer: (x, Projection) → y.
 register("projection", "inference", inference.projection, inference.fits)
+register("projection", "recorded", recorded.projection, recorded.fits)
 register("projection", "function", function.projection, function.fits)
 register("projection", "function", together.dropping, together.fits_one)
 register("projection", "plain", plain.projection)
 
 # Several that share their input: (x, [Projection, …]) → [y, …].
 register("projections", "inference", inference.projections, inference.fits)
+register("projections", "recorded", recorded.projections, recorded.fits_all)
 register("projections", "function", together.projections, together.fits)
 register("projections", "plain", plain.projections)
 

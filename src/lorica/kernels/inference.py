@@ -26,13 +26,13 @@ def projection(x: Tensor, item: Projection) -> Tensor:
     if not (a_RI.dtype == b_OR.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)):
         weight, a_RI, b_OR = weight.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    y = F.linear(x, weight, bias)
+    # Flat from the start: each view costs as much as the arithmetic of one token.
+    x_TI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y_TO = F.linear(x_TI, weight, bias)
     if dropped is not None:
-        x, scaling = x * keep_mask(x, dropped), scaling * scale_of(dropped.p)
-    if x.dim() == 2:
-        return y.addmm_(x.mm(a_RI.t()), b_OR.t(), alpha=scaling)
-    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]).mm(a_RI.t()), b_OR.t(), alpha=scaling)
-    return y
+        x_TI, scaling = x_TI * keep_mask(x_TI, dropped), scaling * scale_of(dropped.p)
+    y_TO.addmm_(F.linear(x_TI, a_RI), b_OR.t(), alpha=scaling)
+    return y_TO if x.dim() == 2 else y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 def projections(x: Tensor, items: Sequence[Projection]) -> Sequence[Tensor]:

@@ -25,6 +25,8 @@ from lorica.variants import VARIANTS, Variant
 # Torch's own; what a library puts in its place later is not what the kernels compute.
 _LINEAR_FORWARD = nn.Linear.forward
 _has_global_hooks: Callable[[], bool] = torch_modules._has_any_global_hook
+#: Whether any device's autocast is on, which is answered before a device is asked for.
+_autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 class Lean:
@@ -76,9 +78,8 @@ class Lean:
             return False
         if state["merged_adapters"] or "forward" in self.own or type(self.base).forward is not _LINEAR_FORWARD:
             return False
-        for hooks in self.hooks:
-            if hooks:
-                return False
+        if any(self.hooks):
+            return False
         if self.spec.dropout and state["training"] and not in_reverse():
             return False  # torch's own dropout knows about transformations and tracers
         a, b = self._factors(state)
@@ -135,6 +136,8 @@ def is_open(x: Any) -> bool:
 
 def in_dtype(run: Callable[..., Tensor | None], owner: Any, x: Tensor) -> Tensor | None:
     """Return ``run(owner, x, dtype, autocast=…)``, outside autocast but with the dtype that it decided on."""
+    if not _autocasts():
+        return run(owner, x, x.dtype, autocast=False)
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return run(owner, x, x.dtype, autocast=False)
