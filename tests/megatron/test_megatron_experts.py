@@ -70,6 +70,25 @@ def shared_experts_that_overlap(division: Division) -> None:
     _equal(division, EXPERTS, moe_shared_expert_intermediate_size=16, moe_shared_expert_overlap=True)
 
 
+@world.case(
+    ranks=4,
+    divisions=[
+        Division(ep=2),
+        Division(tp=2, sp=True, etp=1),
+        Division(tp=2, sp=True, ep=2),
+        Division(ep=2, etp=2),
+        Division(tp=2, sp=True, ep=2, etp=1, pp=2),
+    ],
+)
+def megatrons_own_loop(division: Division) -> None:
+    """Its DDP, its finalisation, its clipping by the global norm, both of its optimisers."""
+    wanted = outcomes.config(target_modules=[*EXPERTS, "router", "linear_proj"])
+    expected = outcomes.trained(WHOLE, wanted, **moe())
+    for distributed in (False, True):
+        found = outcomes.trained(division, wanted, distributed=distributed, **moe())
+        outcomes.close(found, expected, 1e-4)
+
+
 @pytest.mark.parametrize("ranks", world.sizes(__name__))
 def test_experts(ranks: int, request: pytest.FixtureRequest) -> None:
     world.run(__name__, ranks, request.config.getoption("--cases"))

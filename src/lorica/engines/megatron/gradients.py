@@ -15,13 +15,11 @@ from typing import Any
 
 from torch import nn
 
+from lorica.engines.megatron.experts import EXPERT_DATA, EXPERT_TENSOR, is_expert
 from lorica.engines.megatron.groups import DATA, TENSOR
 from lorica.engines.megatron.names import chunks_of
 from lorica.engines.site import Site
 from lorica.layout import Roles
-
-#: The axis over which batches of routed experts are divided.
-EXPERT_DATA = "edp"
 
 
 def mark(module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -> None:
@@ -39,8 +37,14 @@ def mark(module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -
     marked.tensor_model_parallel = bool(dims)
     marked.partition_dim = dims[0] if dims else -1
     marked.partition_stride = 1
-    # Of routed experts, whose data-parallel groups are others.
-    marked.allreduce = all(getattr(own, "allreduce", True) for own in module.parameters(recurse=False))
+    # Of routed experts, whose data-parallel groups are others. Megatron marks their weights where there is expert
+    # parallelism; but without it too, ranks of one sequence may have the same expert and other tokens.
+    marked.allreduce = not is_expert(module)
+    if is_expert(module):
+        # In the norm of all gradients it counts what is cut, and of the rest what the first tensor-parallel rank of
+        # dense layers has, unless something is "shared"; experts lie over those ranks in another way.
+        marked.tensor_model_parallel = True
+        marked.shared = not dims and site.at[EXPERT_TENSOR] > 0
     parallel = bool(getattr(getattr(module, "config", None), "sequence_parallel", False))
     marked.sequence_parallel = parallel and TENSOR in site.layout.summed(roles)
 
