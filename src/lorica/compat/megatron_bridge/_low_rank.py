@@ -19,10 +19,10 @@ from lorica.config import LoraConfig
 from lorica.engines.megatron.fused import tell_alone
 from lorica.engines.registry import prepare
 from lorica.engines.stages import axis_of_stages
-from lorica.errors import ConfigError, TargetError, suggest
+from lorica.errors import AdapterError, ConfigError, TargetError, suggest
 from lorica.init.random import METHODS, named_after
 from lorica.layers import LoraLayer, Switch
-from lorica.model import LoraModel
+from lorica.model import PeftModel
 from lorica.ops import part_names
 from lorica.targets import make_plan
 from lorica.targets.explain import endings
@@ -31,6 +31,7 @@ from lorica.targets.walk import bare, base_modules
 
 #: What the adapter is called in files and in the model.
 ADAPTER = "default"
+_WRAPPER = "lorica_peft_model"
 
 
 @dataclass
@@ -77,9 +78,23 @@ class LowRank(PEFT, ModuleMatcher):
             ConfigError: the fields contradict each other.
             TargetError: an entry means nothing, or a layer cannot be adapted so. The model is as it was.
         """
-        made = LoraModel(as_one(chunks), self.lora_config(chunks), ADAPTER)
+        made = PeftModel(as_one(chunks), self.lora_config(chunks), ADAPTER, autocast_adapter_dtype=False)
         for chunk in chunks:
-            chunk.peft_config = made.peft_config
+            chunk.__dict__[_WRAPPER] = made  # as an attribute it would be a submodule
+
+    def peft_model(self, model: nn.Module | list[Any]) -> PeftModel:
+        """Return a model that this was called on as a ``PeftModel``, which saves, loads, merges and switches adapters.
+
+        Args:
+            model: the model, or the list of a pipeline stage's chunks.
+
+        Raises:
+            AdapterError: nothing was called on it.
+        """
+        found: PeftModel | None = chunks_of(model)[0].__dict__.get(_WRAPPER)
+        if found is None:
+            raise AdapterError(f"{type(self).__name__}: the model has no adapter; call this on it first")
+        return found
 
     def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Return the module with an adapter, where it is meant and has none.

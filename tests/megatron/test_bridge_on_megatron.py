@@ -1,0 +1,205 @@
+"""Megatron Bridge's methods on Megatron-Core's own layers: every division equals one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import outcomes
+import pytest
+import torch
+import torch.distributed as dist
+import world
+from gpt import Division, chunks
+from outcomes import Outcome
+
+world.need_megatron()
+
+WHOLE = Division()
+DENSE = [Division(tp=2, sp=True), Division(tp=2, pp=2), Division(tp=2, sp=True, pp=2, vpp=2), Division(tp=4, sp=True)]
+#: A start that changes the output at once, so that every gradient says something.
+RANDOM = {"lora_A_init_method": "normal", "lora_B_init_method": "kaiming"}
+
+
+def bridged(division: Division, method: Any, **changes: Any) -> Outcome:
+    """What a method gives under a division, after one step without an optimiser."""
+    from lorica.parallel import sum_gradients
+
+    with world.divided(division):
+        models = chunks(division, **changes)
+        torch.manual_seed(7)
+        assert method(models) is models
+        model = method.peft_model(models)
+        loss = world.train(models, world.tokens(4))
+        sum_gradients(model)
+        return Outcome(loss, outcomes.logical(model, gradients=True), outcomes.logical(model))
+
+
+def targets(models: list[Any]) -> set[str]:
+    """The targets of all ranks."""
+    from lorica.adapt.found import lora_layers
+
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {layer.target_name for model in models for layer in lora_layers(model)})
+    return set().union(*found)
+
+
+def equal_to_one_process(division: Division, make: Callable[..., Any], **changes: Any) -> Outcome:
+    found = bridged(division, make(dim=4, alpha=8, **RANDOM), **changes)
+    outcomes.expect_equal(found, bridged(WHOLE, make(dim=4, alpha=8, **RANDOM), **changes))
+    return found
+
+
+@world.case(ranks=4, divisions=DENSE)
+def lora(division: Division) -> None:
+    """One pair on a fused layer, under its name."""
+    from lorica.compat.megatron_bridge import LoRA
+
+    found = equal_to_one_process(division, LoRA)
+    if dist.get_rank() == 0:
+        layers = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+        assert found.tensors.keys() == {
+            f"base_model.model.decoder.layers.{number}.{layer}.lora_{factor}.weight"
+            for number in range(4)
+            for layer in layers
+            for factor in "AB"
+        }
+        assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
+
+
+@world.case(ranks=4, divisions=DENSE)
+def canonical(division: Division) -> None:
+    """Each projection has its own pair, under its own name; one alone may be adapted."""
+    from lorica.compat.megatron_bridge import CanonicalLoRA
+
+    found = equal_to_one_process(division, CanonicalLoRA)
+    if dist.get_rank() == 0:
+        names = {name.split(".")[-3] for name in found.tensors}
+        assert names == set(CanonicalLoRA().target_modules)
+    one = equal_to_one_process(division, lambda **fields: CanonicalLoRA(target_modules=["linear_q"], **fields))
+    if dist.get_rank() == 0:
+        assert {name.split(".")[-3] for name in one.tensors} == {"linear_q"}
+
+
+@world.case(ranks=4, divisions=DENSE[:2])
+def dora(division: Division) -> None:
+    """Norms are of whole rows, also of those that lie over ranks."""
+    from lorica.compat.megatron_bridge import DoRA
+
+    found, wanted = (bridged(where, DoRA(dim=4, alpha=8, **RANDOM)) for where in (division, WHOLE))
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=0)
+    outcomes.close(found.tensors, wanted.tensors)  # magnitudes are norms, of which ranks have shares
+    outcomes.close(found.gradients, wanted.gradients)
+    assert dist.get_rank() or any("lora_magnitude_vector" in name for name in found.tensors)
+
+
+@world.case(ranks=4)
+def layers_are_named_by_their_place_in_the_whole_model() -> None:
+    from lorica.compat.megatron_bridge import LoRA
+
+    for division in (WHOLE, *DENSE[1:3]):
+        with world.divided(division):
+            models = chunks(division)
+            LoRA(target_modules=["*.layers.3.*linear_fc1", "*.layers.0.*linear_proj"])(models)
+            wanted = {"decoder.layers.3.mlp.linear_fc1", "decoder.layers.0.self_attention.linear_proj"}
+            assert targets(models) == wanted
+
+
+@world.case(ranks=4)
+def what_means_nothing_on_any_stage_is_refused_on_all() -> None:
+    from lorica.compat.megatron_bridge import LoRA
+    from lorica.errors import TargetError
+
+    division = Division(tp=2, pp=2)
+    with world.divided(division):
+        models = chunks(division)
+        with pytest.raises(TargetError, match=r"meant by \['linear_fc3'\]"):
+            LoRA(target_modules=["*.layers.3.*linear_fc1", "linear_fc3"])(models)
+        assert not targets(models)
+
+
+@world.case(ranks=4)
+def exclusions_are_left_out_of_all_linear_layers() -> None:
+    from lorica.compat.megatron_bridge import LoRA
+
+    wanted = None
+    for division in (WHOLE, Division(tp=2, pp=2)):
+        with world.divided(division):
+            models = chunks(division)
+            LoRA(target_modules=[], exclude_modules=["linear_fc2", "*.layers.0.*"])(models)
+            found = targets(models)
+        assert "output_layer" in found
+        assert not any("linear_fc2" in name or "layers.0." in name for name in found)
+        assert len(found) == 1 + 3 * 3
+        assert wanted in (None, found)
+        wanted = found
+
+
+@world.case(ranks=2)
+def gradients_are_the_same_where_activations_are_computed_again() -> None:
+    from lorica.compat.megatron_bridge import LoRA
+
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    for division in (WHOLE, Division(tp=2, sp=True)):
+        plain = bridged(division, LoRA(dim=4, **RANDOM))
+        found = bridged(division, LoRA(dim=4, **RANDOM), **again)
+        outcomes.expect_equal(found, plain)
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), Division(tp=2, sp=True)])
+def one_module_is_adapted_as_in_the_model(division: Division) -> None:
+    from lorica.compat.megatron_bridge import LoRA
+
+    with world.divided(division):
+        whole_model, by_module = chunks(division)[0], chunks(division)[0]
+        method = LoRA(target_modules=["linear_qkv", "linear_fc1"], dim=4, **RANDOM)
+        method(whole_model)
+        for number, layer in enumerate(by_module.decoder.layers):
+            path = f"base_model.model.decoder.layers.{number}"
+            layer.self_attention.linear_qkv = method.transform(
+                layer.self_attention.linear_qkv, "linear_qkv", f"{path}.self_attention"
+            )
+            layer.mlp.linear_fc1 = method.transform(layer.mlp.linear_fc1, "linear_fc1", f"{path}.mlp")
+        by_module.peft_config = method.peft_model(whole_model).peft_config
+        wanted = {name: value for name, value in whole_model.state_dict().items() if value is not None}
+        by_module.load_state_dict(wanted)
+        files = [outcomes.logical(model) for model in (by_module, whole_model)]
+        assert files[0].keys() == files[1].keys()
+        for name, tensor in files[0].items():  # rows of B are in the same order
+            assert torch.equal(tensor, files[1][name]), name
+        batches = world.tokens(2)
+        torch.testing.assert_close(world.train([by_module], batches), world.train([whole_model], batches))
+
+
+@world.case(ranks=2)
+def merged_shards_are_those_of_merge_adapter() -> None:
+    """``LoRAMerge`` on factors in Megatron Bridge's pieces, against lorica's own merge."""
+    from megatron.core import parallel_state
+
+    from lorica.adapt import merging
+    from lorica.adapt.found import lora_layers
+    from lorica.compat.megatron_bridge import LoRA, LoRAMerge
+
+    division = Division(tp=2)
+    with world.divided(division):
+        [model] = chunks(division)
+        LoRA(dim=4, alpha=6, **RANDOM)(model)
+        group, rank = parallel_state.get_tensor_model_parallel_group(), dist.get_rank()
+        merged = {}
+        for layer in lora_layers(model):
+            found, base = layer.factors("default"), layer.get_base_layer().weight
+            a, b = found.a.detach(), found.b.detach()
+            if "linear_qkv" in layer.target_name or "linear_fc1" in layer.target_name:
+                a = a.chunk(2)[rank]  # column: A is cut over the rank
+            else:
+                b = b.chunk(2)[rank]  # row: B is cut over the outputs
+            merged[layer.target_name] = LoRAMerge().merge(base, b, a, 6, 4, tp_size=2, tp_group=group)
+        merging.merge(model, ["default"], finite=False, keep=True, progressbar=False)
+        for layer in lora_layers(model):
+            weight = layer.get_base_layer().weight
+            torch.testing.assert_close(merged[layer.target_name], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", world.sizes(__name__))
+def test_bridge(ranks: int, request: pytest.FixtureRequest) -> None:
+    world.run(__name__, ranks, request.config.getoption("--cases"))
