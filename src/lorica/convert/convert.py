@@ -109,7 +109,7 @@ def convert_adapter(
                 found, temporary, geometry, experts=experts, names=names, rank=rank, rounding=rounding
             )
         inner = {"megatron-bridge": "iter_0000000", "neuron": "adapter_default"}.get(target, "")
-        config = {} if target == "peft" else found.config
+        config = {} if target == "peft" and names == "transformers" else found.config
         write_record(temporary / inner, {**found.kept, "config": config, "joined": done.record()})
     return _said(found, done)
 

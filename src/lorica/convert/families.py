@@ -129,7 +129,7 @@ def in_megatron(name: str, *, gated: bool = True) -> tuple[Place, int]:
     Raises:
         ExportError: the table does not have it.
     """
-    for root, prefix in reversed(_ROOTS.items()):
+    for root, prefix in _ROOTS.items():
         for module, outside in _OUTSIDE.items():
             if name == outside.format(root=prefix):
                 return Place(root, None, None, module), 0

@@ -27,12 +27,13 @@ from lorica.errors import CheckpointError, ExportError
 from lorica.files.json import read_json_object
 from lorica.files.tensors import TensorReader
 from lorica.layout.specs import PREFIX
-from lorica.targets.match import pattern_value
+from lorica.targets.match import matches, pattern_value
 
 _TENSOR = re.compile(
     r"(?P<owner>.+?)\.(?:lora_(?P<letter>[AB])\.weight|lora_embedding_(?P<lookup>[AB])|(?P<m>lora_magnitude_vector)(?:\.weight)?)"
 )
 STACK = "mlp.experts"
+ROUTER = ".mlp.gate"
 #: The stacked parameters of experts: name → the projections whose rows it has.
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 #: Layers that some architectures keep fused: name → the projections whose rows it has.
@@ -87,7 +88,7 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
     spelling = families.spelling_of(name for pair in pairs for name in pair.names)
     pairs = [pair.renamed(lambda name: families.respelled(name, spelling)) for pair in pairs]
     kept = {**record, "spelling": _spelling(found, spelling)}
-    values = record.get("config") or (_without_names(config) if on_megatron else config)
+    values = record.get("config") or (without_names(config) if on_megatron else config)
     return Adapter(str(folder), apart(pairs, record), values, kept)
 
 
@@ -132,7 +133,9 @@ def _pair(
     if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
         raise CheckpointError(f"{name}: no pair of two matrices; there is {sorted(parts)}")
     names, rows = _names(name, b.shape[0], geometry, on_megatron)
-    return Pair(names, rows, a, b, scale_of(config, name, a.shape[0]), lookup, parts.get("m"))
+    bare = matches(config.get("target_parameters"), f"{name}.weight")
+    scale = scale_of(config, f"{name}.weight" if bare else name, a.shape[0])
+    return Pair(names, rows, a, b, scale, lookup, parts.get("m"))
 
 
 def _names(
@@ -232,10 +235,10 @@ def _spelling(found: Found, names: str) -> dict[str, Any]:
     return said
 
 
-def _without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without the fields that name layers, which are Megatron's."""
     names = ("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern")
     return {key: value for key, value in config.items() if key not in names}
 
 
-__all__ = ["STACK", "STACKED", "WHOLE", "read_peft_adapter"]
+__all__ = ["ROUTER", "STACK", "STACKED", "WHOLE", "read_peft_adapter", "without_names"]

@@ -18,13 +18,13 @@ from lorica.convert import families
 from lorica.convert.adapter import Adapter, Lazy, Pair, Tensors, tensors_of, zeros
 from lorica.convert.fuse import Fused, Layer, fuse, padded, scaled
 from lorica.convert.geometry import Geometry
-from lorica.convert.peft import STACK, STACKED, WHOLE
+from lorica.convert.peft import ROUTER, STACKED, WHOLE, without_names
 from lorica.convert.record import scale_of
 from lorica.errors import CheckpointError, ExportError
 from lorica.files.atomic import write_json
 from lorica.files.tensors import ORDER, Stored, TensorWriter
 from lorica.layout.specs import PREFIX
-from lorica.targets.match import pattern_value
+from lorica.targets.match import matches, pattern_value
 
 _EXPERT = re.compile(r"(?P<module>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
 _LAYER = re.compile(r"(?P<before>.+\.layers)\.(?P<layer>\d+)\.(?P<leaf>.+)")
@@ -40,14 +40,14 @@ class Target(NamedTuple):
         rank: of its factors.
         scale: of its delta.
         tensors: what the file has.
-        stacked: whether it is a parameter.
+        bare: whether it is a parameter.
     """
 
     name: str
     rank: int
     scale: float
     tensors: list[Tensors]
-    stacked: bool = False
+    bare: bool = False
 
 
 def write_peft_adapter(
@@ -81,6 +81,7 @@ def write_peft_adapter(
     done = Fused()
     if names == "megatron":
         gated = geometry is None or geometry.gated
+        adapter = replace(adapter, config=without_names(adapter.config))
         singles = [single for pair in adapter.pairs for single in pair.split()]
         targets = targets_of(one.renamed(lambda name: families.on_megatron(name, gated=gated)) for one in singles)
     else:
@@ -110,6 +111,8 @@ def _in_transformers(
     alone = [s for pair in rest if not _whole_of(pair.names[0], whole) for s in pair.split()]
     alone += [_named_whole(pair, whole) for pair in fused.pairs]
     targets = targets_of(pair.renamed(lambda name: families.respelled(name, spelling, back=True)) for pair in alone)
+    if form == "stacked":  # where experts are stacked, their router is a bare parameter too
+        targets = [_bare(target) if target.name.endswith(ROUTER) else target for target in targets]
     stacks = fuse(routed, _expert_layer, rank=rank, rounding=rounding)
     targets += _stacks(stacks, geometry, rounding)
     for part in (fused, stacks):
@@ -117,6 +120,10 @@ def _in_transformers(
         done.blocks |= part.blocks
         done.errors |= part.errors
     return targets
+
+
+def _bare(target: Target) -> Target:
+    return target._replace(name=f"{target.name}.weight", bare=True)
 
 
 # ---- fused layers ----------------------------------------------------------------------------------------------------
@@ -206,7 +213,7 @@ def _stack(
     )
     owner = f"{module}.base_layer" if count == 2 and parameter == "gate_up_proj" else module
     named = [Tensors(f"{PREFIX}{owner}.lora_{letter}.weight", value) for letter, value in (("A", a), ("B", b))]
-    return Target(f"{module}.{parameter}", rank, first.scale, named, stacked=True)
+    return Target(f"{module}.{parameter}", rank, first.scale, named, bare=True)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -226,18 +233,20 @@ def _write(path: Path, tensors: list[Tensors]) -> None:
 def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None) -> dict[str, Any]:
     """Return the configuration: what the adapter came with, if it says what the factors are; else one that does."""
     config = dict(adapter.config)
-    names = config.get("target_modules") or config.get("target_parameters")
-    if names and all(_says(config, target) for target in targets):
+    if all(_says(config, target) for target in targets):
         return config
     (rank, scale), _ = Counter((target.rank, target.scale) for target in targets).most_common(1)[0]
     alpha = _plain(scale * rank)
     ranks = {_exactly(t.name): t.rank for t in targets if t.rank != rank}
     alphas = {_exactly(t.name): _plain(t.scale * t.rank) for t in targets if not _close(t.scale * t.rank, scale * rank)}
-    stacked = [target.name for target in targets if target.stacked]
-    modules = [target.name for target in targets if not target.stacked]
+    bare = [target.name for target in targets if target.bare]
+    modules = [target.name for target in targets if not target.bare]
     made: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": False}
     made |= {"rank_pattern": ranks, "alpha_pattern": alphas, "bias": "none", "inference_mode": True}
-    made |= {"target_modules": _short(modules, geometry), "target_parameters": _short(stacked, geometry) or None}
+    made |= {
+        "target_modules": _short(modules, geometry),
+        "target_parameters": _short(bare, geometry, whole=True) or None,
+    }
     made["use_dora"] = any(t.name.endswith("magnitude_vector") for target in targets for t in target.tensors)
     made["task_type"] = config.get("task_type") or "CAUSAL_LM"
     if geometry is not None and geometry.name and not config.get("base_model_name_or_path"):
@@ -248,7 +257,10 @@ def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None
 
 
 def _says(config: Mapping[str, Any], target: Target) -> bool:
-    if target.stacked and (config.get("share_expert_adapters") or config.get("normalize_moe_lora")):
+    names = config.get("target_parameters" if target.bare else "target_modules")
+    if not names or not (names == "all-linear" or matches(names, target.name)):
+        return False
+    if target.bare and (config.get("share_expert_adapters") or config.get("normalize_moe_lora")):
         return False
     rank = pattern_value(config.get("rank_pattern"), target.name, config.get("r", 0))
     return rank == target.rank and _close(scale_of(config, target.name, target.rank), target.scale)
@@ -267,7 +279,7 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _short(names: list[str], geometry: Geometry | None) -> list[str]:
+def _short(names: list[str], geometry: Geometry | None, *, whole: bool = False) -> list[str]:
     """Return the ends of names that mean these layers; the names themselves where not every layer has them."""
     layers: dict[str, set[int]] = defaultdict(set)
     others, seen = [], set()
@@ -282,7 +294,7 @@ def _short(names: list[str], geometry: Geometry | None) -> list[str]:
     if any(found != every for found in layers.values()):
         return sorted(names)
     leaves = {key.partition("|")[2] for key in layers}
-    short = {leaf if leaf.startswith(STACK) else leaf.rpartition(".")[2] for leaf in leaves}
+    short = {leaf if whole else leaf.rpartition(".")[2] for leaf in leaves}
     return sorted(short | set(others))
 
 
