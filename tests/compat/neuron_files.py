@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PREFIX = "base_model.model."
-HIDDEN, HEAD, HEADS, KV, MLP, VOCABULARY, RANK = 12, 2, 16, 4, 24, 40, 3
+HIDDEN, HEAD, HEADS, KV, MLP, VOCABULARY, RANK = 16, 2, 16, 4, 24, 40, 3
 ATTENTION, EVERYTHING = ("qkv_proj", "o_proj"), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 

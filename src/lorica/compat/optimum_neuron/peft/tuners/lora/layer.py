@@ -131,8 +131,7 @@ class NeuronLoraLayer(_Updates, peft.LoraLayer):
 def add_to(layer: nn.Module, adapter: str, fields: Mapping[str, Any]) -> None:
     """Add an adapter to a layer that stands alone, or to the layers in it.
 
-    The layer is then a model of its own: :func:`lorica.parallel.sum_gradients` and
-    :func:`lorica.get_peft_model_state_dict` take it.
+    The layer is then a model of its own: :func:`lorica.parallel.sum_gradients` takes it.
 
     Args:
         layer: adapted already or not.
