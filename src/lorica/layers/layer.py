@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ from lorica.layers import lean
 from lorica.layers.holders import Container, Factor, Tensors
 from lorica.layers.merging import Merging
 from lorica.layers.mixed import add_by_rows, refuse_merged
+from lorica.layers.sharded import Sharded, state_of_factors
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
@@ -36,7 +38,7 @@ from lorica.variants import VARIANTS, Extra, Variant
 Running = list[tuple[Factors, AdapterSpec]]
 
 
-class LoraLayer(Merging):
+class LoraLayer(Sharded, Merging):
     """A base layer and the factors of any number of adapters.
 
     What is not found here is looked up in the base layer, so that code that asks an adapted layer for ``weight``,
@@ -50,6 +52,7 @@ class LoraLayer(Merging):
         site: where the base layer lies among the ranks; None on one process.
     """
 
+    inner = "base_layer"
     base_layer: Any  # an open set of classes; the op knows which attributes it has
     tied: dict[str, LoraLayer]
     extras: dict[str, dict[str, Extra]]
@@ -157,7 +160,8 @@ class LoraLayer(Merging):
             owner.register_buffer(key, value)
 
     def tie_adapter(self, name: str, spec: AdapterSpec, source: LoraLayer) -> None:
-        """Take in an adapter whose factors are those of ``source``, an embedding with the same weight, transposed."""
+        """Take in an adapter whose factors are those of ``source``: a layer of the same kind, or an embedding with the
+        same weight, transposed."""
         self.lean = None
         self.specs[name] = spec
         self.tied[name] = source
@@ -192,13 +196,13 @@ class LoraLayer(Merging):
         """Return the factors of an adapter, attached to the graph."""
         if name in self.tied:
             source = self.tied[name].factors(name)
-            return Factors(source.b.T, source.a.T)
+            return source if self.tied[name].op is self.op else Factors(source.b.T, source.a.T)
         first, second = self._containers()
         extras = self._extra_tensors(name) if name in self.extras else {}
         if self.op.lookup:
             return Factors(first[name], second[name], None, extras)
-        a, b = first[name], second[name]
-        return Factors(a.weight, b.weight, b.bias, extras)
+        a, b = first._modules[name], second._modules[name]
+        return Factors(_weight_of(a), _weight_of(b), b.bias, extras)
 
     def own_parameters(self, name: str) -> list[tuple[str, nn.Parameter | None]]:
         """Return the parameters that this layer holds for an adapter, with their names in :class:`Factors`; nothing of
@@ -249,19 +253,17 @@ class LoraLayer(Merging):
             found[name] = getattr(held[adapter], extra.tensor) if extra.tensor else held[adapter]
         return found
 
-    def factor_names(self, name: str) -> dict[str, str]:
+    def factor_names(self, name: str) -> Mapping[str, str]:
         """Return, for each factor tensor, its name in a file → its name below this module.
 
         A tied adapter has entries too; their parameters do not exist below this module.
         """
-        first, second = _container_names(self.op)
-        if self.op.lookup:
-            names = {first: f"{first}.{name}", second: f"{second}.{name}"}
-        else:
-            names = {f"{first}.weight": f"{first}.{name}.weight", f"{second}.weight": f"{second}.{name}.weight"}
-        if self.specs[name].bias:
-            names[f"{second}.bias"] = f"{second}.{name}.bias"
-        return names | {key: extra.live(name) for key, extra in self.extras.get(name, {}).items()}
+        names = _plain_names(self.op.lookup, self.specs[name].bias, name)
+        return (
+            names | {key: extra.live(name) for key, extra in self.extras[name].items()}
+            if name in self.extras
+            else names
+        )
 
     def windows(
         self, path: str, factor: str, adapter: str, shape: torch.Size
@@ -284,6 +286,9 @@ class LoraLayer(Merging):
         if spec.bias:
             roles.append(self.op.roles_bias)
         return roles + [extra.roles for extra in self.extras.get(name, {}).values()]
+
+    def _own_state(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
+        return state_of_factors(self, prefix, sharded_offsets)
 
     def _containers(self) -> tuple[Any, Any]:
         first, second = _container_names(self.op)
@@ -460,5 +465,27 @@ def _places(site: Site | None) -> Iterator[Any]:
         yield from (place for place in (site, site.across) if place is not None and place.opening is not None)
 
 
+def _weight_of(factor: Any) -> Tensor:
+    """Return ``factor.weight``, past the questions that ``nn.Module`` asks first; and where it is no parameter now."""
+    weight = factor._parameters.get("weight")
+    return factor.weight if weight is None else weight
+
+
 def _container_names(op: Op) -> tuple[str, str]:
-    return ("lora_embedding_A", "lora_embedding_B") if op.lookup else ("lora_A", "lora_B")
+    return _LOOKUP_NAMES if op.lookup else _PRODUCT_NAMES
+
+
+_LOOKUP_NAMES, _PRODUCT_NAMES = ("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B")
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_names(lookup: bool, bias: bool, adapter: str) -> dict[str, str]:
+    """Return the names of an adapter's factors without extras; there are many layers, and few such tables."""
+    first, second = _LOOKUP_NAMES if lookup else _PRODUCT_NAMES
+    if lookup:
+        names = {first: f"{first}.{adapter}", second: f"{second}.{adapter}"}
+    else:
+        names = {f"{first}.weight": f"{first}.{adapter}.weight", f"{second}.weight": f"{second}.{adapter}.weight"}
+    if bias:
+        names[f"{second}.bias"] = f"{second}.{adapter}.bias"
+    return names

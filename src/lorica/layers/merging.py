@@ -67,8 +67,7 @@ class Merging(Light):
     _before: list[Packed]  # the quantised weight without what is merged
 
     def __init__(self, **attributes: Any) -> None:
-        begin_called(
-            self,
+        begin_called(self).update(
             merged_adapters=[],
             owed=set(),
             notes={},

@@ -121,17 +121,16 @@ def change_of(weight: Tensor, terms: Sequence[Term], storage: Storage, *, undo: 
     several times as long. So as much as possible is worked out here, for all weights before the first is written: but
     nothing that copies numbers, and no more than one tensor's views.
     """
-    pieces: Iterable[_Piece] = _pieces(weight, terms, storage, undo=undo)
-    if all(term.fits(weight, storage.compute) for term in terms) and (_is_exact(weight, storage) or _is_one(weight)):
-        pieces = [*pieces]
-    return partial(_write, pieces)
+    if weight.dim() == 2 and _is_whole(weight, storage) and all(term.fits(weight, storage.compute) for term in terms):
+        return partial(_write, [_Piece(weight, terms[::-1] if undo else terms, storage, undo)])
+    return partial(_write, _pieces(weight, terms, storage, undo=undo))
 
 
 class _Piece(NamedTuple):
     """Some rows of a weight, or some weights of a stack, and what is to be done to them."""
 
     stored: Tensor
-    terms: list[Term]  # of these rows, in the dtype that is computed in, in the order in which they are made or undone
+    terms: Sequence[Term]  # of these rows, in the dtype that is computed in, in the order in which they are made or undone
     storage: Storage
     undo: bool
 
@@ -151,21 +150,16 @@ def _pieces(weight: Tensor, terms: Sequence[Term], storage: Storage, *, undo: bo
             yield from _pieces(matrix, [term.of(e) for term in terms], storage, undo=undo)
         return
     terms = [term.to(weight, storage.compute) for term in (reversed(terms) if undo else terms)]
-    if _is_exact(weight, storage) or _is_one(weight):
+    if _is_whole(weight, storage):
         yield _Piece(weight, terms, storage, undo)
         return
     for part in chunks(weight):
         yield _Piece(weight[part], [term.rows(part) for term in terms], storage, undo)
 
 
-def _is_exact(weight: Tensor, storage: Storage) -> bool:
-    """Whether a weight is changed where it lies."""
-    return storage.exact and 1 in weight.stride()
-
-
-def _is_one(weight: Tensor) -> bool:
-    """Whether a weight is one chunk."""
-    return weight.numel() <= chunk_elements(weight.device)
+def _is_whole(weight: Tensor, storage: Storage) -> bool:
+    """Whether a weight is one piece: changed where it lies, or no larger than a chunk."""
+    return (storage.exact and 1 in weight.stride()) or weight.numel() <= chunk_elements(weight.device)
 
 
 def _are_one_product(weight: Tensor, terms: Sequence[Term]) -> bool:

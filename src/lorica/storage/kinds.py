@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorica.engines.kinds import is_distributed
 from lorica.errors import AdapterError
@@ -50,6 +50,8 @@ def stored_weight(base: Any, name: str) -> Tensor | Packed:
     kind = kind_of(type(base))
     if kind is None:
         weight: Any = base._parameters.get(name)
+        if type(weight) is nn.Parameter and "quant_state" not in base.__dict__:
+            return weight  # plain numbers, as nearly always
         if weight is None:
             weight = getattr(base, name)  # what stands in a parameter's place
         kind = kind_of(type(weight._local_tensor if is_distributed(weight) else weight))
@@ -64,10 +66,12 @@ def stored_weight(base: Any, name: str) -> Tensor | Packed:
 
 def kind_of(cls: type) -> Quantised | None:
     """Return the quantised form that a class of layers or of parameters means, or None."""
-    if cls not in _FOUND:
+    try:
+        return _FOUND[cls]
+    except KeyError:
         names = [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__]
         _FOUND[cls] = next((KINDS[name] for name in names if name in KINDS), None)
-    return _FOUND[cls]
+        return _FOUND[cls]
 
 
 _FOUND: dict[type, Quantised | None] = {}
