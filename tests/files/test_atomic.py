@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,47 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     monkeypatch.undo()
     assert path.read_text() == '{\n  "old": 1\n}\n'
     assert [entry.name for entry in tmp_path.iterdir()] == ["facts.json"]
+
+
+def _write_both(first: Path, second: Path, *, fails: bool) -> None:
+    with atomic.at_once():
+        atomic.write_json(first, {"new": 2})
+        atomic.write_json(second, {"new": 2})
+        if fails:
+            fail()
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace", "the block"])
+def test_of_files_written_at_once_none_is_new_if_one_fails(tmp_path, monkeypatch, operation):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    for path in (first, second):
+        atomic.write_json(path, {"old": 1})
+    if operation != "the block":
+        monkeypatch.setattr(os, operation, fail)
+    with pytest.raises(StopHere):
+        _write_both(first, second, fails=operation == "the block")
+    monkeypatch.undo()
+    for path in (first, second):
+        assert path.read_text() == '{\n  "old": 1\n}\n'
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["first.json", "second.json"]
+    atomic.write_json(first, {"new": 2})
+    assert "new" in first.read_text()
+
+
+def test_files_written_at_once_are_flushed_before_the_first_is_renamed_and_renamed_in_their_order(
+    tmp_path, monkeypatch
+):
+    done: list[str] = []
+    sync, replace = atomic.sync, os.replace
+    monkeypatch.setattr(atomic, "sync", lambda path: (sync(path), done.append("flush" if path.is_file() else "folder")))
+    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), done.append(os.path.basename(new))))
+    with atomic.at_once():
+        atomic.write_json(tmp_path / "b.json", 1)
+        with atomic.at_once():
+            atomic.write_json(tmp_path / "a.json", 2)
+        assert not done
+        assert not (tmp_path / "a.json").exists()
+    assert done == ["flush", "flush", "b.json", "a.json", "folder"]
 
 
 def test_tensors_come_back(tmp_path):

@@ -173,7 +173,7 @@ def test_a_bias_of_a_factor_is_a_parameter_or_none():
 
 def test_attributes_are_set_as_they_are():
     module = Light.__new__(Light)
-    begin(module, rank=3)
+    begin(module)["rank"] = 3
     assert module.rank == 3
     assert module.training
 

@@ -38,8 +38,11 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
 
 def adapted(model: nn.Module) -> list[AdapterModule]:
     """Return the modules that :func:`adapter_modules` yields; no name is made up for it."""
+    return list(_without_names(model))
+
+
+def _without_names(model: nn.Module) -> Iterator[AdapterModule]:
     seen: set[int] = set()
-    found: list[AdapterModule] = []
     stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
@@ -47,12 +50,11 @@ def adapted(model: nn.Module) -> list[AdapterModule]:
             continue
         seen.add(id(module))
         if isinstance(module, _KINDS):
-            found.append(module)
+            yield module
             if inside := _inside(module):
                 stack += reversed(inside.values())
         else:
             stack += reversed(children.values())
-    return found
 
 
 _NOTHING: dict[str, nn.Module | None] = {}
@@ -104,7 +106,7 @@ def tokens_among(modules: Iterable[AdapterModule]) -> list[TrainableTokensLayer]
 
 def switch_of(model: nn.Module) -> Switch | None:
     """Return the switch that the layers of an adapted model share."""
-    return next((module.switch for _, module in adapter_modules(model)), None)
+    return next((module.switch for module in _without_names(model)), None)
 
 
 def adapters_of(module: AdapterModule) -> list[str]:

@@ -157,14 +157,15 @@ def prepare_to_fill(model: nn.Module, adapter: str, config: LoraConfig) -> None:
     What the adapter's start took out of the base weights where it was trained is taken out here, so that the file
     means the same model: for factors on the meta device, whose start was not made yet. What variants kept is forgotten.
     """
-    for layer in lora_layers(model):
+    layers = lora_layers(model)
+    for layer in layers:
         layer.notes.clear()
-    with borrowing(config.runtime_config.ephemeral_gpu_offload):
-        _take_starts(model, adapter, config)
+    if owing := [layer for layer in layers if adapter in layer.owed]:
+        with borrowing(config.runtime_config.ephemeral_gpu_offload):
+            _take_starts(owing, adapter, config)
 
 
-def _take_starts(model: nn.Module, adapter: str, config: LoraConfig) -> None:
-    owing = [layer for layer in lora_layers(model) if adapter in layer.owed]
+def _take_starts(owing: Sequence[LoraLayer], adapter: str, config: LoraConfig) -> None:
     targets = [target_at(layer, adapter) for layer in owing]
     starts: list[Factors | None] = []
     for layer, target in zip(owing, targets, strict=True):
@@ -397,7 +398,7 @@ def _factor_dtype(weight: Tensor | Packed, config: LoraConfig, *, autocast: bool
 def _layer_at(target: Target, places: Places, switch: Switch) -> LoraLayer:
     def make(inside: nn.Module) -> LoraLayer:
         layer = LoraLayer(inside, target.op, switch, target.name, target.site)
-        layer.training = target.base.training
+        layer.__dict__["training"] = target.base.training  # past nn.Module.__setattr__
         return layer
 
     return places.layer_at(target) or places.stand_around(target, make)

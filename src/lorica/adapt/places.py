@@ -26,11 +26,13 @@ class Places:
         self.bypassing: list[nn.Module] = []
         slots = self._slots
         for parent in every_module(model):
+            if not (children := parent._modules):
+                continue
             if isinstance(parent, _BYPASSING):
                 self.bypassing.append(parent)
             if isinstance(parent, LoraLayer):
                 self._owners.setdefault(id(parent.get_base_layer()), []).append(parent)
-            for name, child in parent._modules.items():
+            for name, child in children.items():
                 key = id(child)
                 if key in slots:
                     slots[key].append((parent, name))
@@ -49,7 +51,8 @@ class Places:
 
     def layer_at(self, target: Target) -> LoraLayer | None:
         """Return the adapted layer that there is on a target, or None."""
-        return next((layer for layer in self._owners.get(id(target.base), ()) if layer.op is target.op), None)
+        owners = self._owners.get(id(target.base))
+        return next((layer for layer in owners if layer.op is target.op), None) if owners else None
 
     def stand_around(self, target: Target, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
         """Put a new layer around the target's base layer.
@@ -57,12 +60,13 @@ class Places:
         Layers on several parameters of one module stand around one another, the module's last parameter outermost
         (as in PEFT, whose files tell them apart by that).
         """
-        order = [*target.base._parameters]
         inside: nn.Module = target.base
         owners = self._owners.setdefault(id(target.base), [])
-        for owner in sorted(owners, key=lambda layer: order.index(layer.op.weight_name)):
-            if order.index(owner.op.weight_name) <= order.index(target.op.weight_name):
-                inside = owner
+        if owners:
+            order = [*target.base._parameters]
+            for owner in sorted(owners, key=lambda layer: order.index(layer.op.weight_name)):
+                if order.index(owner.op.weight_name) <= order.index(target.op.weight_name):
+                    inside = owner
         layer = make(inside)
         owners.append(layer)
         self.put(inside, layer)

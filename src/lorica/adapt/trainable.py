@@ -32,10 +32,16 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
         requires_grad: whether they train.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _let_train(adapted(model), dict.fromkeys(names, requires_grad))
+    let_train(adapted(model), dict.fromkeys(names, requires_grad))
 
 
-def _let_train(modules: Iterable[AdapterModule], wanted: Mapping[str, bool]) -> None:
+def let_train(modules: Iterable[AdapterModule], wanted: Mapping[str, bool]) -> None:
+    """Let the parameters of adapters in some modules train or not.
+
+    Args:
+        modules: adapted ones.
+        wanted: adapter → whether its parameters train.
+    """
     for module in modules:
         if isinstance(module, LoraLayer):
             module.let_train(wanted)
@@ -63,7 +69,7 @@ def train_only(
         frozen: freeze these too.
     """
     active = tuple(active)
-    _let_train(modules, {name: name in active and not frozen for name in configs})
+    let_train(modules, {name: name in active and not frozen for name in configs})
     for name in active:
         train_biases(model, configs[name], requires_grad=not frozen)
 
@@ -104,6 +110,20 @@ def _own_prefixes(model: nn.Module) -> tuple[str, ...]:
         else:
             inside += [f"{name}.{child}." for child in module._modules if child != "base_layer"]
     return tuple(inside)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Return whether activations are recomputed in ``model``, as transformers' models say it of themselves.
+
+    Their own property asks each module for an attribute that most do not have, which takes a tenth of an injection.
+    """
+    newer = hasattr(type(model), "is_activation_checkpointing")
+    name = "is_activation_checkpointing" if newer else "is_gradient_checkpointing"
+    asked = getattr(getattr(type(model), name, None), "fget", None)
+    if getattr(asked, "__module__", "") != "transformers.modeling_utils":
+        return bool(getattr(model, name, False))
+    word = "gradient_checkpointing"
+    return any(vars(module).get(word, getattr(type(module), word, False)) for module in every_module(model))
 
 
 def let_inputs_require_grad(model: Any) -> None:

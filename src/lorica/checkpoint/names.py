@@ -7,6 +7,7 @@ may be called "lora" or "a".
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -113,6 +114,8 @@ def adapter_entries(model: nn.Module, adapter: str, config: LoraConfig) -> dict[
     for name, bias in named_biases(model, config.bias):
         engines = engines or Engines(base_of(model))
         entries[logical(name)] = _whole(name, bias, model, name, engines)
+    if _WRAPPERS.search("\n".join(entries)) is None:
+        return entries
     return {_WRAPPERS.sub("", name): entry for name, entry in entries.items()}
 
 
@@ -151,11 +154,17 @@ def _device_of(layer: LoraLayer) -> torch.device:
 
 def _held(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
     """Return the module that holds ``module``'s tensor of that name, and the tensor, without asking for attributes."""
-    *parts, leaf = name.split(".")
+    parts, leaf = _steps(name)
     for part in parts:
         module = module._modules[part]  # type: ignore[assignment]
     held = module._parameters.get(leaf)
     return module, module._buffers[leaf] if held is None else held  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps(name: str) -> tuple[list[str], str]:
+    *parts, leaf = name.split(".")
+    return parts, leaf
 
 
 def _rows(path: str, saved_as: str, layer: TrainableTokensLayer, adapter: str) -> dict[str, Entry]:
@@ -176,11 +185,15 @@ def embedding_entries(model: nn.Module, *, adapted_only: bool = False) -> dict[s
     """
     base = base_of(model)
     ends = {id(getattr(base, get, lambda: None)()) for get in ("get_input_embeddings", "get_output_embeddings")}
+    ends.discard(id(None))
     entries = {}
     engines: Engines | None = None
     for path, module in live_modules(model):
+        if not ends:
+            break
         if id(module) not in ends or isinstance(module, ModulesToSaveWrapper):
             continue
+        ends.remove(id(module))
         if isinstance(module, TrainableTokensWrapper):
             path, module = f"{path}.token_adapter.base_layer", module.original_module
         if isinstance(module, LoraLayer):

@@ -18,7 +18,7 @@ from lorica.checkpoint.pieces import collect, here, lie_over_ranks, pieces
 from lorica.config import LoraConfig
 from lorica.engines import Engines
 from lorica.errors import AdapterError, CheckpointError, suggest
-from lorica.files.atomic import write_tensors
+from lorica.files.atomic import at_once, write_tensors
 
 if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
@@ -93,21 +93,22 @@ def save_adapters(
             )
     together = bool(Engines(base_of(model)).axes)
     write = write and (not together or dist.get_rank() == 0)
-    for name in names:
-        tensors = get_peft_model_state_dict(
-            model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
-        )
-        config = model.peft_config[name]
-        if convert is not None:
-            tensors, config = convert(name, tensors)
+    with at_once():
+        for name in names:
+            tensors = get_peft_model_state_dict(
+                model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
+            )
+            config = model.peft_config[name]
+            if convert is not None:
+                tensors, config = convert(name, tensors)
+            if write:
+                folder = directory if name == "default" else directory / name
+                folder.mkdir(parents=True, exist_ok=True)
+                write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
+                _write_config(model, config, folder)
         if write:
-            folder = directory if name == "default" else directory / name
-            folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-            _write_config(model, config, folder)
-    if write:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_model_card(model, directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            write_model_card(model, directory)
     if together:
         dist.barrier()  # no rank goes on to read what is still being written
 

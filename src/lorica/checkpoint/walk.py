@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -41,8 +41,15 @@ def _inside(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
 
 def base_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of the base model."""
-    return [*_distinct(p for _, module in live_modules(model) for p in module._parameters.values())]
-
-
-def _distinct(parameters: Iterable[nn.Parameter | None]) -> Iterator[nn.Parameter]:
-    yield from {id(parameter): parameter for parameter in parameters if parameter is not None}.values()
+    seen: set[int] = set()
+    found: dict[int, nn.Parameter] = {}
+    stack: list[nn.Module] = [model]
+    while stack:  # as live_modules goes, without names
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.update((id(parameter), parameter) for parameter in module._parameters.values() if parameter is not None)
+        if module._modules:
+            stack += [child for _, child in reversed(_inside(module)) if child is not None]
+    return [*found.values()]

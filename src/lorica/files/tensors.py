@@ -239,7 +239,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     placed.sort()
     with TensorWriter(path, {name: stored for _, name, stored in placed}, metadata) as writer:
         for _, name, _ in placed:
-            writer.write(name, tensors[name].detach().cpu())
+            tensor = tensors[name]
+            writer.write(name, (tensor.detach() if tensor.requires_grad else tensor).cpu())
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -38,20 +38,21 @@ for _name in _CONTAINERS.keys() - {"_parameters", "_buffers", "_modules"}:  # to
     setattr(Light, _name, _Later(_name))
 
 
-def begin(module: Light, **attributes: Any) -> None:
-    """Do what ``nn.Module.__init__`` does, and set attributes that are no modules and no tensors, all at once."""
+def begin(module: Light) -> dict[str, Any]:
+    """Do what ``nn.Module.__init__`` does, and return the module's ``__dict__``, into which attributes can be put that
+    are no modules and no tensors: past ``nn.Module.__setattr__``, which takes longer than everything here."""
     state = module.__dict__
     state.update(_VALUES)
     state["_parameters"], state["_buffers"], state["_modules"] = {}, {}, {}
-    state.update(attributes)
+    return state
 
 
-def begin_called(module: Light, **attributes: Any) -> None:
+def begin_called(module: Light) -> dict[str, Any]:
     """Do the same for a module that is called."""
-    begin(module, **attributes)
-    state = module.__dict__
+    state = begin(module)
     for name in _CALLED:
         state[name] = _CONTAINERS[name]()
+    return state
 
 
 class Factor(Light):
@@ -61,10 +62,10 @@ class Factor(Light):
     bias: nn.Parameter | None
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
-        begin(self)
+        state = begin(self)
         _enter(self, "weight", weight)
         if bias is None:
-            self.__dict__["bias"] = None
+            state["bias"] = None
         else:
             _enter(self, "bias", bias)
 

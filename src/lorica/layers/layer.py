@@ -27,7 +27,6 @@ from lorica.layers import lean
 from lorica.layers.holders import Container, Factor, Tensors
 from lorica.layers.merging import Merging
 from lorica.layers.mixed import add_by_rows, refuse_merged
-from lorica.layers.sharded import Sharded, state_of_factors
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
@@ -38,7 +37,7 @@ from lorica.variants import VARIANTS, Extra, Variant
 Running = list[tuple[Factors, AdapterSpec]]
 
 
-class LoraLayer(Sharded, Merging):
+class LoraLayer(Merging):
     """A base layer and the factors of any number of adapters.
 
     What is not found here is looked up in the base layer, so that code that asks an adapted layer for ``weight``,
@@ -52,7 +51,6 @@ class LoraLayer(Sharded, Merging):
         site: where the base layer lies among the ranks; None on one process.
     """
 
-    inner = "base_layer"
     base_layer: Any  # an open set of classes; the op knows which attributes it has
     tied: dict[str, LoraLayer]
     extras: dict[str, dict[str, Extra]]
@@ -160,8 +158,7 @@ class LoraLayer(Sharded, Merging):
             owner.register_buffer(key, value)
 
     def tie_adapter(self, name: str, spec: AdapterSpec, source: LoraLayer) -> None:
-        """Take in an adapter whose factors are those of ``source``: a layer of the same kind, or an embedding with the
-        same weight, transposed."""
+        """Take in an adapter whose factors are those of ``source``, an embedding with the same weight, transposed."""
         self.lean = None
         self.specs[name] = spec
         self.tied[name] = source
@@ -196,13 +193,13 @@ class LoraLayer(Sharded, Merging):
         """Return the factors of an adapter, attached to the graph."""
         if name in self.tied:
             source = self.tied[name].factors(name)
-            return source if self.tied[name].op is self.op else Factors(source.b.T, source.a.T)
+            return Factors(source.b.T, source.a.T)
         first, second = self._containers()
         extras = self._extra_tensors(name) if name in self.extras else {}
         if self.op.lookup:
             return Factors(first[name], second[name], None, extras)
-        a, b = first._modules[name], second._modules[name]
-        return Factors(_weight_of(a), _weight_of(b), b.bias, extras)
+        a, b = first[name], second[name]
+        return Factors(a.weight, b.weight, b.bias, extras)
 
     def own_parameters(self, name: str) -> list[tuple[str, nn.Parameter | None]]:
         """Return the parameters that this layer holds for an adapter, with their names in :class:`Factors`; nothing of
@@ -286,9 +283,6 @@ class LoraLayer(Sharded, Merging):
         if spec.bias:
             roles.append(self.op.roles_bias)
         return roles + [extra.roles for extra in self.extras.get(name, {}).values()]
-
-    def _own_state(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
-        return state_of_factors(self, prefix, sharded_offsets)
 
     def _containers(self) -> tuple[Any, Any]:
         first, second = _container_names(self.op)
@@ -463,12 +457,6 @@ def _places(site: Site | None) -> Iterator[Any]:
     """Yield a layer's sites that have an opening."""
     if site is not None:
         yield from (place for place in (site, site.across) if place is not None and place.opening is not None)
-
-
-def _weight_of(factor: Any) -> Tensor:
-    """Return ``factor.weight``, past the questions that ``nn.Module`` asks first; and where it is no parameter now."""
-    weight = factor._parameters.get("weight")
-    return factor.weight if weight is None else weight
 
 
 def _container_names(op: Op) -> tuple[str, str]:

@@ -162,7 +162,7 @@ def introduce(layers: Iterable[Any]) -> None:
     for layer in layers:
         parent, _, name = layer.target_name.rpartition(".")
         if type(layer.op) is Linear and layer.site is None and not name.isdigit():
-            features = getattr(layer.base_layer, "in_features", None)
+            features = getattr(layer._modules["base_layer"], "in_features", None)
             if features is not None:
                 families.setdefault((parent, features), []).append(layer)
     for members in families.values():

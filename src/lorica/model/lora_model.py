@@ -58,7 +58,8 @@ class LoraModel(nn.Module):
         super().__init__()
         self.model = model
         self.peft_config: dict[str, LoraConfig] = dict(getattr(model, "peft_config", None) or {})
-        self.switch = inject.switch_of(model) or Switch()
+        switch = inject.switch_of(model)
+        self.switch = Switch((adapter_name,)) if switch is None else switch
         self.add_adapter(
             adapter_name,
             peft_config,
@@ -66,7 +67,8 @@ class LoraModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             state_dict=state_dict,
         )
-        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        if switch is not None:
+            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         model.peft_config = self.peft_config  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
@@ -142,14 +144,16 @@ class LoraModel(nn.Module):
             if undo is not None:
                 undo()
             raise
-        watch(self.model)
+        modules = inject.adapted(self.model)
+        if any(isinstance(module, LoraLayer) and module.site is not None for module in modules):
+            watch(self.model)
         if not self.peft_config:
             trainable.freeze_base(self.model)
         config.fan_in_fan_out = plan.fan_in_fan_out
         config.target_modules = plan.names if isinstance(plan.names, str) else set(plan.names or ())
         self.peft_config[adapter_name] = config
         active = adapter_name in self.switch.active and not config.inference_mode
-        trainable.set_requires_grad(self.model, adapter_name, active)
+        trainable.let_train(modules, {adapter_name: active})
         if active:
             trainable.train_biases(self.model, config)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorica import combine
-from lorica.adapt.trainable import let_inputs_require_grad
+from lorica.adapt.trainable import is_checkpointing, let_inputs_require_grad
 from lorica.checkpoint import loading, saving
 from lorica.checkpoint.reading import LoadResult
 from lorica.config import LoraConfig, TaskType
@@ -62,8 +62,7 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         config = self._own_config(model, peft_config)
-        newer = hasattr(type(model), "is_activation_checkpointing")
-        checkpointing = getattr(model, "is_activation_checkpointing" if newer else "is_gradient_checkpointing", False)
+        checkpointing = is_checkpointing(model)
         self.base_model = self.tuner_class(
             model,
             config,

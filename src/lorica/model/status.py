@@ -107,14 +107,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _parameters_of(model: nn.Module) -> Iterable[nn.Parameter]:
     """Return what ``model.parameters()`` yields, in another order: their names, which take most of the time, are not
     made."""
-    modules, stack = {id(model): model}, [model]
+    seen: set[int] = set()
+    found: dict[int, nn.Parameter] = {}
+    stack: list[nn.Module | None] = [model]
     while stack:
-        for child in stack.pop()._modules.values():
-            if child is not None and id(child) not in modules:
-                modules[id(child)] = child
-                stack.append(child)
-    found = (parameter for module in modules.values() for parameter in module._parameters.values())
-    return {id(parameter): parameter for parameter in found if parameter is not None}.values()
+        module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        if module._modules:
+            stack += module._modules.values()
+    return found.values()
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:

@@ -119,15 +119,17 @@ def pattern_value(patterns: Mapping[str, float] | None, key: str, default: float
 def shortest_names(chosen: Collection[str], others: Collection[str]) -> set[str]:
     """Return a small set of name endings that means every one of ``chosen`` and none of ``others``."""
     taken: set[str] = set()
-    meant = meaning(taken)
+    avoided = {ending for key in others for ending in _endings(key)}
     for key in sorted(chosen):
-        if meant(key):
-            continue
-        parts = key.split(".")
-        endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-        taken.add(next(e for e in endings if e == key or not any(map(meaning([e]), others))))
-        meant = meaning(taken)
+        if taken.isdisjoint(endings := _endings(key)):
+            taken.add(next(ending for ending in endings if ending == key or ending not in avoided))
     return taken
+
+
+def _endings(key: str) -> list[str]:
+    """Return what a name ends with after each of its dots, the shortest first, and the name."""
+    parts = key.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 @functools.lru_cache(maxsize=4096)
