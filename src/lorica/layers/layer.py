@@ -198,8 +198,8 @@ class LoraLayer(Merging):
         extras = self._extra_tensors(name) if name in self.extras else {}
         if self.op.lookup:
             return Factors(first[name], second[name], None, extras)
-        a, b = first[name], second[name]
-        return Factors(a.weight, b.weight, b.bias, extras)
+        a, b = first._modules[name], second._modules[name]
+        return Factors(_weight_of(a), _weight_of(b), b.bias, extras)
 
     def own_parameters(self, name: str) -> list[tuple[str, nn.Parameter | None]]:
         """Return the parameters that this layer holds for an adapter, with their names in :class:`Factors`; nothing of
@@ -457,6 +457,12 @@ def _places(site: Site | None) -> Iterator[Any]:
     """Yield a layer's sites that have an opening."""
     if site is not None:
         yield from (place for place in (site, site.across) if place is not None and place.opening is not None)
+
+
+def _weight_of(factor: Any) -> Tensor:
+    """Return ``factor.weight``, past the questions that ``nn.Module`` asks first; and where it is no parameter now."""
+    weight = factor._parameters.get("weight")
+    return factor.weight if weight is None else weight
 
 
 def _container_names(op: Op) -> tuple[str, str]:
