@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import world
-from gpt import Division, chunks
+from gpt import Division, chunks, moe
 from outcomes import Outcome
 
 world.need_megatron()
@@ -198,6 +199,104 @@ def merged_shards_are_those_of_merge_adapter() -> None:
         for layer in lora_layers(model):
             weight = layer.get_base_layer().weight
             torch.testing.assert_close(merged[layer.target_name], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+MIXTURES = [Division(ep=2), Division(tp=2, sp=True, ep=2, etp=1), Division(tp=2, sp=True, ep=2), Division(ep=2, pp=2)]
+
+
+def experts(**fields: Any) -> Any:
+    from lorica.compat.megatron_bridge import LoRA
+
+    return LoRA(**{"target_modules": ["linear_fc1", "linear_fc2"], "dim": 4, "alpha": 8} | RANDOM | fields)
+
+
+@world.case(ranks=4, divisions=MIXTURES)
+def stacked_experts_share_an_adapter_whatever_ranks_they_lie_on(division: Division) -> None:
+    found, wanted = (bridged(where, experts(), **moe(moe_grouped_gemm=True)) for where in (division, WHOLE))
+    outcomes.expect_equal(found, wanted)
+    for name, tensor in found.tensors.items():
+        first = re.sub(r"local_experts\.\d+", "local_experts.0", name)
+        assert torch.equal(tensor, found.tensors[first])
+    assert dist.get_rank() or len(found.tensors) == 4 * 4 * 2 * 2
+
+
+@world.case(ranks=4, divisions=[Division(ep=2), Division(tp=2, sp=True, ep=2, etp=1)])
+def megatrons_loop_and_optimisers_train_a_shared_adapter_alike(division: Division) -> None:
+    names = ["linear_fc1", "linear_fc2"]
+    wanted = outcomes.config(target_modules=names, share_expert_adapters=True, fused_as_one=True)
+    fields = moe(moe_grouped_gemm=True)
+    for distributed in (False, True):
+        found = outcomes.trained(division, wanted, distributed=distributed, **fields)
+        outcomes.close(found, outcomes.trained(WHOLE, wanted, **fields), 1e-4)
+
+
+@world.case(ranks=4, divisions=MIXTURES[:2])
+def or_each_has_its_own(division: Division) -> None:
+    own = experts(share_expert_adapters=False)
+    found, wanted = (bridged(where, own, **moe(moe_grouped_gemm=True)) for where in (division, WHOLE))
+    outcomes.expect_equal(found, wanted)
+    modules = bridged(WHOLE, experts(), **moe())  # experts that are modules have their own in any case
+    outcomes.expect_equal(found, modules)
+    tensors = [
+        tensor for name, tensor in found.tensors.items() if "layers.0.mlp" in name and "linear_fc2.lora_A" in name
+    ]
+    assert dist.get_rank() or (len(tensors) == 4 and not torch.equal(tensors[0], tensors[1]))
+
+
+@world.case(ranks=2)
+def a_shared_adapter_has_the_gradient_of_all_its_experts() -> None:
+    """What each expert's own adapter would get, summed."""
+    with world.divided(WHOLE):
+        made = []
+        for shared in (True, False):
+            [model] = chunks(WHOLE, **moe(moe_grouped_gemm=True))
+            method = experts(share_expert_adapters=shared)
+            method(model)
+            made.append((model, method.peft_model(model)))
+        from lorica import get_peft_model_state_dict, set_peft_model_state_dict
+
+        tensors = get_peft_model_state_dict(made[0][1])
+        if dist.get_world_size() > 1:
+            held = [tensors]
+            dist.broadcast_object_list(held)
+            tensors = held[0]
+        set_peft_model_state_dict(made[1][1], tensors)
+        for model, _ in made:
+            world.train([model], world.tokens(2))
+        for name, layer in made[0][0].named_modules():
+            if name.endswith("local_experts.0.linear_fc2"):
+                for factor in ("lora_A", "lora_B"):
+                    each = [
+                        made[1][0].get_submodule(name.replace("experts.0", f"experts.{number}")) for number in range(4)
+                    ]
+                    wanted = sum(getattr(one, factor)["default"].weight.grad for one in each)
+                    torch.testing.assert_close(getattr(layer, factor)["default"].weight.grad, wanted)
+
+
+@world.case(ranks=4, divisions=MIXTURES[1:])
+def experts_get_a_share_of_the_rank(division: Division) -> None:
+    from lorica.adapt.found import lora_layers
+    from lorica.compat.megatron_bridge import CanonicalLoRA, LoRA
+    from lorica.errors import ConfigError
+
+    fields = moe(moe_grouped_gemm=True, moe_shared_expert_intermediate_size=16)
+    for method in (LoRA, CanonicalLoRA):
+        with world.divided(division):
+            models = chunks(division, **fields)
+            method(dim=8, alpha=8, normalize_moe_lora=True)(models)
+            for layer in (layer for model in models for layer in lora_layers(model)):
+                spec, routed = layer.specs["default"], ".experts." in layer.target_name
+                assert (spec.r, spec.scaling) == ((4, 2) if routed else (8, 1)), layer.target_name
+    for wrong, message in (({"dim": 7}, "no multiple"), ({}, "is 0")):
+        with world.divided(division):
+            models = chunks(division, **fields)
+            if not wrong:
+                for module in (module for model in models for module in model.modules() if hasattr(module, "config")):
+                    module.config.moe_router_topk = 0
+            with pytest.raises(ConfigError, match=message):
+                LoRA(**{"dim": 8, "normalize_moe_lora": True} | wrong)(models)
+    found, wanted = (bridged(where, experts(normalize_moe_lora=True), **fields) for where in (division, WHOLE))
+    outcomes.expect_equal(found, wanted)
 
 
 @pytest.mark.parametrize("ranks", world.sizes(__name__))

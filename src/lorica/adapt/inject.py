@@ -330,15 +330,16 @@ def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, 
 def _request(target: Target, config: LoraConfig, seed: int) -> InitRequest:
     op, site, init = target.op, target.site, find(config.init_lora_weights)
     shapes = logical_shapes(op, target.base, target.spec, site, target.name)
+    seeded_by = target.seed_name or target.name
     return InitRequest(
-        target=target.name,
+        target=seeded_by,
         r=target.spec.r,
         scaling=target.spec.scaling,
         shape_a=shapes.a,
         shape_b=shapes.b,
         bias=target.spec.bias,
         lookup=op.lookup,
-        generator=target_generator(seed, target.name),
+        generator=target_generator(seed, seeded_by),
         weight=lambda: there(logical_weight(op, target.base, site)),
         experts=shapes.a[0] if op.roles_a[0] == "expert" else 0,
         options=getattr(config, init.options) if init is not None and init.options else None,

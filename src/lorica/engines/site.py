@@ -61,7 +61,7 @@ class Site:
         across: the same layer where its input is not gathered yet and its output is reduced already, if adapters may be
             added there too: their hidden values are carried, and each product sees its rank's tokens.
         apart: axes whose ranks have other layers in this one's place, with weights and names of their own: experts that
-            are modules. Nothing is reduced over them.
+            are modules. Nothing is reduced over them, unless the layout says that their tokens are seen by one adapter.
     """
 
     layout: Layout
@@ -76,6 +76,11 @@ class Site:
     def at(self) -> dict[str, int]:
         """This rank's coordinates."""
         return {name: axis.rank for name, axis in self.axes.items()}
+
+    @property
+    def own_factors_over(self) -> tuple[str, ...]:
+        """The axes of :attr:`apart` whose ranks have factors of their own too, rather than one adapter for all."""
+        return tuple(name for name in self.apart if name not in self.layout.sequence)
 
 
 class Opening:

@@ -94,7 +94,7 @@ def _length(share: _Share, axis: Axis) -> int:
 def _share(item: Trained, axis: str) -> _Share | None:
     """Return how a gradient takes part in the reduction over an axis; None where it does not."""
     layout = item.site.layout
-    if axis not in item.site.axes or axis in item.stored_over or axis == STAGES or axis in item.site.apart:
+    if axis not in item.site.axes or axis in item.stored_over or axis == STAGES or axis in item.site.own_factors_over:
         return None  # stages hold different layers
     if axis in item.reduced_elsewhere:
         return None

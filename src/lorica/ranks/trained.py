@@ -45,7 +45,9 @@ class Trained:
     @property
     def sharded_over(self) -> dict[str, Axis]:
         """The axes whose ranks hold different elements of it."""
-        cut = {name: self.site.axes[name] for name in (*self.site.layout.sharded(self.roles), *self.site.apart)}
+        cut = {
+            name: self.site.axes[name] for name in (*self.site.layout.sharded(self.roles), *self.site.own_factors_over)
+        }
         cut |= {axis.name: axis for _, axis in storage_axes(self.parameter)}
         return {name: axis for name, axis in cut.items() if axis.size > 1}
 

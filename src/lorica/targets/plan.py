@@ -20,6 +20,7 @@ from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrappe
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.storage import Packed, kind_of, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
+from lorica.targets.experts import share_among_experts
 from lorica.targets.explain import endings, explain_no_match, warn_of_idle_entries
 from lorica.targets.match import (
     Names,
@@ -58,6 +59,7 @@ class Target:
         spec: rank, scale and the rest.
         tied_to: name of the embedding whose factors it uses, if it has none of its own.
         site: where it lies among the ranks; None on one process.
+        seed_name: the name that seeds its factors, where that is another one.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Target:
     spec: AdapterSpec
     tied_to: str | None = None
     site: Site | None = None
+    seed_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     _check_start(group, config, targets)
     _check_copies(model, saved)
     tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
-    return Plan(names, _placed(model, targets), saved, _orientation(config, targets), tokens)
+    placed = share_among_experts(_placed(model, targets), config, staged=staged)
+    return Plan(names, placed, saved, _orientation(config, targets), tokens)
 
 
 def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
@@ -238,7 +242,7 @@ def _warn_of_no_way(targets: Iterable[Target]) -> None:
 def _parameter_targets(
     modules: dict[str, nn.Module], config: LoraConfig, chosen: Collection[str], whole: tuple[str, ...], specs: Specs
 ) -> list[Target]:
-    if not config.target_parameters and not config.share_expert_adapters:
+    if not config.target_parameters:
         return []
     found = find_parameters(modules, list(config.target_parameters or ()))
     for parameter in found:
@@ -247,10 +251,7 @@ def _parameter_targets(
             raise TargetError(f"{parameter.key}: its module trains fully (modules_to_save); it cannot be adapted too")
         if parameter.owner in chosen:
             raise TargetError(f"{parameter.key}: its module is a target already; leave one of the two out")
-    targets = [_parameter_target(parameter, config, specs) for parameter in found]
-    if config.share_expert_adapters and not any("expert" in target.op.roles_weight for target in targets):
-        raise TargetError("share_expert_adapters=True: no target is a stack of experts' weights (target_parameters)")
-    return targets
+    return [_parameter_target(parameter, config, specs) for parameter in found]
 
 
 def _parameter_target(found: Found, config: LoraConfig, specs: Specs) -> Target:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
 from lorica.adapt.inject import inject
 from lorica.compat.megatron_bridge._chunks import as_one, chunks_of
-from lorica.compat.megatron_bridge._experts import expert_fields
+from lorica.compat.megatron_bridge._experts import agreed, expert_fields
 from lorica.compat.megatron_bridge.base import PEFT
 from lorica.compat.megatron_bridge.module_matcher import ModuleMatcher, is_linear
 from lorica.config import LoraConfig
@@ -31,6 +31,7 @@ from lorica.targets.walk import bare, base_modules
 
 #: What the adapter is called in files and in the model.
 ADAPTER = "default"
+T = TypeVar("T")
 _WRAPPER = "lorica_peft_model"
 
 
@@ -65,10 +66,11 @@ class LowRank(PEFT, ModuleMatcher):
         whole = as_one(chunks_of(model))
         prepare(whole)
         modules = {name: module for name, module in base_modules(whole) if name}
-        names = self._names(modules, whole)
+        names, fields = self._names(modules, whole), self.lora_fields()
         meant = meaning(names)
-        fields = self.lora_fields()
-        fields |= expert_fields({name: module for name, module in modules.items() if meant(name)}, fields)
+        inside = {name: (name, *part_names(name, bare(module))) for name, module in modules.items()}
+        experts = expert_fields({name: modules[name] for name in inside if any(map(meant, inside[name]))}, fields)
+        fields |= agreed(_everywhere(experts, whole))
         return LoraConfig(target_modules=names, exclude_modules=list(self.exclude_modules or ()) or None, **fields)
 
     def adapt(self, chunks: list[Any]) -> None:
@@ -158,7 +160,7 @@ def init_of(for_a: str, for_b: str) -> str:
     return named_after(for_a, for_b)
 
 
-def _everywhere(found: set[str], model: nn.Module) -> list[set[str]]:
+def _everywhere(found: T, model: nn.Module) -> list[T]:
     """Return what was found on each rank, where these hold different layers of a model."""
     if axis_of_stages(model) is None:
         return [found]

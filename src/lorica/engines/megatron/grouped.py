@@ -85,6 +85,11 @@ class ExpertLinear(nn.Module):
         self.output_size, self.input_size = sizes
 
     @property
+    def stack(self) -> object:
+        """What the experts' layers of one stack have in common."""
+        return self._stack
+
+    @property
     def weight(self) -> Tensor:
         """``[out, in]`` of this rank, sharing the stack's memory."""
         return self._stack.weight(self._index).detach()
