@@ -27,6 +27,7 @@ from lorica.layers import lean
 from lorica.layers.holders import Container, Factor, Tensors
 from lorica.layers.merging import Merging
 from lorica.layers.mixed import add_by_rows, refuse_merged
+from lorica.layers.sharded import Sharded, state_of_factors
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
@@ -37,7 +38,7 @@ from lorica.variants import VARIANTS, Extra, Variant
 Running = list[tuple[Factors, AdapterSpec]]
 
 
-class LoraLayer(Merging):
+class LoraLayer(Sharded, Merging):
     """A base layer and the factors of any number of adapters.
 
     What is not found here is looked up in the base layer, so that code that asks an adapted layer for ``weight``,
@@ -51,6 +52,7 @@ class LoraLayer(Merging):
         site: where the base layer lies among the ranks; None on one process.
     """
 
+    inner = "base_layer"
     base_layer: Any  # an open set of classes; the op knows which attributes it has
     tied: dict[str, LoraLayer]
     extras: dict[str, dict[str, Extra]]
@@ -158,8 +160,7 @@ class LoraLayer(Merging):
             owner.register_buffer(key, value)
 
     def tie_adapter(self, name: str, spec: AdapterSpec, source: LoraLayer) -> None:
-        """Take in an adapter whose factors are those of ``source``: a layer of the same kind, or an embedding with the
-        same weight, transposed."""
+        """Take in an adapter whose factors are those of ``source``, an embedding with the same weight, transposed."""
         self.lean = None
         self.specs[name] = spec
         self.tied[name] = source
@@ -194,7 +195,7 @@ class LoraLayer(Merging):
         """Return the factors of an adapter, attached to the graph."""
         if name in self.tied:
             source = self.tied[name].factors(name)
-            return source if self.tied[name].op is self.op else Factors(source.b.T, source.a.T)
+            return Factors(source.b.T, source.a.T)
         first, second = self._containers()
         extras = self._extra_tensors(name) if name in self.extras else {}
         if self.op.lookup:
@@ -284,6 +285,9 @@ class LoraLayer(Merging):
         if spec.bias:
             roles.append(self.op.roles_bias)
         return roles + [extra.roles for extra in self.extras.get(name, {}).values()]
+
+    def _own_state(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
+        return state_of_factors(self, prefix, sharded_offsets)
 
     def _containers(self) -> tuple[Any, Any]:
         first, second = _container_names(self.op)

@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from lorica.engines.duplicate import duplicate
+from lorica.layers.sharded import Sharded, state_of_copies
 from lorica.layers.switch import Switch
 from lorica.routing import BASE, Rows, each_group
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Sharded):
     """Stands in the place of a module and runs the active adapter's copy of it, or the original.
 
     Args:
@@ -19,6 +20,8 @@ class ModulesToSaveWrapper(nn.Module):
         switch: which adapters are on, shared with the other layers of the model.
         target_name: full name of the module in the base model, for messages.
     """
+
+    inner = "original_module"
 
     def __init__(self, original_module: nn.Module, switch: Switch, target_name: str) -> None:
         super().__init__()
@@ -46,6 +49,9 @@ class ModulesToSaveWrapper(nn.Module):
         """Forget an adapter's copy; one that is not there is no error."""
         if name in self.modules_to_save:
             del self.modules_to_save[name]
+
+    def _own_state(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
+        return state_of_copies(self, prefix, sharded_offsets, metadata)
 
     def in_use(self) -> nn.Module:
         """Return the first active adapter's copy, or the original."""

@@ -1,0 +1,86 @@
+"""``sharded_state_dict``: what Megatron-Core asks the modules of its models for its distributed checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.engines.megatron import checkpoint
+from lorica.layout import Roles
+
+if TYPE_CHECKING:
+    from lorica.layers.layer import LoraLayer
+    from lorica.layers.saved import ModulesToSaveWrapper
+
+
+class Sharded(nn.Module):
+    """A module around another one: that one's tensors keep their names, its own are added.
+
+    Attributes:
+        inner: name of the module that was there before.
+    """
+
+    inner: str
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Return this module's part of a sharded state, by the names of the live tensors; those of the base layer
+        without the level that an adapter adds.
+
+        Args:
+            prefix: of the names.
+            sharded_offsets: how the modules around this one divide a list of such modules.
+            metadata: handed on.
+        """
+        base = self._modules[self.inner]
+        assert base is not None
+        state = checkpoint.state_of(base, prefix, sharded_offsets, metadata)
+        return state | self._own_state(prefix, sharded_offsets, metadata)
+
+    def _own_state(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if checkpoint.is_there():
+            checkpoint.under_old_names(state_dict, prefix, self.inner, self)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def state_of_factors(layer: LoraLayer, prefix: str, sharded_offsets: Any) -> dict[str, Any]:
+    """Return the factors of all adapters of a layer for a sharded state."""
+    level = prefix[:-1].rpartition(".")[2]
+    state: dict[str, Any] = {}
+    for adapter, spec in layer.specs.items():
+        for live, tensor, roles in _tensors(layer, adapter):
+            sizes: dict[str, int] = {} if layer.site is None else dict(layer.site.layout.sizes)
+            shape = torch.Size(sizes.get(role, size) for role, size in zip(roles, tensor.shape, strict=True))
+            windows = layer.op.windows(level, live, spec, layer.base_layer, shape, roles)
+            ends = [(name.lstrip("."), window) for name, window in windows]
+            end = f"{level}.{live}"
+            state[prefix + live] = checkpoint.sharded(
+                tensor, prefix + live, end, ends, roles, layer.site, sharded_offsets
+            )
+    return state
+
+
+def _tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor, Roles]]:
+    """Yield live name, tensor and roles of what a layer holds for an adapter."""
+    if adapter in layer.tied:
+        return
+    live = layer.factor_names(adapter).values()
+    for name, roles in zip(live, layer.factor_roles(adapter), strict=True):
+        owner, _, leaf = name.rpartition(".")
+        yield name, getattr(layer.get_submodule(owner), leaf), roles
+
+
+def state_of_copies(wrapper: ModulesToSaveWrapper, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
+    """Return the copies that train fully for a sharded state."""
+    state: dict[str, Any] = {}
+    for adapter, copied in wrapper.modules_to_save.items():
+        state |= checkpoint.state_of(copied, f"{prefix}modules_to_save.{adapter}.", sharded_offsets, metadata)
+    return state
+
+
+__all__ = ["Sharded", "state_of_copies", "state_of_factors"]
