@@ -63,8 +63,8 @@ def test_inputs_keep_their_dtype():
 def test_norms_are_kept_or_not(monkeypatch):
     model = lorica.get_peft_model(models.mlp(), lorica.LoraConfig(target_modules=["lin0"], use_dora=True)).eval()
     x, taken = models.floats(2, 10), []
-    norms = dora.norms
-    monkeypatch.setattr(dora, "norms", lambda *args: taken.append(1) or norms(*args))
+    squares = dora.row_squares
+    monkeypatch.setattr(dora, "row_squares", lambda *args: taken.append(1) or squares(*args))
 
     def count(context=None):
         taken.clear()

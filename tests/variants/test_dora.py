@@ -45,7 +45,7 @@ def test_squares_are_right_to_a_few_roundings(monkeypatch, chunk_rows, dtype, tu
     weight = torch.randn(24, 17).to(dtype).T if turned else torch.randn(17, 24).to(dtype)
     a, b = torch.randn(3, 24), torch.randn(17, 3)
     wide = torch.promote_types(dtype, torch.float32)
-    found, _ = dora.row_squares(weight, b, a, 1.5)
+    found = dora.row_squares(weight, b, a, 1.5).squares
     assert found.dtype == wide
     assert torch.allclose(found.double(), exact(weight, b, a, 1.5), rtol=8 * torch.finfo(wide).eps, atol=0)
 
@@ -55,7 +55,7 @@ def test_rows_whose_delta_cancels_the_weight(left: float) -> None:
     """What is left of a row is known to float32's precision relative to the roundings of the row itself."""
     a, b = torch.randn(4, 64), torch.randn(10, 4)
     weight = -2.0 * b @ a * (1 - left)
-    found, wanted = dora.row_squares(weight, b, a, 2.0)[0], exact(weight, b, a, 2.0)
+    found, wanted = dora.row_squares(weight, b, a, 2.0).squares, exact(weight, b, a, 2.0)
     assert (found >= 0).all()
     roundings = 4 * torch.finfo(torch.float32).eps * weight.double().norm(dim=1)
     assert ((found.double().sqrt() - wanted.sqrt()).abs() <= roundings + 1e-6 * wanted.sqrt()).all()

@@ -89,7 +89,7 @@ class Dora(Variant):
 
     def gain(self, layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
         """``m / ‖W + s·B·A‖``."""
-        return _gain(factors, _judged(norms(layer, factors, spec), layer, spec))[
+        return _gain(factors, _judged(_take(layer, factors, spec), layer, spec))[
             layer.share_at_rest()[_out_dim(layer.op)]
         ]
 
@@ -112,10 +112,13 @@ def _gain(factors: Factors, norms: Norms) -> Tensor:
     return gain if norms.fixed is None else torch.where(norms.fixed, 1, gain)
 
 
-def _judged(norm: Tensor, layer: Hosting, spec: AdapterSpec) -> Norms:
+def _judged(taken: _Taken, layer: Hosting, spec: AdapterSpec) -> Norms:
+    norm, site = taken.norm, layer.site if spec.parts else None
+    if taken.positive and site is None:
+        return Norms(norm, None)
     free = norm > 0  # a row of zeros stays one, whatever multiplies it
-    if spec.parts and layer.site is not None:
-        free = free & _adapted(layer.site, spec, norm)
+    if site is not None:
+        free = free & _adapted(site, spec, norm)
     if not torch.compiler.is_compiling() and free.all():
         return Norms(norm, None)
     return Norms(torch.where(free, norm, 1), ~free)
@@ -130,7 +133,19 @@ def _adapted(site: Site, spec: AdapterSpec, norm: Tensor) -> Tensor:
     return mine
 
 
-def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, keep: bool = False) -> Tensor:
+class _Taken(NamedTuple):
+    """Norms as they were taken.
+
+    Attributes:
+        norm: ``[out]``.
+        positive: whether it is known that none is zero.
+    """
+
+    norm: Tensor
+    positive: bool
+
+
+def norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Tensor:
     """Return ``‖W + s·B·A‖`` of every output that this rank computes, detached, in float32 (float64 stays).
 
     Collective over the axes that cut the layer's inputs and, between forwards, over those that shard the weight.
@@ -139,8 +154,12 @@ def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, keep: bool = Fals
         layer: the adapted layer.
         factors: of the adapter.
         spec: its scale.
-        keep: take ``‖W‖²`` from the last time, as long as nothing was written to ``W``.
     """
+    return _take(layer, factors, spec).norm
+
+
+def _take(layer: Hosting, factors: Factors, spec: AdapterSpec, keep: bool = False) -> _Taken:
+    """See :func:`norms`; ``keep``: take ``‖W‖²`` from the last time, as long as nothing was written to ``W``."""
     with torch.inference_mode(False), torch.no_grad(), autocast_off(factors.b.device.type):
         stored: Any = stored_weight(layer.base_layer, layer.op.weight_name)
         held = layer.share_at_rest() if is_distributed(stored) else _ALL
@@ -155,29 +174,54 @@ def norms(layer: Hosting, factors: Factors, spec: AdapterSpec, keep: bool = Fals
         matrices, kept = (weight, left, right), held[0]
         if _out_dim(layer.op) == 1:
             matrices, kept = (weight.T, right.T, left.T), held[1]
+        positive = False
         if torch.compiler.is_compiling():
             squares = _traced(*matrices, spec.scaling)
         else:
             state, known = _known_squares(layer, stored) if keep else (None, None)
-            squares, weights = row_squares(*matrices, spec.scaling, known)
+            squares, weights, positive = row_squares(*matrices, spec.scaling, known)
             if keep and known is None:
                 layer.notes[_SQUARES] = (state, weights)
         if axes := _axes_of_terms(layer, stored):
+            positive = False  # that of the others' rows is not known here
             part, squares = squares, squares.new_zeros(_outputs(layer, factors))
             squares[kept] = part
             for axis in axes:
                 dist.all_reduce(squares, group=axis.group)
-        norm: Tensor = squares.sqrt()
-        return norm
+        return _Taken(squares.sqrt(), positive)
 
 
 def _outputs(layer: Hosting, factors: Factors) -> int:
     return factors.b.shape[layer.op.roles_b.index("out")]
 
 
-def row_squares(
-    weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float, weight_squares: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+class Weights(NamedTuple):
+    """What is known of a weight's rows.
+
+    Attributes:
+        squares: ``‖W‖²``, ``[out]``.
+        least: of ``‖W + s·B·A‖²``, down to which its terms do not cancel.
+    """
+
+    squares: Tensor
+    least: Tensor
+
+
+class Squares(NamedTuple):
+    """What :func:`row_squares` finds.
+
+    Attributes:
+        squares: ``‖W + s·B·A‖²``, ``[out]``.
+        weights: what it needed of the weight alone.
+        positive: whether it is known that no row is zero.
+    """
+
+    squares: Tensor
+    weights: Weights
+    positive: bool
+
+
+def row_squares(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float, weights: Weights | None = None) -> Squares:
     """Return ``‖W + s·B·A‖²`` and ``‖W‖²`` of every row, in one pass, without a second matrix of the weight's size.
 
     ``‖W‖² + 2s·⟨W Aᵀ, B⟩ + s²·⟨B (A Aᵀ), B⟩``, and row by row as it stands where these terms cancel, so that the result
@@ -188,26 +232,29 @@ def row_squares(
         b_OR: ``[out, r]``.
         a_RI: ``[r, in]``.
         scale: ``s``.
-        weight_squares: ``‖W‖²`` of every row, where it is known.
+        weights: what is known of ``W`` already.
     """
-    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    wide, device = torch.promote_types(weight_OI.dtype, torch.float32), weight_OI.device
     b_OR, a_RI = there(b_OR).to(wide), there(a_RI).to(wide)
-    known_O = None if weight_squares is None else there(weight_squares)
-    weights_O = b_OR.new_empty(len(b_OR)) if known_O is None else known_O
+    fresh_O = b_OR.new_empty(len(b_OR)) if weights is None else None
     cross_OR = torch.empty_like(b_OR, memory_format=torch.contiguous_format)
     for rows, w_OI in _chunks(weight_OI):
         torch.mm(w_OI, a_RI.T, out=cross_OR[rows])
-        if known_O is None:
-            weights_O[rows] = _squares(w_OI)
+        if fresh_O is not None:
+            fresh_O[rows] = _squares(w_OI)
+    if weights is None:
+        assert fresh_O is not None
+        weights = Weights(fresh_O.to(device), (CANCELLATION * fresh_O).to(device))
     cross_OR.addmm_(b_OR, a_RI @ a_RI.T, beta=2 * scale, alpha=scale * scale)
-    squares_O = cross_OR.mul_(b_OR).sum(1).add_(weights_O)
-    cancelled_O = squares_O <= CANCELLATION * weights_O
-    if cancelled_O.any():
+    squares_O = cross_OR.mul_(b_OR).sum(1).add_(there(weights.squares))
+    cancelled_O = squares_O <= there(weights.least)
+    cancelled = bool(cancelled_O.any())
+    if cancelled:
         for rows, w_OI in _chunks(weight_OI):
             found = cancelled_O[rows].nonzero().flatten()
             if len(found):
                 squares_O[rows][found] = _squares(torch.addmm(w_OI[found], b_OR[rows][found], a_RI, alpha=scale))
-    return squares_O.to(weight_OI.device), weights_O.to(weight_OI.device)
+    return Squares(squares_O.to(device), weights, not cancelled)
 
 
 def _chunks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -265,7 +312,7 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Norms:
     stored: Any = stored_weight(layer.base_layer, layer.op.weight_name)
     sources: tuple[Tensor, ...] = (stored, factors.a, factors.b)
     if not keeps_norms or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
-        return _judged(norms(layer, factors, spec), layer, spec)
+        return _judged(_take(layer, factors, spec), layer, spec)
     adapter = next(name for name, known in layer.specs.items() if known is spec)
     place: tuple[Any, ...] = ()
     if not _axes_of_terms(layer, stored):
@@ -277,12 +324,12 @@ def _kept_norms(layer: Hosting, factors: Factors, spec: AdapterSpec) -> Norms:
         # The optimiser's steps do not write to a frozen weight, but parallelism may hide other writes to it.
         trains = getattr(stored, "requires_grad", False)
         alone = not (trains or (dist.is_available() and dist.is_initialized()))
-        kept = layer.notes[adapter] = (state, _judged(norms(layer, factors, spec, alone), layer, spec))
+        kept = layer.notes[adapter] = (state, _judged(_take(layer, factors, spec, alone), layer, spec))
     found: Norms = kept[1]
     return found
 
 
-def _known_squares(layer: Hosting, stored: Any) -> tuple[Any, Tensor | None]:
+def _known_squares(layer: Hosting, stored: Any) -> tuple[Any, Weights | None]:
     """Return what ``‖W‖²`` is kept by, and itself; None: the weight was written to or moved since."""
     state = (_address(layer, stored), stored._version)
     kept = layer.notes.get(_SQUARES)
