@@ -20,7 +20,7 @@ from lorica.checkpoint.names import Entry
 from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
-from lorica.engines.stages import STAGES, axis_of_stages
+from lorica.engines.stages import STAGES, has_others
 from lorica.errors import CheckpointError
 from lorica.layout import Box
 
@@ -220,12 +220,11 @@ def lie_over_ranks(model: nn.Module, entries: Mapping[str, Entry]) -> bool:
         model: the base model.
         entries: what this rank has of the adapter.
     """
-    if axis_of_stages(model) is not None:
+    if has_others(model):
         return True
     for entry in entries.values():
         if is_distributed(entry.tensor):
             return True
-        site = entry.site
-        if site is not None and any(site.axes[n].size > 1 for n in (*site.layout.sharded(entry.roles), *site.apart)):
+        if entry.site is not None and any(entry.site.axes[n].size > 1 for n in entry.site.layout.sharded(entry.roles)):
             return True
     return False

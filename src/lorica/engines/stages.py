@@ -1,4 +1,4 @@
-"""Pipeline stages: which layers another rank has."""
+"""Layers that only other ranks have: those of their pipeline stage, and experts that are modules."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from lorica.engines.native.pipeline import Elsewhere
-from lorica.engines.registry import ENGINES
+from lorica.engines.registry import ENGINES, described
 from lorica.engines.site import Axis
 
 #: Name of the mesh axis of pipeline stages, which hold different layers.
 STAGES = "pp"
+#: Name of the axis of ranks whose routed experts, each a module with a name of its own, are different ones.
+EXPERTS = "experts"
 #: What stands for a module of another stage in the models of transformers.
 _THEIRS = "transformers.distributed.pipeline_parallel.PipelineIdentityLayer"
 
@@ -34,3 +36,11 @@ def axis_of_stages(model: Any) -> Axis | None:
     if found is None and theirs is not None:
         found = Axis(STAGES, theirs.pp_size, theirs.pp_rank, theirs.pp_group)
     return found if found is not None and found.size > 1 else None
+
+
+def has_others(model: nn.Module) -> bool:
+    """Whether other ranks have layers under names that are not here."""
+    if axis_of_stages(model) is not None:
+        return True
+    found = (described(module) for module in model.modules())
+    return any(EXPERTS in one.axes and one.axes[EXPERTS].size > 1 for one in found if one is not None)

@@ -56,7 +56,7 @@ def sum_gradients(model: nn.Module) -> None:
     switch = switch_of(model)
     if switch is None or not switch.pending:
         return
-    if not switch.agreed and axis_of_stages(base_of(model)) is None:  # a stage without targets would not come
+    if not switch.agreed and _all_come(model):
         verify(model)
     switch.pending = False
     items = trained(model)
@@ -66,6 +66,14 @@ def sum_gradients(model: nn.Module) -> None:
         batches = 1 if item.reduced_elsewhere else item.site.layout.batches
         if batches > 1 and (gradient := item.local_gradient()) is not None:
             gradient.div_(batches)
+
+
+def _all_come(model: nn.Module) -> bool:
+    """Whether every rank has something to sum: a stage may be without targets, and so may a rank's experts."""
+    if axis_of_stages(base_of(model)) is not None:
+        return False
+    sites = [layer.site for layer in lora_layers(model)]
+    return not sites or any(site is None or not any(site.axes[name].size > 1 for name in site.apart) for site in sites)
 
 
 def buckets(model: nn.Module) -> list[tuple[Axis, list[tuple[nn.Parameter, int]]]]:

@@ -14,7 +14,7 @@ from lorica.engines import Engines
 from lorica.engines.kinds import is_distributed
 from lorica.engines.rest import at_rest, gradient_of, storage_axes
 from lorica.engines.site import Axis
-from lorica.engines.stages import STAGES
+from lorica.engines.stages import EXPERTS, STAGES
 from lorica.ranks.gradients import sum_gradients
 from lorica.ranks.trained import Trained, trained
 
@@ -65,8 +65,8 @@ def get_total_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
         key = tuple(sorted(over))
         before = totals.get(key)
         totals[key] = value if before is None else torch.maximum(before, value) if largest else before + value
-    for name in sorted(axes, key=lambda name: (name == STAGES, name)):
-        if name == STAGES or any(name in key for key in totals):
+    for name in sorted(axes, key=lambda name: (name == STAGES, name == EXPERTS, name)):
+        if name in (STAGES, EXPERTS) or any(name in key for key in totals):
             _reduce(totals, axes[name], largest=largest)
     if not totals:
         return torch.zeros(())
@@ -75,15 +75,14 @@ def get_total_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
 
 def _reduce(totals: dict[tuple[str, ...], Tensor], axis: Axis, *, largest: bool) -> None:
-    keys = [key for key in totals if axis.name in key]
-    if axis.name == STAGES:  # stages hold different layers, so only their totals are comparable
-        stacked = torch.stack([*totals.values()] or [torch.zeros(())])
-        totals.clear()
-        keys, values = [()], (stacked.max() if largest else stacked.sum()).reshape(1)
-    else:
-        values = torch.stack([totals[key] for key in keys])
-    dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=axis.group)
-    totals.update(zip(keys, values, strict=True))
+    keys = [key for key in totals if axis.name in key or axis.name == STAGES]
+    values = [totals.pop(key) for key in keys]
+    if axis.name in (STAGES, EXPERTS):  # they hold different layers, so only their totals are comparable
+        stacked = torch.stack(values or [torch.zeros(())])
+        keys, values = [(axis.name,)], [stacked.max() if largest else stacked.sum()]
+    reduced = torch.stack(values)
+    dist.all_reduce(reduced, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=axis.group)
+    totals.update(zip(keys, reduced, strict=True))
 
 
 def _held_over(parameter: nn.Parameter, item: Trained | None) -> dict[str, Axis]:

@@ -13,14 +13,14 @@ from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.names import submodule
 from lorica.engines.registry import is_in_pieces, prepare
-from lorica.engines.stages import axis_of_stages, is_elsewhere
+from lorica.engines.stages import has_others, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import find, subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.storage import Packed, kind_of, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
-from lorica.targets.experts import share_among_experts
+from lorica.targets.divided import check_experts_alike
 from lorica.targets.explain import endings, explain_no_match, warn_of_idle_entries
 from lorica.targets.match import (
     Names,
@@ -59,7 +59,6 @@ class Target:
         spec: rank, scale and the rest.
         tied_to: name of the embedding whose factors it uses, if it has none of its own.
         site: where it lies among the ranks; None on one process.
-        seed_name: the name that seeds its factors, where that is another one.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Target:
     spec: AdapterSpec
     tied_to: str | None = None
     site: Site | None = None
-    seed_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     modules = dict(base_modules(model))
     names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
     group = tied_with_embedding(model, modules)
-    staged = axis_of_stages(model) is not None  # then what is named may lie on another stage
+    staged = has_others(model)  # then what is named may lie on another rank
     saved, names, tied = _tying(group, modules, config, names, staged=staged)
     fused = {} if config.fused_as_one else _parts(modules)
     chosen = _chosen(config, names, modules, fused)
@@ -126,8 +124,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     _check_start(group, config, targets)
     _check_copies(model, saved)
     tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
-    placed = share_among_experts(_placed(model, targets), config, staged=staged)
-    return Plan(names, placed, saved, _orientation(config, targets), tokens)
+    return Plan(names, _placed(model, targets), saved, _orientation(config, targets), tokens)
 
 
 def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
@@ -189,6 +186,7 @@ def _chosen(config: LoraConfig, names: Names, modules: dict[str, nn.Module], fus
     def is_meant(name: str) -> bool:
         return is_selected(name) and not is_excluded(name)
 
+    check_experts_alike(modules, fused, is_meant)
     found = [key for key in modules if key and (is_meant(key) or (key in fused and any(map(is_meant, fused[key]))))]
     return [key for key in found if not (is_elsewhere(modules[key]) or is_in_pieces(modules[key]))]
 
@@ -242,7 +240,7 @@ def _warn_of_no_way(targets: Iterable[Target]) -> None:
 def _parameter_targets(
     modules: dict[str, nn.Module], config: LoraConfig, chosen: Collection[str], whole: tuple[str, ...], specs: Specs
 ) -> list[Target]:
-    if not config.target_parameters:
+    if not config.target_parameters and not config.share_expert_adapters:
         return []
     found = find_parameters(modules, list(config.target_parameters or ()))
     for parameter in found:
@@ -251,7 +249,10 @@ def _parameter_targets(
             raise TargetError(f"{parameter.key}: its module trains fully (modules_to_save); it cannot be adapted too")
         if parameter.owner in chosen:
             raise TargetError(f"{parameter.key}: its module is a target already; leave one of the two out")
-    return [_parameter_target(parameter, config, specs) for parameter in found]
+    targets = [_parameter_target(parameter, config, specs) for parameter in found]
+    if config.share_expert_adapters and not any("expert" in target.op.roles_weight for target in targets):
+        raise TargetError("share_expert_adapters=True: no target is a stack of experts' weights (target_parameters)")
+    return targets
 
 
 def _parameter_target(found: Found, config: LoraConfig, specs: Specs) -> Target:

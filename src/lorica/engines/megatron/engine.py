@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.engines.megatron.experts import EXPERTS, ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
+from lorica.engines.megatron.experts import ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
 from lorica.engines.megatron.gradients import finish_with, mark, reduces
 from lorica.engines.megatron.grouped import ExpertColumn, ExpertRow, unpack
@@ -18,6 +18,7 @@ from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_glob
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.registry import qualified_names
 from lorica.engines.site import Axis, Opening, Site
+from lorica.engines.stages import EXPERTS
 from lorica.errors import LayoutError
 from lorica.layout import Layout, Roles, even
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from lorica.engines.megatron.groups import axis_of, data_axis, group_of
 from lorica.engines.site import Axis
+from lorica.engines.stages import EXPERTS
 from lorica.layout import Layout
 
-#: The mesh axes of experts: tensor, data, and ranks that have other experts as modules.
-EXPERT_TENSOR, EXPERT_DATA, EXPERTS = "etp", "edp", "experts"
+#: The mesh axes of experts: tensor and data.
+EXPERT_TENSOR, EXPERT_DATA = "etp", "edp"
 
 #: What routes tokens to experts.
 ROUTER = "megatron.core.transformer.moe.router.Router"
@@ -46,7 +47,6 @@ def as_expert(layout: Layout) -> Layout:
 
 
 __all__ = [
-    "EXPERTS",
     "EXPERT_DATA",
     "EXPERT_TENSOR",
     "ROUTER",

@@ -12,9 +12,7 @@ from torch import nn
 from lorica.engines.names import children_of, renumber
 from lorica.engines.registry import qualified_names
 
-_EXPERTS = {
-    f"megatron.core.transformer.moe.experts.{name}" for name in ("SequentialMLP", "GroupedMLP", "TEGroupedMLP")
-}
+_EXPERTS = {f"megatron.core.transformer.moe.experts.{name}" for name in ("SequentialMLP", "GroupedMLP", "TEGroupedMLP")}
 #: What only the first stage of a pipeline has, or only the last one.
 _ENDS = ("embedding", "output_layer", "decoder.final_layernorm")
 #: A numbered level of a logical name: of layers (the first there is) or of experts.
