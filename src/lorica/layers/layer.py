@@ -160,7 +160,8 @@ class LoraLayer(Sharded, Merging):
             owner.register_buffer(key, value)
 
     def tie_adapter(self, name: str, spec: AdapterSpec, source: LoraLayer) -> None:
-        """Take in an adapter whose factors are those of ``source``, an embedding with the same weight, transposed."""
+        """Take in an adapter whose factors are those of ``source``: a layer of the same kind, or an embedding with the
+        same weight, transposed."""
         self.lean = None
         self.specs[name] = spec
         self.tied[name] = source
@@ -195,7 +196,7 @@ class LoraLayer(Sharded, Merging):
         """Return the factors of an adapter, attached to the graph."""
         if name in self.tied:
             source = self.tied[name].factors(name)
-            return Factors(source.b.T, source.a.T)
+            return source if self.tied[name].op is self.op else Factors(source.b.T, source.a.T)
         first, second = self._containers()
         extras = self._extra_tensors(name) if name in self.extras else {}
         if self.op.lookup:
