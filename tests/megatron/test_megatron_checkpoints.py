@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import world
-from gpt import Division, chunks
+from gpt import Division, chunks, moe
 
 from lorica import LoraConfig
 
@@ -76,6 +76,15 @@ def models_parameters(models: Sequence[Any]) -> list[Any]:
 def read_on_another_division(division: Division) -> None:
     goes_and_comes(WHOLE, division, outcomes.config())
     goes_and_comes(division, WHOLE, outcomes.config())
+
+
+@world.case(ranks=4, divisions=[Division(ep=2), Division(tp=2, sp=True, ep=2, etp=1), Division(ep=2, etp=2)])
+def experts(division: Division) -> None:
+    """Those that are modules, and those whose weights are stacked."""
+    wanted = outcomes.config(target_modules=["linear_fc1", "linear_fc2", "router"])
+    for kind in ({}, {"moe_grouped_gemm": True}):
+        goes_and_comes(WHOLE, division, wanted, **moe(**kind))
+        goes_and_comes(division, WHOLE, wanted, **moe(**kind))
 
 
 @world.case(ranks=4)

@@ -198,11 +198,50 @@ class _Around:
         return (self._parts.added(x, y, [int(count) for count in splits]), *rest)
 
 
+class _State:
+    """In the place of a block's ``sharded_state_dict``, which knows of nothing but the stacks.
+
+    Factors of experts are where ``SequentialMLP`` would have them, so that either kind reads what the other wrote.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self._block, self._own = block, block.sharded_state_dict
+
+    def __call__(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        block: Any = self._block
+        experts = block._modules.pop("local_experts")
+        try:
+            state: dict[str, Any] = self._own(prefix, sharded_offsets, metadata)
+        finally:
+            block._modules["local_experts"] = experts
+        for place, expert in enumerate(experts):
+            for name, layer in expert.named_children():
+                if not isinstance(layer, ExpertLinear):
+                    state |= self._of(place, name, layer, prefix, sharded_offsets, metadata)
+        return state
+
+    def _of(
+        self, place: int, name: str, layer: Any, prefix: str, sharded_offsets: Any, metadata: Any
+    ) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+
+        block: Any = self._block
+        count, ranks = block.num_local_experts, block.ep_group.size()
+        number = block.ep_group.rank() * count + place
+        apart = bool((metadata or {}).get("singleton_local_shards", False))
+        offsets = sharded_offsets if apart else (*sharded_offsets, (len(sharded_offsets), number, count * ranks))
+        here = f"{prefix}local_experts.{place}."
+        state: dict[str, Any] = layer.sharded_state_dict(f"{here}{name}.", offsets, metadata)
+        replace_prefix_for_sharding(state, here, f"{prefix}experts.{number}." if apart else f"{prefix}experts.")
+        return state
+
+
 def unpack(block: nn.Module) -> None:
     """Give experts whose weights are stacked layers of their own; what the block computes stays the same."""
     if "local_experts" in block._modules or (make := _kind_of(type(block))) is None:
         return
     block.local_experts = nn.ModuleList()
+    block.__dict__["sharded_state_dict"] = _State(block)
     for first, second in make(block):
         if block.config.gated_linear_unit:  # type: ignore[union-attr]
             note(first, gate_and_up(first.output_size))
