@@ -59,6 +59,7 @@ class Target:
         spec: rank, scale and the rest.
         tied_to: name of the embedding whose factors it uses, if it has none of its own.
         site: where it lies among the ranks; None on one process.
+        seed_name: the name that seeds its factors, where that is another one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Target:
     spec: AdapterSpec
     tied_to: str | None = None
     site: Site | None = None
+    seed_name: str = ""
 
 
 @dataclass(frozen=True)
