@@ -12,19 +12,6 @@ from torch import nn
 import lorica
 from models import ids, mlp, tiny_llama
 
-LATER = [
-    {"megatron_config": {"tensor_model_parallel_size": 2}},
-]
-
-
-@pytest.mark.parametrize("fields", LATER, ids=lambda fields: ",".join(map(str, fields.items())))
-def test_what_is_not_there_yet_is_refused_by_name(fields: dict) -> None:
-    base = mlp()
-    before = state_of(base)
-    with pytest.raises(NotImplementedError, match="|".join(fields)):
-        lorica.get_peft_model(base, lorica.LoraConfig(target_modules=["lin0"], **fields))
-    assert_unchanged(base, before)
-
 
 @pytest.mark.parametrize(
     ("fields", "name"),
@@ -43,6 +30,9 @@ def test_what_is_not_there_yet_is_refused_by_name(fields: dict) -> None:
         ({"use_bdlora": {"target_modules_bd_a": ["x"], "target_modules_bd_b": ["x"]}}, "overlapping"),
         ({"lora_dropout": -0.1}, "lora_dropout"),
         ({"bias": "some"}, "bias"),
+        ({"megatron_core": "os"}, r"megatron_core='os'.*megatron\.core"),
+        ({"megatron_config": 3}, "megatron_config"),
+        ({"megatron_config": {"init_method": print}}, "megatron_config.*JSON"),
         ({"dropout_position": "middle"}, "dropout_position"),
         ({"lora_dtype": "float99"}, "lora_dtype"),
         ({"rank_pattern": {"lin0": 0}}, "rank_pattern|r"),
@@ -212,3 +202,9 @@ def test_attention_parts_whose_forward_is_never_called_are_not_ignored() -> None
         return
     adapted = model.base_model.model["attn"](x, x, x)[0]
     assert not torch.equal(adapted, base["attn"](x, x, x)[0])
+
+
+def test_fields_for_megatron_on_another_model_are_said_to_change_nothing() -> None:
+    config = lorica.LoraConfig(target_modules=["lin0"], megatron_config={"tensor_model_parallel_size": 2})
+    with pytest.warns(UserWarning, match="megatron_config changes nothing"):
+        lorica.get_peft_model(mlp(), config)

@@ -31,6 +31,17 @@ def every_layer_on_four(division: Division) -> None:
     every_layer(division)
 
 
+@world.case(ranks=2, divisions=[Division(tp=2, sp=True), Division(pp=2)])
+def activations_computed_again(division: Division) -> None:
+    """With a frozen embedding nothing that enters the layers would require a gradient."""
+    wanted = outcomes.config(target_modules=["linear_fc1", "linear_fc2"])
+    plain = outcomes.outcome(WHOLE, wanted)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    for again in (full, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}):
+        for place in (WHOLE, division):
+            outcomes.expect_equal(outcomes.outcome(place, wanted, **again), plain)
+
+
 @world.case(ranks=4, divisions=[Division(tp=2), Division(tp=2, sp=True), Division(pp=2), Division(tp=2, sp=True, pp=2)])
 def megatrons_own_loop(division: Division) -> None:
     """Its DDP, its finalisation, its clipping by the global norm, both of its optimisers."""

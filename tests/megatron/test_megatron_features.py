@@ -96,6 +96,15 @@ def scales_and_biases(division: Division) -> None:
     same_everywhere(outcomes.config(target_modules=LINEAR, use_rslora=True, lora_bias=True), division)
 
 
+@world.case(ranks=2)
+def the_fields_that_peft_builds_megatrons_layers_from() -> None:
+    """They are kept; how layers lie is their own word, so that one file is for every division."""
+    fields = {"tensor_model_parallel_size": 2, "hidden_size": 32, "num_layers": 4, "num_attention_heads": 4}
+    wanted = outcomes.config(target_modules=LINEAR, megatron_config=fields, megatron_core="megatron.core")
+    same_everywhere(wanted, Division(tp=2))
+    assert wanted.to_dict()["megatron_config"] == fields
+
+
 @world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
 def starts_from_the_weights(division: Division) -> None:
     for start in ("pissa", "olora"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import warnings
@@ -23,11 +24,8 @@ VARIANT_FIELDS = (
     *("use_dora", "kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config"),
     *("arrow_config", "alora_invocation_tokens"),
 )
-#: Fields whose behaviour this version does not have → the values that ask for none.
-_LATER_FIELDS: dict[str, tuple[Any, ...]] = {
-    "megatron_config": (None,),
-    "megatron_core": (None, "megatron.core"),
-}
+#: What ``megatron_core`` may name. Elsewhere it is imported, so that a configuration could run whatever it names.
+MEGATRON_MODULES = ("megatron.core",)
 
 
 def check_lora_config(config: LoraConfig) -> None:
@@ -35,25 +33,14 @@ def check_lora_config(config: LoraConfig) -> None:
 
     Raises:
         ConfigError: a value has the wrong type, is out of range, or contradicts another.
-        NotImplementedError: a field is set whose behaviour this version does not have.
     """
     for check in _CHECKS:
         check(config)
-    _refuse_later_fields(config)
 
 
 def factor_dtype(config: LoraConfig) -> torch.dtype | None:
     """Return the dtype that ``lora_dtype`` names, or None."""
     return None if config.lora_dtype is None else getattr(torch, config.lora_dtype)
-
-
-def _refuse_later_fields(config: LoraConfig) -> None:
-    for name, harmless in _LATER_FIELDS.items():
-        value = getattr(config, name)
-        if not any(value is none or (type(value) is type(none) and value == none) for none in harmless):
-            raise NotImplementedError(
-                f"LoraConfig.{name}={value!r} is not implemented in this version of lorica; leave the field out"
-            )
 
 
 def _known_inits() -> list[str]:
@@ -243,6 +230,19 @@ def _check_patterns(config: LoraConfig) -> None:
             _need(good(number) and (name == "alpha_pattern" or number > 0), name, value, wanted)
 
 
+def _check_megatron(config: LoraConfig) -> None:
+    core, fields = config.megatron_core, config.megatron_config
+    _need(core is None or core in MEGATRON_MODULES, "megatron_core", core, f"one of {list(MEGATRON_MODULES)}, or None")
+    if fields is None:
+        return
+    named = isinstance(fields, dict) and all(isinstance(key, str) for key in fields)
+    _need(named, "megatron_config", fields, "a dictionary of fields of Megatron's TransformerConfig")
+    try:
+        json.dumps(fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"LoraConfig.megatron_config: its values go into a JSON file, and {error}") from None
+
+
 _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_rank,
     _check_dropout,
@@ -257,4 +257,5 @@ _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_patterns,
     _check_replication,
     _check_tokens,
+    _check_megatron,
 )

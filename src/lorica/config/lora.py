@@ -49,7 +49,6 @@ class LoraConfig(PeftConfig):
 
     Raises:
         ConfigError: a value has the wrong type, is out of range, or contradicts another.
-        NotImplementedError: a field is set whose behaviour this version does not have; the field is named.
     """
 
     r: int = field(default=8, metadata=_help("The rank: rows of A, columns of B."))
@@ -97,8 +96,17 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] | None = field(
         default_factory=dict, metadata=_help("Regular expression for the end of a name → α, in place of lora_alpha.")
     )
-    megatron_config: dict[str, Any] | None = field(default=None, metadata=_help("Megatron's transformer config."))
-    megatron_core: str | None = field(default="megatron.core", metadata=_help("Megatron's core module."))
+    megatron_config: dict[str, Any] | None = field(
+        default=None,
+        metadata=_help(
+            "Fields of Megatron's TransformerConfig, kept for PEFT. Nothing is built from them here: Megatron's layers "
+            "are recognised, and say by themselves how they lie over ranks."
+        ),
+    )
+    megatron_core: str | None = field(
+        default="megatron.core",
+        metadata=_help("Megatron's core module; 'megatron.core' is the only one, since PEFT imports what it names."),
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata=_help("Rows of the embedding that train.")
     )

@@ -12,7 +12,7 @@ from torch import nn
 from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
 from lorica.engines.names import submodule
-from lorica.engines.registry import is_in_pieces, prepare
+from lorica.engines.registry import is_in_pieces, prepare, qualified_names
 from lorica.engines.stages import has_others, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import find, subtracts
@@ -21,6 +21,7 @@ from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.storage import Packed, kind_of, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
 from lorica.targets.divided import check_experts_alike
+from lorica.targets.experts import share_among_experts
 from lorica.targets.explain import endings, explain_no_match, warn_of_idle_entries
 from lorica.targets.match import (
     Names,
@@ -125,8 +126,10 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     _check_variant(targets)
     _check_start(group, config, targets)
     _check_copies(model, saved)
+    _warn_of_no_megatron(config, targets)
     tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
-    return Plan(names, _placed(model, targets), saved, _orientation(config, targets), tokens)
+    placed = share_among_experts(_placed(model, targets), config, staged=staged)
+    return Plan(names, placed, saved, _orientation(config, targets), tokens)
 
 
 def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
@@ -229,6 +232,12 @@ def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
     return placed
 
 
+def _warn_of_no_megatron(config: LoraConfig, targets: Iterable[Target]) -> None:
+    known = (name for target in targets for name in qualified_names(type(target.base)))
+    if config.megatron_config is not None and not any(name.startswith("megatron.core.") for name in known):
+        warnings.warn("megatron_config changes nothing: no target is a layer of Megatron-Core", stacklevel=4)
+
+
 def _warn_of_no_way(targets: Iterable[Target]) -> None:
     asking = [target for target in targets if target.spec.a2a and target.site is not None and target.site.layout.cuts]
     if asking and not any(target.site is not None and target.site.across is not None for target in asking):
@@ -242,7 +251,7 @@ def _warn_of_no_way(targets: Iterable[Target]) -> None:
 def _parameter_targets(
     modules: dict[str, nn.Module], config: LoraConfig, chosen: Collection[str], whole: tuple[str, ...], specs: Specs
 ) -> list[Target]:
-    if not config.target_parameters and not config.share_expert_adapters:
+    if not config.target_parameters:
         return []
     found = find_parameters(modules, list(config.target_parameters or ()))
     for parameter in found:
@@ -251,10 +260,7 @@ def _parameter_targets(
             raise TargetError(f"{parameter.key}: its module trains fully (modules_to_save); it cannot be adapted too")
         if parameter.owner in chosen:
             raise TargetError(f"{parameter.key}: its module is a target already; leave one of the two out")
-    targets = [_parameter_target(parameter, config, specs) for parameter in found]
-    if config.share_expert_adapters and not any("expert" in target.op.roles_weight for target in targets):
-        raise TargetError("share_expert_adapters=True: no target is a stack of experts' weights (target_parameters)")
-    return targets
+    return [_parameter_target(parameter, config, specs) for parameter in found]
 
 
 def _parameter_target(found: Found, config: LoraConfig, specs: Specs) -> Target:

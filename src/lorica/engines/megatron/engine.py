@@ -16,6 +16,7 @@ from lorica.engines.megatron.grouped import ExpertColumn, ExpertRow, unpack
 from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_axis
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
+from lorica.engines.megatron.recompute import let_inputs_need_gradients
 from lorica.engines.registry import qualified_names
 from lorica.engines.site import Axis, Opening, Site
 from lorica.engines.stages import EXPERTS
@@ -106,8 +107,9 @@ class MegatronEngine:
         number_globally(model)
 
     def adapted(self, model: nn.Module, finish: Callable[[nn.Module], None]) -> None:
-        """Let gradients be summed after Megatron has finished them."""
+        """Let gradients be summed after Megatron has finished them, and be there where layers run twice."""
         finish_with(model, finish)
+        let_inputs_need_gradients(model)
 
     def mark(self, module: nn.Module, site: Site, parameter: nn.Parameter, roles: Roles) -> None:
         """Give a factor the attributes that Megatron's training loop reads."""
