@@ -10,13 +10,13 @@ from typing import Any
 from lorica.checkpoint.names import WEIGHTS_NAME
 from lorica.convert.adapter import Adapter
 from lorica.convert.fuse import Fused
-from lorica.convert.geometry import Geometry, geometry_of
+from lorica.convert.geometry import Geometry, as_megatron, geometry_of, known_geometry
 from lorica.convert.megatron import read_bridge_adapter
 from lorica.convert.neuron import read_neuron_adapter
 from lorica.convert.peft import read_peft_adapter
 from lorica.convert.record import write_record
 from lorica.convert.to_megatron import write_bridge_adapter
-from lorica.convert.to_neuron import write_neuron_adapter
+from lorica.convert.to_neuron import neuron_name, write_neuron_adapter
 from lorica.convert.to_peft import write_peft_adapter
 from lorica.errors import CheckpointError, ExportError, suggest
 from lorica.files.atomic import complete_directory
@@ -98,7 +98,7 @@ def convert_adapter(
     if directory.exists():
         raise CheckpointError(f"{directory} already exists; choose another directory")
     found = read_adapter(adapter, source, model=model, expert_parallel=expert_parallel, first_copy=first_copy)
-    geometry = _divided(_geometry(found, model), tensor_parallel, pipeline_parallel)
+    geometry = _divided(known_geometry(model, found.kept, found.config), tensor_parallel, pipeline_parallel)
     with complete_directory(directory, marker=False) as temporary:
         if target == "megatron-bridge":
             done = write_bridge_adapter(found, temporary, geometry, form=form, rank=rank, rounding=rounding)
@@ -108,9 +108,10 @@ def convert_adapter(
             done = write_peft_adapter(
                 found, temporary, geometry, experts=experts, names=names, rank=rank, rounding=rounding
             )
-        inner = {"megatron-bridge": "iter_0000000", "neuron": "adapter_default"}.get(target, "")
+        inner = {"megatron-bridge": "iter_0000000", "neuron": f"adapter_{neuron_name(found)}"}.get(target, "")
         config = {} if target == "peft" and names == "transformers" else found.config
-        write_record(temporary / inner, {**found.kept, "config": config, "joined": done.record()})
+        sizes = {} if geometry is None else as_megatron(geometry)
+        write_record(temporary / inner, {**found.kept, "config": config, "model": sizes, "joined": done.record()})
     return _said(found, done)
 
 
@@ -129,22 +130,6 @@ def read_adapter(
     if source == "peft" or Path(adapter, WEIGHTS_NAME).is_file():
         return read_peft_adapter(adapter, geometry)
     return read_bridge_adapter(adapter, geometry, expert_parallel=expert_parallel)
-
-
-def _geometry(adapter: Adapter, model: Any) -> Geometry | None:
-    """Return the sizes of the adapter's model: as given, as its files say, or of the base model that it names."""
-    said = adapter.kept.get("bridge", {}).get("model", {})
-    if model is not None:
-        found = geometry_of(model)
-    elif said.get("num_layers") and said.get("num_attention_heads"):
-        return geometry_of(said)
-    else:
-        base = adapter.config.get("base_model_name_or_path")
-        if not base or not Path(base, "config.json").is_file():
-            return None
-        found = geometry_of(base)
-    ranks, expert_ranks = (int(said.get(f"{word}_parallel_size") or 1) for word in ("tensor_model", "expert_tensor"))
-    return replace(found, ranks=ranks, expert_ranks=expert_ranks)
 
 
 def _divided(geometry: Geometry | None, ranks: int | None, stages: int | None) -> Geometry | None:

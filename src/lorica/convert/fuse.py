@@ -238,7 +238,7 @@ def apart(pairs: Iterable[Pair], record: Mapping[str, Any]) -> tuple[Pair, ...]:
             found += _blocks(pair, known[pair.names]) if pair.names in known else [pair]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(
-            f"the record of a conversion is broken: {error!r}; without it, it is not needed"
+            f"the record of a conversion is broken: {error!r}; delete it to read the adapter as it is"
         ) from error
     return tuple(found)
 

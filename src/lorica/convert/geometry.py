@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,30 @@ def geometry_of(model: Any) -> Geometry:
     return _of_megatron(values) if "num_layers" in values and "num_query_groups" in values else _of_hf(values, name)
 
 
+def known_geometry(model: Any, kept: Mapping[str, Any], config: Mapping[str, Any]) -> Geometry | None:
+    """Return the sizes of an adapter's model: as given, as its files say, or of the base model that it names.
+
+    Args:
+        model: as in :func:`geometry_of`; None: not given.
+        kept: what the adapter's files say.
+        config: its configuration.
+    """
+    said = kept.get("bridge", {}).get("model", {})
+    said = said if said.get("num_layers") else kept.get("model", {})
+    base = config.get("base_model_name_or_path")
+    if model is not None:
+        found = geometry_of(model)
+    elif said.get("num_layers") and said.get("num_attention_heads"):
+        return geometry_of(said)
+    elif base and Path(base, "config.json").is_file():
+        found = geometry_of(base)
+    else:
+        return None
+    words = ("tensor_model", "expert_tensor", "pipeline_model")
+    ranks, expert_ranks, stages = (int(said.get(f"{word}_parallel_size") or 1) for word in words)
+    return replace(found, ranks=ranks, expert_ranks=expert_ranks, stages=stages)
+
+
 def _values(model: Any) -> Mapping[str, Any]:
     if isinstance(model, Mapping):
         return model
@@ -165,4 +189,4 @@ def as_megatron(geometry: Geometry) -> dict[str, Any]:
     return values
 
 
-__all__ = ["Geometry", "as_megatron", "geometry_of"]
+__all__ = ["Geometry", "as_megatron", "geometry_of", "known_geometry"]

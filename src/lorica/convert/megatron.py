@@ -104,7 +104,8 @@ def read_bridge_adapter(
     pairs = [pair for key, leaves in reader.keys().items() for pair in reader.pairs(key, leaves)]
     if not pairs:
         raise CheckpointError(f"{folder}: no factors of an adapter")
-    kept = {**record, "bridge": {"peft": dict(peft), "model": dict(run.get("model") or {})}}
+    said_of_run = {"peft": dict(peft), "model": dict(run.get("model") or {}), "joined": bool(record.get("joined"))}
+    kept = {**record, "bridge": said_of_run}
     return Adapter(str(folder), apart(pairs, record), record.get("config", {}), kept)
 
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from lorica.files.json import read_json_object
 from lorica.layout.specs import PREFIX, Spec
 
 _FACTOR = re.compile(r"(?P<owner>.+)\.lora_(?P<lookup>embedding_)?(?P<letter>[AB])(?:\.weight)?")
+_METADATA_BYTES = 256 * 1024 * 1024
 #: Name of a tensor without its letter and end → letter → tensor.
 Halves = dict[str, dict[str, Lazy]]
 
@@ -52,7 +54,18 @@ def read_neuron_adapter(path: str | os.PathLike[str], *, first_copy: bool = Fals
     pairs = [pair for stage in read_stages(shards, name) for pair in _pairs(stage, config, first_copy)]
     if not pairs:
         raise CheckpointError(f"{shards}: no factors")
-    return Adapter(str(folder), apart(pairs, record), record.get("config", config), record)
+    kept = {**record, "neuron": {"name": name, "metadata": _metadata(shards), "config": config}}
+    return Adapter(str(folder), apart(pairs, record), record.get("config", config), kept)
+
+
+def _metadata(shards: Path) -> list[dict[str, Any]]:
+    """Return what is said of each stage's factors, so that going back gives the same shards."""
+    found: list[dict[str, Any]] = []
+    while (path := shards / f"mp_metadata_pp_rank_{len(found)}.json").is_file():
+        values = read_json_object(path, limit=_METADATA_BYTES)
+        factors = {name: about for name, about in values["parameters"].items() if ".lora_" in name}
+        found.append({**values, "parameters": factors})
+    return found
 
 
 def _pairs(stage: Stage, config: Mapping[str, Any], first_copy: bool) -> list[Pair]:

@@ -21,7 +21,7 @@ from lorica.config import CONFIG_NAME
 from lorica.convert import families
 from lorica.convert.adapter import Adapter, Lazy, Pair
 from lorica.convert.fuse import apart
-from lorica.convert.geometry import Geometry
+from lorica.convert.geometry import Geometry, known_geometry
 from lorica.convert.record import read_record, scale_of
 from lorica.errors import CheckpointError, ExportError
 from lorica.files.json import read_json_object
@@ -77,7 +77,9 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
     _check(folder, config)
     reader = TensorReader(reading.find_weights(folder))
     found = _tensors(reader)
-    record, gated = read_record(folder), geometry is None or geometry.gated
+    record = read_record(folder)
+    geometry = geometry or known_geometry(None, record, config)
+    gated = geometry is None or geometry.gated
     on_megatron = any(families.from_lorica_on_megatron(name, gated=gated) for name in found)
     pairs: list[Pair] = []
     for name, parts in found.items():

@@ -22,6 +22,10 @@ NAME = "conversion.json"
 _FORMAT = "lorica conversion"
 _VERSION = 1
 _MAX_BYTES = 64 * 1024 * 1024
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("config", "bridge", "neuron", "model", "spelling"), dict),
+    "joined": list,
+}
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -35,10 +39,12 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     values = read_json_object(path, limit=_MAX_BYTES)
     if values.pop("format", None) != _FORMAT or values.pop("version", None) != _VERSION:
-        raise CheckpointError(f"{path}: not a {_FORMAT!r} of version {_VERSION}; without the file, it is not needed")
-    for key, kind in (("config", dict), ("bridge", dict), ("spelling", dict), ("joined", list)):
-        if not isinstance(values.get(key, kind()), kind):
-            raise CheckpointError(f"{path}: {key!r} is no {kind.__name__}")
+        raise CheckpointError(
+            f"{path}: not a {_FORMAT!r} of version {_VERSION}; delete it to read the adapter as it is"
+        )
+    for key, value in values.items():
+        if not isinstance(value, _KINDS.get(key, object)):
+            raise CheckpointError(f"{path}: {key!r} is no {_KINDS[key].__name__}")
     return values
 
 

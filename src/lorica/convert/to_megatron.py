@@ -112,8 +112,11 @@ def _form(adapter: Adapter, form: str, geometry: Geometry) -> str:
         raise ExportError("Megatron Bridge has DoRA on fused layers only; form='fused' writes it so")
     if dora or form != "auto":
         return "fused" if dora else form
-    if str(adapter.kept.get("bridge", {}).get("peft", {}).get("_target_", "")).endswith(".CanonicalLoRA"):
+    bridge: Mapping[str, Any] = adapter.kept.get("bridge", {})
+    if str(bridge.get("peft", {}).get("_target_", "")).endswith(".CanonicalLoRA"):
         return "canonical"
+    if bridge.get("joined"):
+        return "fused"
     groups: dict[tuple[str, ...], list[Pair]] = {}
     for pair in adapter.pairs:
         groups.setdefault(_layer_of(pair.names[0], geometry).names, []).append(pair)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from lorica.config import CONFIG_NAME
 from lorica.convert.adapter import Adapter, Lazy, Pair, tensors_of
 from lorica.convert.fuse import Fused, Layer, fuse, padded, scaled
 from lorica.convert.geometry import Geometry
-from lorica.convert.to_peft import config_of, targets_of
+from lorica.convert.to_peft import config_of, says, targets_of
 from lorica.errors import ExportError
 from lorica.files.atomic import write_json
 from lorica.layout.specs import PREFIX
@@ -73,11 +73,12 @@ def write_neuron_adapter(
     """
     if any(pair.magnitude is not None for pair in adapter.pairs):
         raise ExportError(f"{adapter.where}: Optimum Neuron's DoRA takes norms of shards; no file means the same to it")
-    layout = _Division(geometry)
+    name = neuron_name(adapter)
+    layout = _as_before(adapter, geometry) or _Division(geometry, name)
     done = fuse(adapter.pairs, layout.layer_of, rank=rank, rounding=rounding)
     largest, scale = max(pair.rank for pair in done.pairs), done.pairs[0].scale
     done.pairs = [padded(scaled(pair, scale, rounding=rounding), largest) for pair in done.pairs]
-    place = folder / f"adapter_{ADAPTER}"
+    place = folder / f"adapter_{name}"
     place.mkdir()
     stages = []
     for stage in range(layout.stages):
@@ -88,17 +89,100 @@ def write_neuron_adapter(
             )
         lazy = {tensor.name: tensor.value for pair in mine for one in pair.split() for tensor in tensors_of(one)}
         stages.append((layout.metadata(mine), _Read(lazy)))
-    write_shards(place / ADAPTER_SHARDS, stages, layout.ranks, ADAPTER)
+    write_shards(place / ADAPTER_SHARDS, stages, layout.ranks, name)
     singles = [single for pair in done.pairs for single in pair.split()]
-    write_json(place / CONFIG_NAME, config_of(adapter, targets_of(singles), geometry))
+    targets, before = targets_of(singles), adapter.kept.get("neuron", {}).get("config", {})
+    own = dict(before) if says(before, targets) else config_of(adapter, targets, geometry)
+    write_json(place / CONFIG_NAME, own)
     return done
+
+
+def neuron_name(adapter: Adapter) -> str:
+    """Return the name that an adapter has in Optimum Neuron's files: the one that it had there, or else "default"."""
+    name = str(adapter.kept.get("neuron", {}).get("name", ADAPTER))
+    return name if re.fullmatch(r"\w[\w-]*", name) else ADAPTER
+
+
+class _Layout(Protocol):
+    """How a model lies over ranks, and which of its layers are fused."""
+
+    ranks: int
+    stages: int
+
+    def layer_of(self, name: str) -> Layer:
+        """Return the layer that a projection is part of."""
+
+    def stage_of(self, name: str) -> int:
+        """Return the pipeline rank that has a layer."""
+
+    def metadata(self, pairs: list[Pair]) -> Mapping[str, Any]:
+        """Return what the file beside the shards says of one stage."""
+
+
+def _as_before(adapter: Adapter, geometry: Geometry | None) -> _Layout | None:
+    """Return the division that the adapter's own shards had, if it had any, and no other is wanted."""
+    metadata = adapter.kept.get("neuron", {}).get("metadata")
+    if not metadata:
+        return None
+    try:
+        found = _Before(metadata)
+        known = all(found.has(name) for pair in adapter.pairs for name in pair.names)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(f"{adapter.where}: what is kept of its shards is broken: {error!r}") from error
+    wanted = geometry is None or (geometry.ranks, geometry.stages) in ((1, 1), (found.ranks, found.stages))
+    return found if known and wanted else None
+
+
+class _Before:
+    """The division that metadata describe."""
+
+    def __init__(self, metadata: list[Any]) -> None:
+        self._metadata, self.stages, self.ranks = metadata, len(metadata), 1
+        self._layers: dict[str, Layer] = {}
+        self._stages: dict[str, int] = {}
+        for stage, values in enumerate(metadata):
+            for module in values["model_weight_transformation_specs"]:
+                block = module["module_fully_qualified_name"].removeprefix(PREFIX)
+                for kind, fields in module["specs"]:
+                    self._fused(kind, block, fields, stage)
+            for name, about in values["parameters"].items():
+                self._stages.setdefault(name.removeprefix(PREFIX).partition(".lora_")[0], stage)
+                self.ranks = max(self.ranks, int(about.get("num_partitions", 1)))
+
+    def _fused(self, kind: str, block: str, fields: Mapping[str, Any], stage: int) -> None:
+        self.ranks = max(self.ranks, int(fields["tp_size"]))
+        if kind == "FusedLinearsSpec":
+            names, rows = fields["linear_names"], fields["original_dims"]
+        else:
+            names = [fields[f"{word}_projection_name"] for word in ("query", "key", "value")]
+            q = fields["q_output_size_per_partition"] * fields["tp_size"]
+            kv = q // fields["num_attention_heads"] * fields["num_key_value_heads"]
+            rows = (q, kv, kv)
+        layer = Layer(tuple(f"{block}.{name}" for name in names), tuple(rows))
+        for name in layer.names:
+            self._layers[name] = layer
+            self._stages[name] = stage
+
+    def has(self, name: str) -> bool:
+        """Whether the metadata speak of a layer."""
+        return name in self._stages
+
+    def layer_of(self, name: str) -> Layer:
+        return self._layers.get(name, Layer((name,)))
+
+    def stage_of(self, name: str) -> int:
+        return self._stages[name]
+
+    def metadata(self, pairs: list[Pair]) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._metadata[self.stage_of(pairs[0].names[0])]
+        return found
 
 
 class _Division:
     """How Optimum Neuron divides a model over ranks, and which of its layers it fuses."""
 
-    def __init__(self, geometry: Geometry | None) -> None:
-        self.geometry = geometry
+    def __init__(self, geometry: Geometry | None, name: str) -> None:
+        self.geometry, self.name = geometry, name
         self.ranks = 1 if geometry is None else geometry.ranks
         self.stages = 1 if geometry is None else geometry.stages
         if geometry is not None and geometry.layers % geometry.stages:
@@ -157,9 +241,9 @@ class _Division:
     def _enter(
         self, parameters: Parameters, layer: str, cuts: tuple[int | None, int | None], ends: tuple[str, ...]
     ) -> None:
-        parameters[f"{PREFIX}{layer}.lora_A.{ADAPTER}.weight"] = self._cut(cuts[0])
+        parameters[f"{PREFIX}{layer}.lora_A.{self.name}.weight"] = self._cut(cuts[0])
         for end in ends:
-            parameters[f"{PREFIX}{layer}.lora_B.{ADAPTER}.weight{end}"] = self._cut(cuts[1])
+            parameters[f"{PREFIX}{layer}.lora_B.{self.name}.weight{end}"] = self._cut(cuts[1])
 
     def _plain(self, pair: Pair, parameters: Parameters) -> None:
         leaf = pair.name.rpartition(".")[2]
@@ -168,7 +252,7 @@ class _Division:
         if (column or row) and length % self.ranks:
             raise ExportError(f"{pair.name}: {length} does not divide over {self.ranks} ranks")
         if pair.lookup:
-            parameters |= {f"{PREFIX}{pair.name}.lora_embedding_{x}.{ADAPTER}": self._cut(None) for x in "AB"}
+            parameters |= {f"{PREFIX}{pair.name}.lora_embedding_{x}.{self.name}": self._cut(None) for x in "AB"}
         else:
             self._enter(parameters, pair.name, (1 if row else None, 0 if column else None), ("",))
 
@@ -197,4 +281,4 @@ class _Division:
         return {"tp_size": self.ranks, "peft_type": "lora"}
 
 
-__all__ = ["write_neuron_adapter"]
+__all__ = ["neuron_name", "write_neuron_adapter"]

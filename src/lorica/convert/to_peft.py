@@ -233,7 +233,7 @@ def _write(path: Path, tensors: list[Tensors]) -> None:
 def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None) -> dict[str, Any]:
     """Return the configuration: what the adapter came with, if it says what the factors are; else one that does."""
     config = dict(adapter.config)
-    if all(_says(config, target) for target in targets):
+    if says(config, targets):
         return config
     (rank, scale), _ = Counter((target.rank, target.scale) for target in targets).most_common(1)[0]
     alpha = _plain(scale * rank)
@@ -254,6 +254,11 @@ def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None
     for own in ("share_expert_adapters", "normalize_moe_lora"):
         config.pop(own, None)
     return config | made
+
+
+def says(config: Mapping[str, Any], targets: Iterable[Target]) -> bool:
+    """Whether a configuration says of layers what they are: names, ranks and scales."""
+    return all(_says(config, target) for target in targets)
 
 
 def _says(config: Mapping[str, Any], target: Target) -> bool:
@@ -298,4 +303,4 @@ def _short(names: list[str], geometry: Geometry | None, *, whole: bool = False) 
     return sorted(short | set(others))
 
 
-__all__ = ["Target", "config_of", "targets_of", "write_peft_adapter"]
+__all__ = ["Target", "config_of", "says", "targets_of", "write_peft_adapter"]
