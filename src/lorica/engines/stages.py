@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from lorica.engines.native.pipeline import Elsewhere
@@ -42,5 +43,7 @@ def has_others(model: nn.Module) -> bool:
     """Whether other ranks have layers under names that are not here."""
     if axis_of_stages(model) is not None:
         return True
+    if not dist.is_available() or not dist.is_initialized():
+        return False  # no group has two members; a walk over the model takes a twentieth of an injection
     found = (described(module) for module in model.modules())
     return any(EXPERTS in one.axes and one.axes[EXPERTS].size > 1 for one in found if one is not None)
