@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from stand_ins import GroupedLinear, GroupedRow
 from torch import Tensor, nn
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCABULARY, EXPERTS = 4, 32, 48, 4, 2, 64, 4
@@ -94,13 +95,21 @@ def moe(**changes: Any) -> dict[str, Any]:
     return fields | changes
 
 
-def chunks(division: Division, *, tied: bool = False, train_base: bool = False, **changes: Any) -> list[Any]:
+def chunks(
+    division: Division,
+    *,
+    tied: bool = False,
+    train_base: bool = False,
+    grouped_layers: bool = False,
+    **changes: Any,
+) -> list[Any]:
     """Return this rank's ``GPTModel``s, one for each chunk of layers it has (one, without ``vpp``).
 
     Args:
         division: the one that :func:`world.divided` has set up.
         tied: whether the output layer is the embedding.
         train_base: whether the base weights train too; else they are frozen.
+        grouped_layers: whether experts are a ``TEGroupedMLP``, whose layers of many weights are stand-ins.
         **changes: fields of ``TransformerConfig``; for experts ``**moe()``.
     """
     from megatron.core import parallel_state
@@ -115,6 +124,13 @@ def chunks(division: Division, *, tied: bool = False, train_base: bool = False, 
         moe_use_legacy_grouped_gemm=settings.moe_grouped_gemm,
         normalization=settings.normalization,
     )
+    if grouped_layers:
+        from megatron.core.transformer.mlp import MLPSubmodules
+        from megatron.core.transformer.moe.experts import TEGroupedMLP
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        layers = MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedRow)
+        layer.submodules.mlp.submodules.experts = ModuleSpec(module=TEGroupedMLP, submodules=layers)
     made = []
     for stage in range(division.vpp or 1):
         place = {"vp_stage": stage if division.vpp else None, "ignore_virtual": division.vpp is None}
@@ -165,8 +181,14 @@ def fill(model: nn.Module) -> None:
         if type(module).__name__ == "GroupedMLP":
             _fill_grouped(module, names[name])
             continue
+        if isinstance(module, GroupedLinear):
+            _fill_layers(model.get_submodule(name.rpartition(".")[0]), module, names[name])
+            continue
         for own, parameter in module.named_parameters(recurse=False):
-            parameter.copy_(piece(f"{names[name]}.{own}", parameter, "experts." in f"{name}."))
+            known = names[name]
+            if known == "output_layer" and model.share_embeddings_and_output_weights:
+                known = "embedding.word_embeddings"  # a copy of it, on the last stage
+            parameter.copy_(piece(f"{known}.{own}", parameter, "experts." in f"{name}."))
 
 
 def piece(name: str, parameter: Tensor, expert: bool) -> Tensor:
@@ -209,6 +231,20 @@ def _fill_grouped(module: Any, name: str) -> None:
         run = width // size
         up[index] = torch.cat(torch.split(whole, run)[rank::size]).T
         down[index] = drawn(f"{expert}.linear_fc2.weight", (hidden, width)).T[rank * run : (rank + 1) * run]
+
+
+def _fill_layers(block: Any, layer: GroupedLinear, name: str) -> None:
+    """Give a layer of many weights those of experts that are modules."""
+    size, rank, count = block.tp_group.size(), block.tp_group.rank(), block.num_local_experts
+    before, _, own = name.rpartition(".")
+    for index in range(count):
+        weight = layer.get_parameter(f"weight{index}")
+        shape = list(weight.shape)
+        shape[layer.divided] *= size
+        whole = drawn(f"{before}.local_experts.{block.ep_group.rank() * count + index}.{own}.weight", shape)
+        runs = 2 if own == "linear_fc1" and block.config.gated_linear_unit else 1
+        run = weight.shape[layer.divided] // runs
+        weight.copy_(torch.cat(torch.split(whole, run, layer.divided)[rank::size], layer.divided))
 
 
 def drawn(name: str, shape: Any) -> Tensor:

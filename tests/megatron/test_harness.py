@@ -35,7 +35,7 @@ def experts(division: Division) -> None:
     """As modules, stacked, and beside shared ones, whose collectives may be the dispatcher's."""
     fields = moe(moe_shared_expert_intermediate_size=16)
     whole = _loss(Division(), **fields)
-    for changes in ({}, {"moe_shared_expert_overlap": True}, {"moe_grouped_gemm": True}):
+    for changes in ({}, {"moe_shared_expert_overlap": True}, {"moe_grouped_gemm": True}, {"grouped_layers": True}):
         torch.testing.assert_close(_loss(division, **fields | changes), whole, rtol=1e-5, atol=0)
     assert not torch.isclose(_loss(division, **moe()), whole, rtol=1e-5)
 

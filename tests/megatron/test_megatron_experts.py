@@ -47,8 +47,9 @@ def experts(division: Division) -> None:
 def grouped_experts(division: Division) -> None:
     """Stacked experts start, train and are saved as those that are modules: of one process, here."""
     wanted = outcomes.config(target_modules=EXPERTS)
-    found = outcomes.outcome(division, wanted, **moe(moe_grouped_gemm=True))
-    outcomes.expect_equal(found, outcomes.outcome(WHOLE, wanted, **moe()))
+    whole = outcomes.outcome(WHOLE, wanted, **moe())
+    for kind in ({"moe_grouped_gemm": True}, {"grouped_layers": True}):
+        outcomes.expect_equal(outcomes.outcome(division, wanted, **moe(**kind)), whole)
 
 
 @world.case(ranks=2, divisions=DIVISIONS)
