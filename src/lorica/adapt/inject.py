@@ -368,10 +368,10 @@ def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None
 
 def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:
     """Return the base weight as ``[out, in, …]``, gathered where it is cut."""
-    if site is None or isinstance(stored_weight(base, op.weight_name), Packed):
+    stored = stored_weight(base, op.weight_name)
+    if site is None or isinstance(stored, Packed):
         return unshard(op.logical_weight(base))
-    weight = gather_parameter(getattr(base, op.weight_name).detach(), site, op.roles_weight)
-    return op.orient(weight)
+    return op.orient(gather_parameter(stored.detach(), site, op.roles_weight))
 
 
 def _slices(factors: Factors, target: Target) -> Factors:

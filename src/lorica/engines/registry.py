@@ -154,6 +154,20 @@ def uncut(module: nn.Module) -> None:
         engine.uncut(module)
 
 
+def lend(owner: nn.Module, borrower: nn.Module) -> None:
+    """Let a layer without a weight, which is handed another layer's in every call, be adapted like one that has it."""
+    borrower.__dict__[_LENDER] = owner  # not as an attribute: it is no part of the layer
+
+
+def lender_of(module: nn.Module) -> nn.Module:
+    """Return the layer whose weight a layer computes with: itself, as nearly always."""
+    found: nn.Module = module.__dict__.get(_LENDER, module)
+    return found
+
+
+_LENDER = "lorica_lender"
+
+
 def qualified_names(cls: type) -> list[str]:
     """Return the full names of a class and of those it is derived from: how classes are known without an import."""
     return [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__]
@@ -168,6 +182,8 @@ __all__ = [
     "in_pieces",
     "is_in_pieces",
     "layout_of",
+    "lend",
+    "lender_of",
     "lies_elsewhere",
     "mark",
     "prepare",

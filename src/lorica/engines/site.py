@@ -60,6 +60,7 @@ class Site:
             A and B; None: nothing.
         across: the same layer where its input is not gathered yet and its output is reduced already, if adapters may be
             added there too: their hidden values are carried, and each product sees its rank's tokens.
+        unmergeable: why no delta may go into the weight for good; empty: it may.
         apart: axes whose ranks have other layers in this one's place, with weights and names of their own: experts that
             are modules. Nothing is reduced over them, unless the layout says that their tokens are seen by one adapter.
     """
@@ -71,6 +72,7 @@ class Site:
     carry: Callable[[Tensor], Tensor] | None = None
     across: Site | None = None
     apart: tuple[str, ...] = ()
+    unmergeable: str = ""
 
     @property
     def at(self) -> dict[str, int]:

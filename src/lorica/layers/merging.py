@@ -160,6 +160,8 @@ class Merging(Light):
         """
         if not names:
             return {}
+        if self.site is not None and self.site.unmergeable:
+            raise AdapterError(f"{self.target_name}: nothing can be merged here: {self.site.unmergeable}")
         stored = self.stored
         self._check_writable(stored)
         terms = {name: self._checked_term(name) for name in names}

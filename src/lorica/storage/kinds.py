@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorica.engines.kinds import is_distributed
+from lorica.engines.registry import lender_of
 from lorica.errors import AdapterError
 from lorica.storage.base import Packed, Quantised, Storage
 from lorica.storage.bitsandbytes import FOUR_BIT, INT8_ROWS
@@ -53,7 +54,7 @@ def stored_weight(base: Any, name: str) -> Tensor | Packed:
         if type(weight) is nn.Parameter and "quant_state" not in base.__dict__:
             return weight  # plain numbers, as nearly always
         if weight is None:
-            weight = getattr(base, name)  # what stands in a parameter's place
+            weight = getattr(lender_of(base), name)  # what stands in a parameter's place
         kind = kind_of(type(weight._local_tensor if is_distributed(weight) else weight))
         if kind is None and base.__dict__.get("quant_state") is not None:
             kind = FOUR_BIT  # fully-sharded parallelism leaves of such a parameter the numbers alone

@@ -129,6 +129,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     _warn_of_no_megatron(config, targets)
     tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
     placed = share_among_experts(_placed(model, targets), config, staged=staged)
+    _check_unmergeable(config, placed)
     return Plan(names, placed, saved, _orientation(config, targets), tokens)
 
 
@@ -174,6 +175,12 @@ def _check_start(group: tuple[str, list[str]] | None, config: LoraConfig, target
                     f"{target.name}: {cause} quantises the base weight, which is stored as {weight.kind} already; "
                     "start by default and call lorica.replace_lora_weights_loftq then"
                 )
+
+
+def _check_unmergeable(config: LoraConfig, targets: Iterable[Target]) -> None:
+    for target in targets:
+        if target.site is not None and target.site.unmergeable and (cause := changes_base(config, target.op)):
+            raise TargetError(f"{target.name}: {cause} changes the base weight: {target.site.unmergeable}")
 
 
 def changes_base(config: LoraConfig, op: Op) -> str:

@@ -17,6 +17,7 @@ from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_a
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.megatron.recompute import let_inputs_need_gradients
+from lorica.engines.megatron.tied import tell_tied, unmergeable
 from lorica.engines.registry import qualified_names
 from lorica.engines.site import Axis, Opening, Site
 from lorica.engines.stages import EXPERTS
@@ -74,7 +75,9 @@ class Placed:
         opening = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
         # The bias is added after the reduction, or handed on to whoever fuses its addition.
         added = self.kind == COLUMN and not self.module.skip_bias_add
-        return Site(self.layout, self.axes, opening, bias=float(added), apart=apart)
+        return Site(
+            self.layout, self.axes, opening, bias=float(added), apart=apart, unmergeable=unmergeable(self.module)
+        )
 
 
 class MegatronEngine:
@@ -105,6 +108,7 @@ class MegatronEngine:
             tell(module)
             unpack(module)
         number_globally(model)
+        tell_tied(model)
 
     def adapted(self, model: nn.Module, finish: Callable[[nn.Module], None]) -> None:
         """Let gradients be summed after Megatron has finished them, and be there where layers run twice."""
