@@ -467,8 +467,10 @@ def _places(site: Site | None) -> Iterator[Any]:
 
 def _weight_of(factor: Any) -> Tensor:
     """Return ``factor.weight``, past the questions that ``nn.Module`` asks first; and where it is no parameter now."""
-    weight = factor._parameters.get("weight")
-    return factor.weight if weight is None else weight
+    weight: Tensor | None = factor._parameters.get("weight")
+    if weight is None:
+        weight = factor.weight
+    return weight
 
 
 def _container_names(op: Op) -> tuple[str, str]:

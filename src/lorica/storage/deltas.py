@@ -130,7 +130,7 @@ class _Piece(NamedTuple):
     """Some rows of a weight, or some weights of a stack, and what is to be done to them."""
 
     stored: Tensor
-    terms: Sequence[Term]  # of these rows, in the dtype that is computed in, in the order in which they are made or undone
+    terms: Sequence[Term]  # of these rows, in the dtype that is computed in, in the order to be gone through
     storage: Storage
     undo: bool
 
