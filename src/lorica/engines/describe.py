@@ -13,6 +13,7 @@ from lorica.engines.dtensor import cuts_of
 from lorica.engines.kinds import is_distributed, is_fully_sharded
 from lorica.engines.megatron.engine import MegatronEngine
 from lorica.engines.native.base import NativeEngine
+from lorica.engines.neuronx import NeuronxEngine
 from lorica.engines.registry import ENGINES, Description, described
 from lorica.engines.site import Axis, Site, opening_of
 from lorica.engines.stages import STAGES, axis_of_stages
@@ -25,7 +26,7 @@ DATA_AXES = ("dp", "dp_replicate", "fsdp", "dp_shard")
 #: axes of its own view; those of the other one would divide it by the same ranks again.
 DENSE_VIEW, EXPERT_VIEW = frozenset({"fsdp", "tp"}), frozenset({"efsdp", "ep", "etp", "edp"})
 
-ENGINES.extend([NativeEngine(), MegatronEngine()])
+ENGINES.extend([NativeEngine(), MegatronEngine(), NeuronxEngine()])
 
 
 class Engines:

@@ -312,6 +312,8 @@ _READERS: dict[str, Callable[[_Module, Mapping[str, Any]], Iterator[Spec]]] = {
     "FusedLinearsSpec": _fused_linears,
     "GQAQKVColumnParallelLinearSpec": _grouped_queries,
 }
+#: Names of the specifications that are known.
+SPECIFICATIONS = frozenset(_READERS)
 
 
 # ---- names and numbers -----------------------------------------------------------------------------------------------
@@ -372,4 +374,4 @@ def _checked(spec: Spec, shape: Sequence[int], axis: str) -> Spec:
     raise LayoutError(f"{spec.local} has the shape {tuple(shape)}, which is not what the metadata says")
 
 
-__all__ = ["head_order", "key_of", "number", "spec_candidates", "specs_from_neuron", "specs_to_neuron"]
+__all__ = ["SPECIFICATIONS", "head_order", "key_of", "number", "spec_candidates", "specs_from_neuron", "specs_to_neuron"]

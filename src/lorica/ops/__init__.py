@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorica.engines import neuronx
 from lorica.engines.megatron.engine import COLUMN, EMBEDDING, EXPERT_COLUMN, EXPERT_ROW, ROUTER, ROW
 from lorica.engines.native import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from lorica.engines.registry import layout_of
@@ -12,7 +13,7 @@ from lorica.ops.base import FactorShapes, Op
 from lorica.ops.conv import Conv
 from lorica.ops.embedding import Embedding
 from lorica.ops.experts import experts_op, matrix_op
-from lorica.ops.fused import FusedLinear, OneLinear, part_names
+from lorica.ops.fused import FusedLinear, NotFused, OneLinear, part_names
 from lorica.ops.linear import Beside, Linear, Router, TransposedLinear
 from lorica.storage import LINEARS
 
@@ -35,10 +36,19 @@ OPS: dict[type[nn.Module] | str, Op] = {
     ROUTER: Router(),
     EXPERT_COLUMN: Linear(),
     EXPERT_ROW: Linear(),
+    neuronx.COLUMN: Linear(),
+    neuronx.ROW: Linear(),
+    neuronx.EMBEDDING: Embedding(),
+    neuronx.QKV: NotFused(),
     "transformer_engine.pytorch.module.linear.Linear": Linear(),
     "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": Beside(),
 }
-_FUSED, _ONE = FusedLinear(), OneLinear()
+#: Projections that are fused in one weight: the op for factors of their own, and for one pair.
+_FUSED: tuple[Op, Op] = (FusedLinear(), OneLinear())
+#: The same for classes whose weight has another name.
+_FUSED_ELSEWHERE: dict[type[nn.Module] | str, tuple[Op, Op]] = {
+    neuronx.QKV: (FusedLinear(neuronx.QKV_WEIGHT), OneLinear(neuronx.QKV_WEIGHT)),
+}
 
 
 def op_of(module: nn.Module, *, fused_as_one: bool = False) -> Op | None:
@@ -50,7 +60,8 @@ def op_of(module: nn.Module, *, fused_as_one: bool = False) -> Op | None:
     """
     layout = layout_of(module)
     if layout is not None and layout.parts:
-        return _ONE if fused_as_one else _FUSED
+        fused = next((_FUSED_ELSEWHERE[k] for k in _keys_of(type(module)) if k in _FUSED_ELSEWHERE), _FUSED)
+        return fused[fused_as_one]
     for key in _keys_of(type(module)):
         if key in OPS:
             return OPS[key]

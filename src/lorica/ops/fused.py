@@ -17,6 +17,7 @@ from lorica.config.spec import AdapterSpec
 from lorica.engines.describe import Engines
 from lorica.engines.registry import described, layout_of
 from lorica.engines.site import Site
+from lorica.errors import TargetError
 from lorica.init import Factors
 from lorica.layout import Layout, Roles
 from lorica.layout.layout import At
@@ -77,6 +78,17 @@ class OneLinear(Linear):
         """Return where the layer lies, its parts made one."""
         site = super().place(engines, name, base)
         return None if site is None else replace(site, layout=site.layout.as_one(), across=_as_one(site.across))
+
+
+class NotFused(Linear):
+    """A query, key and value layer of neuronx-distributed of which the parts are not known: refused."""
+
+    def check(self, base: Any, spec: AdapterSpec, where: str) -> None:
+        """Refuse."""
+        raise TargetError(
+            f"{where}: a {type(base).__name__} is adapted where it has one weight (fuse_qkv=True) and is in a module "
+            "whose specs have a GQAQKVColumnParallelLinearSpec, which says the heads of a rank"
+        )
 
 
 def _as_one(site: Site | None) -> Site | None:

@@ -21,11 +21,18 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Linear(Op):
-    """``nn.Linear`` and what behaves like it; the weight is ``[out, in]``."""
+    """``nn.Linear`` and what behaves like it; the weight is ``[out, in]``.
+
+    Args:
+        weight_name: the parameter of the base layer that is the weight.
+    """
 
     kind = "Linear"
     tokenwise = True
     roles_magnitude: Roles | None = ("out",)
+
+    def __init__(self, weight_name: str = "weight") -> None:
+        self.weight_name = weight_name
 
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """A ``[r, in]``, B ``[out, r]``."""

@@ -4,9 +4,7 @@
 
     column:  input ─ gather the sequence | copy ─ product ─ (gather)       row:  input ─ product ─ reduce (scatter)
 
-Megatron's linears hand the collective of their input to the function that multiplies, so that it can overlap with the
-product. In an adapted layer it is done before that function, which then gets the input that it multiplies: the same
-collectives, and the adapter's part works on the same gathered input.
+What stands in a layer's method while an adapter is on it is in :mod:`lorica.engines.inside`.
 """
 
 from __future__ import annotations
@@ -16,25 +14,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorica.engines.site import Forward, Opening
+from lorica.engines.inside import Inside, InsideOpening
 
 
-class _Inside:
-    """What stands in for a method of a layer; openings replace its ``product``."""
-
-    method: str
-    product: Forward
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.own = getattr(module, self.method)
-        self.product = self._product
-
-    def _product(self, x: Tensor, **options: Any) -> Tensor:
-        raise NotImplementedError
-
-
-class _Linear(_Inside):
+class _Linear(Inside):
     """In the place of ``_forward_impl`` of a linear layer."""
 
     method = "_forward_impl"
@@ -65,7 +48,7 @@ class _Linear(_Inside):
         return result
 
 
-class _Embedding(_Inside):
+class _Embedding(Inside):
     """In the place of ``forward`` of an embedding that is cut by words.
 
     What ``product`` gets are ids of the whole vocabulary, and it returns zeros for those of other ranks.
@@ -98,8 +81,8 @@ class _Embedding(_Inside):
         return weight[ids] if self.module.deterministic_mode else F.embedding(ids, weight)
 
 
-class MegatronOpening(Opening):
-    """The way into a layer's product. What stands in for the layer's method is there while something is put in.
+class MegatronOpening(InsideOpening):
+    """The way into a layer's product.
 
     Args:
         module: the layer.
@@ -107,32 +90,7 @@ class MegatronOpening(Opening):
     """
 
     def __init__(self, module: nn.Module, *, lookup: bool) -> None:
-        self._module, self._kind = module, _Embedding if lookup else _Linear
-        inside = self._inside()
-        super().__init__(inside or self._kind(module), "product")
-
-    def again(self) -> Opening:
-        """Return another one at the same place."""
-        return MegatronOpening(self._module, lookup=self._kind is _Embedding)
-
-    def put(self, forward: Forward) -> None:
-        """Let the layer's forward call ``forward`` between its collectives."""
-        if (inside := self._inside()) is None:
-            inside = self._kind(self._module)
-            self._module.__dict__[self._kind.method] = inside
-        self._owner = inside
-        super().put(forward)
-
-    def close(self) -> None:
-        """Take out what was put in; the last one to leave gives the layer its own method back."""
-        super().close()
-        inside = self._inside()
-        if inside is not None and inside.product == inside._product:
-            del self._module.__dict__[self._kind.method]
-
-    def _inside(self) -> _Inside | None:
-        found = self._module.__dict__.get(self._kind.method)
-        return found if isinstance(found, _Inside) else None
+        super().__init__(module, _Embedding if lookup else _Linear)
 
 
 __all__ = ["MegatronOpening"]
