@@ -118,6 +118,24 @@ def merged_is_adapted_and_off_is_off(division: Division) -> None:
             torch.testing.assert_close(found, adapted, rtol=1e-5, atol=0)
 
 
+@world.case(ranks=2, divisions=[BOTH])
+def ranks_by_the_experts_of_a_token(division: Division) -> None:
+    same_everywhere(division, normalize_moe_lora=True, target_modules=[*TARGETS, "linear_proj"])
+    with world.divided(division):
+        model = chunks(division, **moe())[0]
+        adapted = outcomes.adapted([model], outcomes.config(target_modules=TARGETS, normalize_moe_lora=True))
+        ranks = {name.rpartition(".")[2]: layer.r["default"] for name, layer in layers(adapted)}
+        assert ranks == {"router": 4, "linear_fc1": 2, "linear_fc2": 2}
+        with pytest.raises(TargetError, match="2 experts that a token is sent to, and r=3"):
+            outcomes.adapted(
+                chunks(division, **moe()), outcomes.config(r=3, target_modules=TARGETS, normalize_moe_lora=True)
+            )
+
+
+def layers(model: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "target_name")]
+
+
 @world.case(ranks=2, divisions=[APART])
 def experts_without_tokens(division: Division) -> None:
     """Whatever is routed to no token of a rank has a gradient of zeros there, and the others theirs."""
@@ -149,7 +167,7 @@ def the_names_are_those_of_the_whole_model(division: Division) -> None:
         for kind in KINDS:
             model = chunks(division, **moe(**kind))[0]
             outcomes.adapted([model], outcomes.config(target_modules=["linear_fc2"]))
-            names = {module.target_name for module in model.modules() if hasattr(module, "target_name")}
+            names = {layer.target_name for _, layer in layers(model)}
             assert len(names) == 8
             if not kind:
                 assert names == {name for name in logical_names(model).values() if name.endswith("linear_fc2")}

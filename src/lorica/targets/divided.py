@@ -1,4 +1,4 @@
-"""Experts that are divided over ranks: what is a target of one has to be a target of all."""
+"""Experts that are modules, which ranks may have different ones of."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from lorica.targets.match import Meaning
 from lorica.targets.walk import bare
 
 _EXPERT = re.compile(r"(?P<before>.*\.)(?P<number>\d+)(?P<after>\.[^.]+)")
+
+
+def is_routed_expert(module: nn.Module) -> bool:
+    """Whether a base layer is one of an expert's that tokens are routed to, as a module of its own."""
+    place = described(module)
+    return place is not None and EXPERTS in place.axes
 
 
 def check_experts_alike(

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lorica.config.spec import AdapterSpec
 from lorica.errors import TargetError, suggest
 from lorica.targets.match import entry_matches
 from lorica.targets.walk import bare
 
 #: How model configurations call the number of experts that a token is sent to.
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_router_topk",
+    "top_k",
+)
 
 
 class Found(NamedTuple):
@@ -81,8 +92,8 @@ def experts_per_token(config: Any) -> int | None:
     return next((count for count in counts if isinstance(count, int) and count > 0), None)
 
 
-def rank_per_expert(r: int, found: Found) -> int:
-    """Return the rank that leaves a token as many directions as a dense layer of rank ``r`` (``normalize_moe_lora``).
+def spec_per_expert(spec: AdapterSpec, found: Found) -> AdapterSpec:
+    """Return the spec with the rank that leaves a token as many directions as a dense layer (``normalize_moe_lora``).
 
     Raises:
         TargetError: the model does not say to how many experts a token is sent, or that number does not divide ``r``.
@@ -93,9 +104,10 @@ def rank_per_expert(r: int, found: Found) -> int:
             f"{found.key}: normalize_moe_lora=True divides the rank by the number of experts that a token is sent to, "
             f"and the module's configuration has none of {', '.join(_TOP_K)}"
         )
+    r = spec.r
     if r % top_k:
         raise TargetError(
             f"{found.key}: normalize_moe_lora=True divides the rank by the {top_k} experts that a token is sent to, "
             f"and r={r} is not a multiple of it"
         )
-    return r // top_k
+    return replace(spec, r=r // top_k, scaling=AdapterSpec.scale(r // top_k, spec.alpha, rslora=spec.rslora))

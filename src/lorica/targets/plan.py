@@ -20,7 +20,7 @@ from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrappe
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.storage import Packed, kind_of, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
-from lorica.targets.divided import check_experts_alike
+from lorica.targets.divided import check_experts_alike, is_routed_expert
 from lorica.targets.experts import share_among_experts
 from lorica.targets.explain import endings, explain_no_match, warn_of_idle_entries
 from lorica.targets.match import (
@@ -32,7 +32,7 @@ from lorica.targets.match import (
     selecting,
     shortest_names,
 )
-from lorica.targets.parameters import Found, find_parameters, rank_per_expert
+from lorica.targets.parameters import Found, find_parameters, spec_per_expert
 from lorica.targets.specs import Specs
 from lorica.targets.tokens import Tokens, plan_tokens, refuse_factors
 from lorica.targets.walk import bare, base_modules, tied_with_embedding
@@ -280,8 +280,7 @@ def _parameter_target(found: Found, config: LoraConfig, specs: Specs) -> Target:
         )
     spec = specs.of(found.key)
     if config.normalize_moe_lora and "expert" in op.roles_weight:
-        r = rank_per_expert(spec.r, found)
-        spec = replace(spec, r=r, scaling=AdapterSpec.scale(r, spec.alpha, rslora=spec.rslora))
+        spec = spec_per_expert(spec, found)
     op.check(found.module, spec, found.key)
     own = op_of(found.module) is op
     return Target(found.owner if own else found.key, found.module, op, spec)
@@ -358,6 +357,8 @@ def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names, s
             f"supported: {', '.join(supported_layers())}. It is {key}."
         )
     spec = _spec_of_parts(config, names, key, base, specs) if op.parts(base) else specs.of(key)
+    if config.normalize_moe_lora and is_routed_expert(base):
+        spec = spec_per_expert(spec, Found(key, base, op.weight_name))
     refuse_factors(key, module, op)
     op.check(base, spec, key)
     targets = [Target(key, base, op, spec)]
