@@ -111,13 +111,13 @@ _KINDS = ("fp32", "fp32, dropout 0.05", "bf16 base, fp32 factors", "bf16 base, f
 _FP32, _DROPOUT, _BF16, _ = _KINDS
 # Processor time, of which neighbours on the machine change least.
 _LOADING = (
-    "of 36 ms of processor time of `from_pretrained` beside neighbours (peft: 300) 22 are 224 layers with their modules "
-    "and parameters without values, 2.3 the plan, 3.2 names, 3.6 reading and checking 4.8 MB, 1.8 the header, 1.9 the "
+    "of 36 ms of processor time of `from_pretrained` beside neighbours (peft: 300) 22 are 224 layers with modules and "
+    "parameters without values, 2.3 the plan, 3.2 names, 3.6 reading and checking 4.8 MB, 1.8 the header, 1.9 the "
     "448 parameters; without the second set of parameters, which a file's values replace, it would be 2 less"
 )
 _SAVING = (
-    "of 15 ms of processor time (peft: 45 to 48) 13 are left without flushing; what the disk takes to flush three files "
-    "and their directory, all at the same time, comes on top, and peft does not flush"
+    "of 15 ms of processor time (peft: 45 to 48) 13 are left without flushing; what the disk takes to flush three "
+    "files and their directory, all at the same time, comes on top, and peft does not flush"
 )
 
 _COPIED = (
