@@ -203,7 +203,7 @@ def sent(models: Any) -> Counter[str]:
 class counting:
     """Counts collectives, those that Megatron has names of its own for too."""
 
-    names = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+    names = ("all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast")
 
     def __enter__(self) -> Counter[str]:
         from megatron.core.tensor_parallel import mappings
@@ -228,6 +228,18 @@ class counting:
             return function(*args, **kwargs)
 
         return call
+
+
+@world.case(ranks=2)
+def hidden_values_that_travel() -> None:
+    """A and B each see their rank's tokens; results and files are the same, and so is a sum that is done later."""
+    wanted = outcomes.config(target_modules=LINEAR, a2a_experimental=True)
+    whole = outcomes.outcome(WHOLE, wanted)
+    with counting() as count:
+        outcomes.expect_equal(outcomes.outcome(SEQUENCE, wanted), whole)
+    assert count["all_to_all"] + count["all_to_all_single"] > 0
+    loop = outcomes.config(target_modules=["linear_qkv", "linear_fc2"], a2a_experimental=True)
+    outcomes.close(outcomes.trained(SEQUENCE, loop), outcomes.trained(WHOLE, loop), 1e-4)
 
 
 @world.case(ranks=2)

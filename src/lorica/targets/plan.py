@@ -246,8 +246,9 @@ def _warn_of_no_megatron(config: LoraConfig, targets: Iterable[Target]) -> None:
 
 
 def _warn_of_no_way(targets: Iterable[Target]) -> None:
-    asking = [target for target in targets if target.spec.a2a and target.site is not None and target.site.layout.cuts]
-    if asking and not any(target.site is not None and target.site.across is not None for target in asking):
+    sites = [target.site for target in targets if target.spec.a2a and target.site is not None]
+    asking = [site for site in sites if any(cut.size > 1 for cut in site.layout.cuts)]
+    if asking and not any(site.across is not None for site in asking):
         warnings.warn(
             f"a2a_experimental=True changes nothing: none of {len(asking)} adapted layers gathers its rank's tokens, "
             "or leaves each rank its tokens of a sum, by itself; adapters ride on the collectives that are there",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lorica.engines.megatron.across import across
 from lorica.engines.megatron.experts import ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
 from lorica.engines.megatron.gradients import finish_with, mark, reduces
@@ -75,9 +76,11 @@ class Placed:
         opening = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
         # The bias is added after the reduction, or handed on to whoever fuses its addition.
         added = self.kind == COLUMN and not self.module.skip_bias_add
-        return Site(
+        site = Site(
             self.layout, self.axes, opening, bias=float(added), apart=apart, unmergeable=unmergeable(self.module)
         )
+        linear = self.kind in (COLUMN, ROW)
+        return replace(site, across=across(self.module, site, next(iter(self.axes.values())))) if linear else site
 
 
 class MegatronEngine:
