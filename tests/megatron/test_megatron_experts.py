@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import outcomes
 import pytest
+import torch
 import world
-from gpt import Division, moe
+from gpt import Division, chunks, moe
 from outcomes import Outcome
+
+from lorica.parallel import verify
 
 world.need_megatron()
 
@@ -69,6 +72,25 @@ def everything(division: Division) -> None:
 def shared_experts_that_overlap(division: Division) -> None:
     """The collectives around a shared expert's layers are the dispatcher's."""
     _equal(division, EXPERTS, moe_shared_expert_intermediate_size=16, moe_shared_expert_overlap=True)
+
+
+@world.case(ranks=4, divisions=[Division(tp=2, sp=True, ep=2, etp=1), Division(ep=2, etp=2), Division(tp=4, sp=True)])
+def replicas_stay_equal(division: Division) -> None:
+    """After steps of torch's optimiser on batches of their own, with dropout, ranks with the same piece agree (I5)."""
+    for kind in ({}, {"moe_grouped_gemm": True}):
+        with world.divided(division):
+            models = chunks(division, **moe(**kind))
+            wanted = outcomes.config(target_modules=[*EXPERTS, "router", "linear_qkv"], lora_dropout=0.1)
+            model = outcomes.adapted(models, wanted)
+            before = outcomes.logical(model)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            for step in range(3):
+                world.train(models, world.tokens(4 * (step + 1))[-4:])
+                optimizer.step()
+                optimizer.zero_grad()
+            verify(model)
+            after = outcomes.logical(model)
+            assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @world.case(
