@@ -111,6 +111,15 @@ def test_checkpointing_changes_no_mask(reentrant: bool, dropout: float) -> None:
     assert_same(run(model, call), run(model), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 0.25, 1.7, -0.5, 0.0])
+def test_an_evaluation_gives_the_digits_of_a_training_forward(scaling: float) -> None:
+    one, x = item(40, 8, bias=True, scaling=scaling), torch.randn(9, IN)
+    y = recorded.projection(x, one)
+    with torch.no_grad():
+        assert torch.equal(kernel_for("projection", x, one)(x, one), y)
+    assert torch.equal(recorded.projections(x, [one])[0], y)
+
+
 def test_whoever_gets_the_output_may_write_over_it() -> None:
     one, x = item(bias=True), draw_x(2, 5)
     expected = answers(lambda x, items: [plain.projection(x, each).relu() for each in items], x, [one])

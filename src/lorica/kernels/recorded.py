@@ -11,6 +11,7 @@ calling Python from backward costs. A second derivative is the recorded operator
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -63,9 +64,13 @@ def _add(x_TI: Tensor, seen_TI: Tensor, item: Projection) -> Tensor:
     if not (a_RI.dtype == b_OR.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)):
         weight, a_RI, b_OR = weight.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    before = dropped is not None or math.frexp(scale)[0] == 0.5
     if dropped is not None:
         scale *= scale_of(dropped.p)
     y_TO = F.linear(x_TI, weight, bias)
     h_TR = F.linear(seen_TI, a_RI)
-    # As ``alpha`` of the product, backward would have the scale multiply two matrices, one of them as large as B.
+    if not before:
+        return y_TO.addmm_(h_TR, b_OR.t(), alpha=scale)
+    # As ``alpha`` of the product, backward would have the scale multiply two matrices, one of them as large as B. But
+    # an evaluation gives the digits of a training forward, so without dropout only powers of two, which round nothing.
     return y_TO.addmm_(h_TR if scale == 1 else h_TR * scale, b_OR.t())
