@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,15 +78,11 @@ def write_bridge_adapter(
             raise ExportError(f"{pair.name}: Megatron Bridge adapts no embedding")
     form = _form(adapter, form, geometry)
     if form == "canonical":
-        done = fuse(
-            (single for pair in adapter.pairs for single in pair.split()),
-            lambda name: Layer((name,)),
-            rounding=rounding,
-        )
+        done = fuse(*_apart(adapter, geometry), rounding=rounding)
     else:
         done = fuse(adapter.pairs, lambda name: _layer_of(name, geometry), rank=rank, rounding=rounding)
     said = _one_configuration(done, geometry, rounding)
-    named = [_named(pair, form, geometry) for pair in done.pairs]
+    named = [_named(pair, geometry) for pair in done.pairs]
     iteration = folder / _ITERATION
     iteration.mkdir()
     with DistributedWriter(iteration) as writer:
@@ -117,14 +113,33 @@ def _form(adapter: Adapter, form: str, geometry: Geometry) -> str:
         return "canonical"
     if bridge.get("joined"):
         return "fused"
+    return "fused" if all(_share(names, group) for names, group in _groups(adapter, geometry).items()) else "canonical"
+
+
+def _groups(adapter: Adapter, geometry: Geometry) -> dict[tuple[str, ...], list[Pair]]:
+    """Return the names of each layer of Megatron's → its pairs."""
     groups: dict[tuple[str, ...], list[Pair]] = {}
     for pair in adapter.pairs:
         groups.setdefault(_layer_of(pair.names[0], geometry).names, []).append(pair)
-    for names, group in groups.items():
-        whole = sum(len(pair.names) for pair in group) == len(names)
-        if not whole or any(not is_same(pair.a, group[0].a) or pair.scale != group[0].scale for pair in group[1:]):
-            return "canonical"
-    return "fused"
+    return groups
+
+
+def _share(names: tuple[str, ...], group: list[Pair]) -> bool:
+    """Whether all projections of a layer have an adapter, with one A and one scale."""
+    whole = sum(len(pair.names) for pair in group) == len(names)
+    return whole and all(pair.scale == group[0].scale and is_same(pair.a, group[0].a) for pair in group[1:])
+
+
+def _apart(adapter: Adapter, geometry: Geometry) -> tuple[list[Pair], Callable[[str], Layer]]:
+    """Return pairs as ``CanonicalLoRA`` has them: one for each projection, but of experts that share their A.
+
+    It keeps the first layer of grouped experts as it is; experts that are layers of their own it divides too.
+    """
+    whole: dict[str, Layer] = {}
+    for names, group in _groups(adapter, geometry).items():
+        if _is_routed(group[0], geometry) and _share(names, group):
+            whole |= dict.fromkeys(names, Layer(names))
+    return [single for pair in adapter.pairs for single in pair.split()], lambda name: whole.get(name, Layer((name,)))
 
 
 def _layer_of(name: str, geometry: Geometry) -> Layer:
@@ -133,10 +148,10 @@ def _layer_of(name: str, geometry: Geometry) -> Layer:
     return Layer(names, geometry.qkv if len(names) == 3 else None)
 
 
-def _named(pair: Pair, form: str, geometry: Geometry) -> Named:
+def _named(pair: Pair, geometry: Geometry) -> Named:
     place, part = in_megatron(pair.names[0], gated=geometry.gated)
     slot = None if place.layer is None else slot_named(place.module, gated=geometry.gated)
-    if slot is None or not slot.parts or (form == "fused"):
+    if slot is None or not slot.parts or len(pair.names) > 1:
         return Named(place, "", pair)
     return Named(place, slot.parts[part], pair)
 
@@ -238,7 +253,7 @@ def _peft(adapter: Adapter, form: str, said: Mapping[str, Any], named: Sequence[
     name = "dora.DoRA" if dora else "lora.LoRA" if form == "fused" else "canonical_lora.CanonicalLoRA"
     made: dict[str, Any] = {
         "_target_": f"megatron.bridge.peft.{name}",
-        "target_modules": sorted({_target(one) for one in named}),
+        "target_modules": sorted({name for one in named for name in _targets(one, form)}),
     }
     made |= {"dropout": float(adapter.config.get("lora_dropout") or 0.0)}
     made |= {"dropout_position": adapter.config.get("dropout_position", "pre")}
@@ -250,11 +265,13 @@ def _peft(adapter: Adapter, form: str, said: Mapping[str, Any], named: Sequence[
     return result
 
 
-def _target(one: Named) -> str:
+def _targets(one: Named, form: str) -> list[str]:
     leaf = one.place.module.rpartition(".")[2]
+    if form == "canonical" and len(one.pair.names) > 1:
+        return [f"{leaf}_gate", f"{leaf}_up"]
     if not one.part:
-        return leaf
-    return f"linear_{one.part}" if leaf == "linear_qkv" else f"{leaf}_{one.part}"
+        return [leaf]
+    return [f"linear_{one.part}" if leaf == "linear_qkv" else f"{leaf}_{one.part}"]
 
 
 def _experts_share(named: Sequence[Named]) -> bool:

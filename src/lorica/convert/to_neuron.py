@@ -212,8 +212,11 @@ class _Division:
         match = _LAYER.fullmatch(name)
         if match is None:
             return self.stages - 1 if name.endswith("lm_head") else 0
-        layers = self.stages if self.geometry is None else self.geometry.layers
-        return int(match["layer"]) * self.stages // layers
+        if self.geometry is None:
+            return 0
+        if int(match["layer"]) >= self.geometry.layers:
+            raise ExportError(f"{name}: the model has {self.geometry.layers} layers")
+        return int(match["layer"]) * self.stages // self.geometry.layers
 
     def metadata(self, pairs: list[Pair]) -> dict[str, Any]:
         """Return what the file beside the shards says of one stage."""
