@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lorica.engines.devices import backend_for
 from lorica.errors import LostRankError, RankError, RecipeError
 from lorica.train import models
 from lorica.train.recipe import ParallelSection
@@ -161,7 +162,7 @@ def join(section: ParallelSection, device: torch.device) -> Ranks:
     section = fill(section, size)
     if size == 1:
         return Ranks()
-    backend = section.backend if section.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    backend = section.backend if section.backend != "auto" else backend_for(device.type) or "gloo"
     limit = timedelta(seconds=section.timeout)
     if not dist.is_initialized():
         # The CPU's own backend carries what ranks agree on, without waiting for an accelerator.

@@ -18,6 +18,7 @@ from lorica.checkpoint.pieces import Piece, piece_of
 from lorica.checkpoint.shards import Stored
 from lorica.config import LoraConfig
 from lorica.engines import fsdp
+from lorica.engines.devices import accelerator, random_module
 from lorica.errors import CheckpointError
 from lorica.layout import Box
 
@@ -107,14 +108,15 @@ def _moment(name: str, entry: Entry, value: Tensor) -> Piece:
 def random_states(rank: int) -> list[Piece]:
     """The pieces of this rank's generators of torch."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if (kind := accelerator()) is not None and (module := random_module(kind)) is not None:
+        states[kind] = module.get_rng_state()
     return [_own(f"{RANDOM}{rank}/{device}", state) for device, state in states.items()]
 
 
 def random_pieces(index: Mapping[str, Stored], rank: int) -> list[Piece]:
     """Pieces to be filled with what a rank's generators were, as far as this process has such devices."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    kind = accelerator()
+    devices = ["cpu", *([kind] if kind is not None and random_module(kind) is not None else [])]
     names = [name for device in devices if (name := f"{RANDOM}{rank}/{device}") in index]
     return [_own(name, torch.empty(index[name].shape, dtype=torch.uint8)) for name in names]
 
@@ -122,10 +124,11 @@ def random_pieces(index: Mapping[str, Stored], rank: int) -> list[Piece]:
 def put_random_states(found: list[Piece]) -> None:
     """Set torch's generators as the pieces say."""
     for piece in found:
-        if piece.name.endswith("/cuda"):
-            torch.cuda.set_rng_state(piece.tensor)
-        else:
+        kind = piece.name.rpartition("/")[2]
+        if kind == "cpu":
             torch.set_rng_state(piece.tensor)
+        else:
+            random_module(kind).set_rng_state(piece.tensor)
 
 
 def random_numbers() -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lorica.engines.devices import accelerator, backend_for
 from lorica.engines.native import parallelize, split_stages
 from lorica.errors import ConfigError
 
@@ -171,14 +172,12 @@ class TrainingNeuronConfig:
     def _device_type(self) -> str:
         if self.device_type is not None:
             return self.device_type
-        found = torch.accelerator.current_accelerator()
-        return "cpu" if found is None else found.type
+        return accelerator() or "cpu"
 
     def _backend(self, kind: str) -> str:
         if self.backend is not None:
             return self.backend
-        found = dist.Backend.default_device_backend_map.get(kind)
-        if found is None:
+        if (found := backend_for(kind)) is None:
             raise ConfigError(f"torch has no backend for {kind!r}: say which, or import the package that registers it")
         return found
 

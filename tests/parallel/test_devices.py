@@ -1,0 +1,132 @@
+"""Device type and process-group backend come from configuration: nothing on the parallel paths names an accelerator.
+
+A backend called ``neuron`` is registered here, which carries CPU tensors by gloo; and torch's open device slot is given
+the name ``neuron``, without a device behind it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from subjects import SUBJECTS, batch, logits_of, loss_of
+
+import lorica
+import lorica.parallel
+from lorica.compat import optimum_neuron as neuron
+from lorica.engines.devices import backend_for
+from lorica.errors import ConfigError
+
+LLAMA = SUBJECTS["llama"]
+
+
+def _register() -> None:
+    """Let torch know a backend of that name, as a vendor's package does when it is imported."""
+
+    def create(store: Any, rank: int, size: int, timeout: Any) -> Any:
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    dist.Backend.register_backend("neuron", create, devices=["cpu"])
+
+
+def _trains(folder: str) -> None:
+    dist.destroy_process_group()
+    _register()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
+    config = neuron.TrainingNeuronConfig(
+        dist_size(), sequence_parallel_enabled=True, device_type="cpu", backend="neuron", timeout=60
+    )
+    mesh = config.mesh()
+    assert dist.get_backend() == "neuron"
+    assert dist.get_backend(mesh.get_group("tp")) == "neuron"
+    assert config.device() == torch.device("cpu")
+    torch.manual_seed(0)
+    model = neuron.get_peft_model(config.parallelize(LLAMA.build(), mesh), lorica.LoraConfig(**LLAMA.fields))
+    torch.manual_seed(0)
+    oracle = lorica.get_peft_model(LLAMA.build(), lorica.LoraConfig(**LLAMA.fields))
+    ids = batch(1)
+    for _ in range(2):
+        losses = []
+        for one in (model, oracle):
+            optimizer = torch.optim.SGD(lorica.parallel.parameter_groups(one), 0.5)
+            loss = loss_of(logits_of(one(input_ids=ids)), ids)
+            loss.backward()
+            lorica.parallel.sum_gradients(one)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    model.save_pretrained(folder)
+
+
+def dist_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def test_a_model_trains_over_a_backend_of_another_name(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    ranks.run(2, _trains, str(tmp_path))
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+_NAMED = """
+import torch
+torch.utils.rename_privateuse1_backend("neuron")
+import torch.distributed as dist
+dist.Backend.register_backend("neuron", lambda *a: None, devices=["neuron"])
+from lorica.compat.optimum_neuron import TrainingNeuronConfig
+from lorica.engines.devices import backend_for
+config = TrainingNeuronConfig(device_type="neuron")
+print(config.device(), config._backend("neuron"), backend_for("neuron"))
+"""
+
+
+def test_the_backend_is_what_torch_has_for_the_device() -> None:
+    done = subprocess.run([sys.executable, "-c", _NAMED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["neuron:0", "neuron", "neuron"]
+    assert backend_for("cpu") == "gloo"
+    assert backend_for("cuda") == "nccl"
+    assert backend_for("toaster") is None
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="import the package that registers it"):
+        neuron.TrainingNeuronConfig(device_type="toaster").device()
+    with pytest.raises(ConfigError, match="no backend for 'toaster'"):
+        neuron.TrainingNeuronConfig()._backend("toaster")
+    with pytest.raises(ConfigError, match="start the program by torchrun"):
+        neuron.TrainingNeuronConfig(2, device_type="cpu").mesh()
+    with pytest.raises(ConfigError, match="at least 1"):
+        neuron.TrainingNeuronConfig(0)
+    with pytest.raises(ConfigError, match="virtual_pipeline"):
+        neuron.TrainingNeuronConfig(virtual_pipeline_parallel_size=2)
+    assert neuron.TrainingNeuronConfig(8).auto_kv_size_multiplier(4) == 2
+    assert not neuron.TrainingNeuronConfig().should_parallelize
+    with pytest.raises(ConfigError, match="different from the inferred"):
+        neuron.TrainingNeuronConfig(8, kv_size_multiplier=4).auto_kv_size_multiplier(4)
+
+
+def test_no_accelerator_is_named_where_models_are_cut() -> None:
+    """No call of ``torch.cuda``, and no backend's name, in the rooms that every rank goes through."""
+    source = Path(lorica.__file__).parent
+    rooms = ("layout", "engines/native", "ops", "variants", "adapt", "checkpoint", "ranks", "compat/optimum_neuron")
+    found = []
+    for path in (path for room in rooms for path in (source / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            attribute = isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps", "xpu")
+            word = isinstance(node, ast.Constant) and node.value in ("nccl", "xla")
+            if attribute or word:
+                found.append(f"{path.relative_to(source)}:{node.lineno}")
+    assert found == []
