@@ -210,8 +210,8 @@ class ParallelSection(_Section):
     """Replicas, each with its own rows; null: under torchrun whatever ranks are left, else 1."""
     engine: Literal["auto", "native", "transformers"] = "auto"
     """Who cuts the model: lorica, or transformers' DistributedConfig; auto: lorica, unless there is ep."""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Who carries the tensors; auto: nccl between GPUs, gloo between CPUs."""
+    backend: str = "auto"
+    """Who carries the tensors: gloo, nccl, neuron, ...; auto: what torch has for the device."""
     timeout: _Positive = 600.0
     """Seconds without an answer from another rank after which the run ends with an error."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
