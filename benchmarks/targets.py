@@ -147,13 +147,13 @@ _PYTHON = (
 )
 _MASKS = (
     "a mask of 2,048 elements takes 11 µs (the draw 2, the comparison 2.5, memory and a seeded generator 3), its seed "
-    "2.4, a cast and its two uses 6, where torch's dropout takes 19 and its backward 2: that the same mask can be drawn "
+    "2.4, a cast and its two uses 6, where torch's dropout takes 19 and its backward 2: that a mask can be drawn "
     "again, and that neighbours share it, is of no use to one small layer"
 )
 # Each of these was taken alone, after other data had been in the cache.
 _GAINS = (
-    "in fp32 and one thread a thin product with each weight takes 8.8 ms and four passes over each output (one forward, "
-    "three backward; chunks of rows spare nothing) 16, beside the 137 of a Llama's step with plain LoRA: 18 %. In one "
+    "in fp32 and one thread a thin product with each weight takes 8.8 ms, and four passes over each output (1 forward, "
+    "3 backward; chunks of rows spare nothing) 16, beside the 137 of a Llama's step with plain LoRA: 18 %. In one "
     "linear they are 0.5 and 1.0 of 16 ms"
 )
 _FROZEN_BF16 = (
