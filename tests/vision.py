@@ -120,7 +120,9 @@ def _gemma3() -> nn.Module:
     config = Gemma3Config(
         text_config=text, vision_config=_TOWER, mm_tokens_per_image=4, image_token_id=IMAGE, image_token_index=IMAGE
     )
-    return Gemma3ForConditionalGeneration(config)
+    model = Gemma3ForConditionalGeneration(config)
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # it starts as zero
+    return model
 
 
 def _idefics3(name: str) -> nn.Module:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,19 @@ from lorica.train.data import IGNORE, Example
 Batch = dict[str, Tensor]
 """``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``; ``tokens``: how many of them are no padding.
 
+Of rows with images also what the processor made of these.
+
 Where ranks share a batch, ``tokens`` and ``learned`` (how many tokens the loss is over) are those of the whole batch.
 """
+
+_OF_TEXT = ("input_ids", "labels", "position_ids", "tokens", "learned")
+
+
+class Sight(Protocol):
+    """Makes pixels of images."""
+
+    def together(self, examples: Sequence[Example], ids_BT: Tensor) -> dict[str, Tensor]:
+        """Return what the model takes besides tokens, for a batch of examples in the order of its rows."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,12 @@ class Collator:
     """Lay packs of examples (a pack of one: no packing) side by side.
 
     ``flatten`` makes one long row of them, which is the only form in which flash attention tells documents apart.
+    ``sight`` makes pixels of the images of examples (one in each pack).
     """
 
     pad_id: int
     flatten: bool = False
+    sight: Sight | None = None
 
     def __call__(self, packs: Sequence[Sequence[Example]]) -> Batch:
         if self.flatten:
@@ -55,13 +68,21 @@ class Collator:
             if len(pack) > 1:
                 positions_BT[row, start:] = torch.arange(width - start)
         found = {"input_ids": ids_BT, "labels": labels_BT, "position_ids": positions_BT}
-        return found | count([example for pack in packs for example in pack])
+        examples = [example for pack in packs for example in pack]
+        if self.sight is not None:
+            found |= self.sight.together(examples, ids_BT)
+        return found | count(examples)
 
 
 def count(examples: Sequence[Example]) -> Batch:
     """``tokens`` and ``learned`` of a batch of these examples."""
     learned = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
     return {"tokens": torch.tensor(sum(map(len, examples))), "learned": torch.tensor(learned)}
+
+
+def seen(batch: Batch) -> dict[str, Tensor]:
+    """What a batch holds of images."""
+    return {name: tensor for name, tensor in batch.items() if name not in _OF_TEXT}
 
 
 def shared(packs: Sequence[Sequence[Example]], share: tuple[int, int]) -> Sequence[Sequence[Example]]:
@@ -166,10 +187,10 @@ def documents_are_separate(model: nn.Module, batch: Batch) -> bool:
     return bool(torch.allclose(before, after, atol=1e-3 * float(before.std()), rtol=0.0))
 
 
-def forward(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
-    """The logits ``[B, T, V]`` of a causal language model."""
-    arguments: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
-    if takes_positions(model):
+def forward(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor, seen: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The logits ``[B, T, V]`` of a causal language model; with ``seen`` of one that sees, which counts positions."""
+    arguments: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False, **(seen or {})}
+    if not seen and takes_positions(model):
         arguments["position_ids"] = positions_BT
     logits: Tensor = model(**arguments).logits
     return logits

@@ -31,6 +31,10 @@ class Example:
     labels: Tensor
     cut: bool = False
     """Whether its end fell off at the maximal length."""
+    images: Callable[[], list[Any]] | None = None
+    """Opens the images that it goes with."""
+    mark: bytes = b""
+    """What tells these images from others."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -169,6 +173,7 @@ def fingerprint(found: Iterable[Example]) -> str:
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(example.ids.numpy().tobytes())
         digest.update(example.labels.numpy().tobytes())
+        digest.update(example.mark)
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.train.collate import Batch, Collator, forward, shared
+from lorica.train.collate import Batch, Collator, Sight, forward, seen, shared
 from lorica.train.data import IGNORE, Example, Format, Question, questions
 from lorica.train.ranks import Ranks
 
@@ -45,7 +45,8 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """The summed cross-entropy (in nats, fp32) of a batch, and how many tokens it is over."""
     device = next(model.parameters()).device
     labels_BT = batch["labels"]
-    logits_BTV = forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device))
+    images = {name: tensor.to(device) for name, tensor in seen(batch).items()}
+    logits_BTV = forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device), images)
     return summed_cross_entropy(logits_BTV, labels_BT.to(device)), int((labels_BT[:, 1:] != IGNORE).sum())
 
 
@@ -65,13 +66,15 @@ def loss(
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks | None = None,
     measure: Callable[[Batch], Tensor] | None = None,
+    sight: Sight | None = None,
 ) -> float:
     """The mean cross-entropy over all learned tokens of ``examples``; ``exp`` of it is the perplexity.
 
     ``stop`` is asked between batches; once it says so the result is NaN. ``ranks`` share the rows of each batch.
-    ``measure`` gives a batch's summed cross-entropy where the model's own forward is of no use (a pipeline).
+    ``measure`` gives a batch's summed cross-entropy where the model's own forward is of no use (a pipeline). ``sight``
+    makes pixels of images.
     """
-    collate, ranks = Collator(pad_id), ranks or Ranks()
+    collate, ranks = Collator(pad_id, sight=sight), ranks or Ranks()
     # Neighbours of like length need little padding; the mean does not depend on the order.
     ordered = sorted(examples, key=len)
     was_training = model.training

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lorica import parallel
 from lorica.errors import CheckpointError, LoricaError, RecipeError
 from lorica.files import atomic
-from lorica.train import calibrate, evaluate, layouts, metrics, models, optim, ranks, sources, state
+from lorica.train import calibrate, evaluate, layouts, metrics, models, optim, ranks, sources, state, vision
 from lorica.train.collate import Batches, Collator, documents_are_separate, pack
 from lorica.train.data import fingerprint
 from lorica.train.loop import Schedule, Trainer, train
@@ -162,12 +162,15 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     """Load and build everything, from the cheapest to the most expensive; writes nothing."""
     model, training = recipe.model, recipe.training
     joined, where = joined or Ranks(), ranks.device(training.device)
-    tokenizer = models.load_tokenizer(model.path, model.revision)
+    sight = None
+    if recipe.vision is not None:
+        sight = vision.Sight(*models.load_processor(model.path, model.revision), recipe.vision.images)
+    tokenizer = models.load_tokenizer(model.path, model.revision) if sight is None else sight.processor.tokenizer
     length = models.max_length(model.path, model.revision, recipe.data.max_length)
     if joined.size > 1:
         with joined.first_goes_first():  # it may fill a cache on the disk that the others then find
             sources.check(recipe.data)
-    loaded = sources.load(recipe.data, tokenizer, length, training.seed)
+    loaded = sources.load(recipe.data, tokenizer, length, training.seed, sight)
     base = layouts.load_base(
         recipe.parallel,
         joined,
@@ -177,15 +180,20 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
         revision=model.revision,
         attn_implementation=model.attn_implementation,
         quantization=model.quantization,
+        sees=sight is not None,
     )
+    section = recipe.lora
+    if recipe.vision is not None:
+        section, notes = vision.divide(base, recipe.vision, recipe.lora)
+        loaded.notes.extend(notes)
     pad = evaluate.pad_id(tokenizer)
     packs = pack(loaded.training, length) if recipe.data.packing else [[example] for example in loaded.training]
     flash = "flash" in str(getattr(base.config, "_attn_implementation", ""))
-    collate = Collator(pad, flatten=flash and recipe.data.packing)
+    collate = Collator(pad, flatten=flash and recipe.data.packing, sight=sight)
     seen = recipe.data.calibration_batches
     data = calibrate.Data(packs, collate, training.batch_size, seen, training.seed, pad, joined)
     _seed(training.seed)
-    adapted = adapt(base, recipe.lora, data)
+    adapted = adapt(base, section, data)
     _checkpoint_gradients(adapted, training.gradient_checkpointing)
     if model.fuse_mlp:
         _fuse_mlps(adapted)
@@ -197,7 +205,8 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     live = state.Live(adapted, optimizer, optim.schedule(optimizer, training, steps), batches, state.Progress())
     schedule = Schedule(steps, recipe.log.every, training.eval_every, recipe.checkpoint.every)
     hashed = fingerprint([*loaded.training, *loaded.held_out])
-    return _Run(recipe, Trainer(live, training, loaded.held_out, pad, joined), schedule, hashed, loaded.notes)
+    trainer = Trainer(live, training, loaded.held_out, pad, joined, sight)
+    return _Run(recipe, trainer, schedule, hashed, loaded.notes)
 
 
 def _train(prepared: _Run, *, progress: bool) -> None:

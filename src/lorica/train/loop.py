@@ -16,7 +16,7 @@ from torch import Tensor
 from lorica import parallel
 from lorica.errors import LayoutError, LoricaError
 from lorica.train import evaluate, layouts
-from lorica.train.collate import Batch
+from lorica.train.collate import Batch, Sight
 from lorica.train.data import Example
 from lorica.train.metrics import Record
 from lorica.train.pipeline import Pipelines
@@ -63,6 +63,7 @@ class Trainer:
     held_out: Sequence[Example]
     pad_id: int
     ranks: Ranks = field(default_factory=Ranks)
+    sight: Sight | None = None
 
     def __post_init__(self) -> None:
         self._stream: Iterator[Batch] = iter(self.live.batches)
@@ -122,6 +123,7 @@ class Trainer:
                 stop=stop,
                 ranks=self.ranks,
                 measure=self._pipelines.evaluate if self._pipelines is not None else None,
+                sight=self.sight,
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:

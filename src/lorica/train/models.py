@@ -46,6 +46,25 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     return _load(AutoTokenizer, "tokenizer", path, revision=revision)
 
 
+def load_processor(path: str, revision: str | None = None) -> tuple[Any, int]:
+    """The processor that belongs to a vision-language model, and the token that stands for a piece of an image.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    found = _load(AutoProcessor, "processor", path, revision=revision)
+    if getattr(found, "image_processor", None) is None:
+        raise RecipeError(f"vision: the processor of {path} takes no images, so the model does not see")
+    config = _load(AutoConfig, "model", path, revision=revision)
+    tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    token = next((token for token in tokens if isinstance(token, int)), None)
+    if token is None:
+        raise RecipeError(f"vision: the configuration of {path} names no token that stands for an image")
+    return found, token
+
+
 def load_base(
     path: str,
     *,
@@ -55,6 +74,7 @@ def load_base(
     where: torch.device | None = None,
     distributed: Any = None,
     quantization: str | None = None,
+    sees: bool = False,
 ) -> nn.Module:
     """A causal language model, on the device ``where``, or laid over ranks by transformers (``distributed``).
 
@@ -66,12 +86,14 @@ def load_base(
         where: the device.
         distributed: transformers' ``DistributedConfig``.
         quantization: the form in which linear layers are quantised while loading; None: as they were saved.
+        sees: whether it is a vision-language model.
 
     Raises:
         RecipeError: it is not there, or not a causal language model, or quantised already in another form.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     options: dict[str, Any] = {"revision": revision, "dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -84,11 +106,11 @@ def load_base(
             raise RecipeError(f"model.quantization: {path} is quantised already; leave it out")
         options["quantization_config"] = _quantised(quantization, dtype, config)
     if quantization is None and not saved:
-        plain: nn.Module = _load(AutoModelForCausalLM, "model", path, **options)
+        plain: nn.Module = _load(kind, "model", path, **options)
         return plain.to(where) if where is not None else plain
     if where is not None:
         options["device_map"] = {"": where}  # quantised models are made where they stay
-    model: nn.Module = _load(AutoModelForCausalLM, "model", path, **options)
+    model: nn.Module = _load(kind, "model", path, **options)
     return model
 
 
@@ -172,7 +194,8 @@ def max_length(path: str, revision: str | None, wanted: int | None) -> int:
     """
     from transformers import AutoConfig
 
-    limit = getattr(_load(AutoConfig, "model", path, revision=revision), "max_position_embeddings", None)
+    config = _load(AutoConfig, "model", path, revision=revision).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
     if wanted is None:
         return min(1024, limit) if limit else 1024
     if limit and wanted > limit:

@@ -98,6 +98,35 @@ class DataSection(_Section):
     """Lay several examples in one row, each with its own positions and attention, so that little is padding."""
 
 
+_Part = Literal["language_model", "vision_model", "vision_projection"]
+
+
+class VisionSection(_Section):
+    """A vision-language model and rows with images. A part that is not frozen trains fully, in a copy that is saved
+    with the adapter, and has no adapters; the other parts have some where ``adapters`` names them."""
+
+    images: str = "image"
+    """Column with the image of a row, or a list of them: as pictures, bytes or paths. They go where the text has the
+    processor's image token (messages: entries of type image), or before it."""
+    freeze_vision_model: bool = True
+    freeze_vision_projection: bool = True
+    freeze_language_model: bool = True
+    adapters: list[_Part] = ["language_model"]
+    """The parts in which lora.target_modules are looked for."""
+
+    @property
+    def frozen(self) -> dict[_Part, bool]:
+        """Whether each part is."""
+        parts: tuple[_Part, ...] = ("vision_model", "vision_projection", "language_model")
+        return {part: getattr(self, f"freeze_{part}") for part in parts}
+
+    @model_validator(mode="after")
+    def _adapters_on_frozen_parts(self) -> VisionSection:
+        if not any(self.frozen[part] for part in self.adapters):
+            raise ValueError("adapters: no part that is named here is frozen, so there is none to put an adapter on")
+        return self
+
+
 class LoraSection(_Section):
     """The adapter: the fields of ``lorica.LoraConfig``."""
 
@@ -277,6 +306,7 @@ class Recipe(_Section):
 
     model: ModelSection
     data: DataSection
+    vision: VisionSection | None = None
     lora: LoraSection = Field(default_factory=LoraSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
@@ -306,6 +336,15 @@ class Recipe(_Section):
                 f"model.quantization: {self.model.quantization} weights cannot be cut over ranks; use parallel.dp "
                 "alone, or no quantization"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_whole(self) -> Recipe:
+        ranks = self.parallel
+        if self.vision is not None and (max(ranks.tp, ranks.pp, ranks.fsdp, ranks.ep) > 1 or self.data.packing):
+            raise ValueError("vision: rows with images are neither packed nor cut over ranks; use parallel.dp alone")
+        if self.vision is not None and self.lora.init_lora_weights in ("eva", "corda", "lora_ga"):
+            raise ValueError(f"vision: {self.lora.init_lora_weights} looks at batches of text alone; start by another")
         return self
 
     @property

@@ -14,6 +14,7 @@ from lorica.train import data
 from lorica.train.data import Example, Format
 from lorica.train.paths import meant_as_path
 from lorica.train.recipe import DataSection
+from lorica.train.vision import Sight
 
 _BUILDERS = {
     ".jsonl": "json",
@@ -55,10 +56,11 @@ class Loaded:
     notes: list[str]
 
 
-def load(section: DataSection, tokenizer: Any, max_length: int, seed: int) -> Loaded:
+def load(section: DataSection, tokenizer: Any, max_length: int, seed: int, sight: Sight | None = None) -> Loaded:
     """Read and tokenise what the recipe names.
 
     A share that is held out is a seeded choice of rows; of a single long text, its end.
+    ``sight`` reads rows with images.
 
     Raises:
         RecipeError: the data cannot be read, does not fit its format, or leaves nothing to learn.
@@ -75,7 +77,10 @@ def load(section: DataSection, tokenizer: Any, max_length: int, seed: int) -> Lo
     notes: list[str] = []
 
     def tokenised(part: Any, source: str) -> list[Example]:
-        return _examples(part, section, tokenizer, max_length, source, notes)
+        if sight is not None:
+            return _told(sight.examples(part, form_of(part, section), max_length), part, max_length, source, notes)
+        found = data.examples(part, form_of(part, section), tokenizer, max_length)
+        return _told(found, part, max_length, source, notes)
 
     training = tokenised(table.select(kept) if chosen else table, section.train)
     if chosen:
@@ -101,10 +106,8 @@ def _held_out(section: DataSection) -> Any:
     return rows(section.eval or section.train, name=section.name, split=section.eval_split or "train")
 
 
-def _examples(
-    table: Any, section: DataSection, tokenizer: Any, max_length: int, source: str, notes: list[str]
-) -> list[Example]:
-    found, left_out = data.examples(table, form_of(table, section), tokenizer, max_length)
+def _told(made: tuple[list[Example], int], table: Any, max_length: int, source: str, notes: list[str]) -> list[Example]:
+    found, left_out = made
     if not found:
         raise RecipeError(f"{source}: no example has anything to learn within data.max_length = {max_length} tokens")
     within = f"within data.max_length = {max_length} tokens"
