@@ -49,7 +49,7 @@ def outcome(division: Division, wanted: LoraConfig, *, batches: Tensor | None = 
     """Train one step without an optimiser, and return what there is to compare.
 
     Args:
-        division: of the model.
+        division: of the model; the whole one is the oracle, of one process, for whose gradients nothing is done.
         wanted: the adapter.
         batches: microbatches; None: two, or as many as there are data-parallel ranks.
         **changes: of the model.
@@ -57,8 +57,10 @@ def outcome(division: Division, wanted: LoraConfig, *, batches: Tensor | None = 
     with world.divided(division):
         models = chunks(division, **changes)
         model = adapted(models, wanted)
-        loss = world.train(models, world.tokens(4) if batches is None else batches)
-        sum_gradients(model)
+        alone = division == Division()
+        loss = world.train(models, world.tokens(4) if batches is None else batches, alone=alone)
+        if not alone:
+            sum_gradients(model)
         return Outcome(loss, logical(model, gradients=True), logical(model))
 
 
@@ -92,7 +94,7 @@ def trained(
             for chunk in wrapped:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            world.train(wrapped, world.tokens(4 * (step + 1))[-4:])
+            world.train(wrapped, world.tokens(4 * (step + 1))[-4:], alone=division == Division())
             done, norm, _ = optimizer.step()
             assert done
             assert norm > plan.clip_grad, "nothing is clipped, so a wrong norm would not be seen"

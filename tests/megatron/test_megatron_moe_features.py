@@ -15,6 +15,7 @@ from gpt import Division, chunks, logical_names, moe
 
 from lorica import PeftModel
 from lorica.errors import TargetError
+from lorica.parallel import sum_gradients
 
 world.need_megatron()
 
@@ -149,8 +150,9 @@ def experts_without_tokens(division: Division) -> None:
                 if name.endswith("router"):  # all tokens to the first two experts
                     module.expert_bias[:2] += 100
             model = outcomes.adapted(models, config)
-            world.train(models, world.tokens(2))
-            outcomes.sum_gradients(model)
+            world.train(models, world.tokens(2), alone=place == WHOLE)
+            if place != WHOLE:
+                sum_gradients(model)
             return outcomes.logical(model, gradients=True)
 
     expected = gradients(WHOLE, KINDS[0])

@@ -184,7 +184,7 @@ def tokens(batches: int, length: int = 8, rows: int = 2) -> Tensor:
     return torch.randint(VOCABULARY, (batches, rows, length + 1), generator=torch.Generator().manual_seed(5))
 
 
-def train(models: Sequence[nn.Module], batches: Tensor, *, forward_only: bool = False) -> Tensor:
+def train(models: Sequence[nn.Module], batches: Tensor, *, forward_only: bool = False, alone: bool = False) -> Tensor:
     """Run Megatron-Core's own schedule, forward and backward, and return the mean loss, the same on every rank.
 
     Of the microbatches each data-parallel rank takes its share, so the loss is that of all of them and a gradient
@@ -195,12 +195,14 @@ def train(models: Sequence[nn.Module], batches: Tensor, *, forward_only: bool = 
         models: this rank's chunks, adapted or not.
         batches: from :func:`tokens`; the data-parallel size divides their number.
         forward_only: whether to leave the backward out.
+        alone: let each rank take all of the microbatches, as one process does that has the whole model: the oracle,
+            whose gradients nobody has to sum.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     data, place = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    own = batches[place::data]
+    own = batches if alone else batches[place::data]
     losses = get_forward_backward_func()(
         forward_step_func=_step,
         data_iterator=[iter(own) for _ in models],
@@ -211,6 +213,8 @@ def train(models: Sequence[nn.Module], batches: Tensor, *, forward_only: bool = 
         forward_only=forward_only,
     )
     total = torch.stack([one["loss"] for one in losses]).sum() if losses else torch.zeros(())
+    if alone:
+        return total / len(batches)
     replicas = dist.get_world_size() // data // parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_reduce(total)  # only last stages have any; of these as many say the same as there are replicas
     return total / replicas / len(batches)
