@@ -109,7 +109,7 @@ def saved(result: job.Result) -> dict[str, torch.Tensor]:
     return load_file(result.adapter / "adapter_model.safetensors")
 
 
-def test_what_is_seen_is_learned(seeing_base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_is_seen_is_learned(seeing_base: Path, pictures: Path, tmp_path: Path, family: str) -> None:
     part = {"freeze_vision_projection": False}
     changes = {"training__steps": 100, "training__learning_rate": 0.01, "lora": {"r": 8, "lora_alpha": 16}}
     result = run(settings(seeing_base, pictures, tmp_path / "run", vision=part, **changes))
@@ -129,7 +129,7 @@ def test_what_is_seen_is_learned(seeing_base: Path, pictures: Path, tmp_path: Pa
         wrong, _ = token_losses(model, batch)
     assert float(total) / count == pytest.approx(result.eval_loss_after, rel=1e-4)
     assert float(sum(alone)) == pytest.approx(float(total), rel=1e-4)  # rows do not depend on their neighbours
-    assert float(wrong) > 1.5 * float(total)
+    assert float(wrong) > {"llava": 1.5, "gemma3": 1.05}[family] * float(total)
 
 
 @pytest.mark.parametrize(
