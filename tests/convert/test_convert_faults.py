@@ -221,6 +221,21 @@ def test_layers_with_numbers_and_prefixes_are_the_same(tmp_path: Path):
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 6, ["down_proj"])
 
 
+def test_layers_that_are_not_alike_have_numbers(tmp_path: Path):
+    """As in Megatron's own checkpoints, which stack layers only where all have the same modules."""
+    saved = save(tmp_path, target_modules=["down_proj", "layers.1.self_attn.o_proj"])
+    move(saved, tmp_path / "there", ("peft", "megatron-bridge"), model=tmp_path / "model")
+    keys = [key for key in Distributed(find_iteration(tmp_path / "there")).tensors if "linear_in" in key]
+    end = "adapter.linear_in.weight"
+    assert sorted(keys) == [
+        f"decoder.layers.0.mlp.linear_fc2.{end}",
+        f"decoder.layers.1.mlp.linear_fc2.{end}",
+        f"decoder.layers.1.self_attention.linear_proj.{end}",
+    ]
+    move(tmp_path / "there", tmp_path / "back", ("megatron-bridge", "peft"))
+    assert_same(contents(tmp_path / "back", "peft"), contents(saved, "peft"))
+
+
 def test_experts_that_share_an_adapter_are_read_by_the_size_that_shared_it(tmp_path: Path):
     """A copy each; a pair for each rank, told how many; one pair, told that there was one rank."""
     model = {"num_moe_experts": 4, "moe_router_topk": 2}

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,88 @@ def what_is_written_megatron_loads(division: Division) -> None:
     assert expected
     for name, piece in expected.items():
         assert same(loaded[name], piece), name
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def pieces_of_fc1(division: Division) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """Return what depends on the number of ranks: gate's and up's own B, and DoRA's magnitude of both.
+
+    Megatron Bridge gives both B's to the factory for a fused gate and up, since their layer's name is ``linear_fc1``,
+    and the magnitude to none.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+    from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+
+    rank, tp = parallel_state.get_tensor_model_parallel_rank(), division.tp
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    common = {"config": config(division), "bias": False, "init_method": torch.nn.init.zeros_}
+    state: dict[str, Any] = {}
+    expected: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    offsets = ((0, 0, 1),)
+    for part in ("gate", "up"):
+        key = f"decoder.layers.mlp.linear_fc1.adapter.adapter_{part}."
+        for word, shape, width in (("linear_in", (RANK, HIDDEN), HIDDEN), ("linear_out", (FFN, RANK), RANK)):
+            whole[f"{part}.{word}"] = drawn(f"{part}.{word}", *shape)
+            module = ColumnParallelLinear(width, shape[0], gather_output=False, **common)
+            module.weight.data.copy_(shard(whole[f"{part}.{word}"], 0, rank, tp))
+            own = module.sharded_state_dict(f"{key}{word}.", offsets, metadata)
+            weight = f"{key}{word}.weight"
+            value = own[weight]
+            state[weight] = apply_swiglu_sharded_factory(value, offsets) if word == "linear_out" else value
+            expected[weight] = module.weight.data.clone()
+    whole["magnitude"] = drawn("magnitude", 2 * FFN)
+    key = "decoder.layers.mlp.linear_fc1.adapter.weight_magnitude"
+    piece = shard(whole["magnitude"], 0, rank, tp, halves=True)
+    expected[key] = piece
+    state[key] = make_tp_sharded_tensor_for_checkpoint(piece.clone(), key, 0, prepend_offsets=offsets)
+    return state, expected, whole
+
+
+@world.case(ranks=4, divisions=[Division(tp=2), Division(tp=4)])
+def what_depends_on_the_number_of_ranks(division: Division) -> None:
+    """Gate and up apart, and DoRA's magnitudes: read as they were saved, and written as they are loaded."""
+    from megatron.core import dist_checkpointing
+
+    geometry = Geometry(1, HEADS, GROUPS, HEAD, ranks=division.tp)
+    names = tuple(f"model.layers.0.mlp.{name}" for name in FUSED["linear_fc1"])
+    with world.divided(division):
+        state, expected, whole = pieces_of_fc1(division)
+        apart = {key: value for key, value in state.items() if "magnitude" not in key}
+        with as_it_is():
+            folder = together(lambda path: dist_checkpointing.save({"model": apart}, str(path)))
+    factors = [(Lazy.of(whole[f"{part}.linear_in"]), Lazy.of(whole[f"{part}.linear_out"])) for part in ("gate", "up")]
+    pairs = [Pair((name,), (FFN,), a, b, 2.0) for name, (a, b) in zip(names, factors, strict=True)]
+    if dist.get_rank() == 0:
+        (folder / "run_config.yaml").write_text(f"{RUN}  tensor_model_parallel_size: {division.tp}\n")
+        assert_same(read_bridge_adapter(folder), {pair.name: pair for pair in pairs})
+        shutil.rmtree(folder)
+    fused = Pair(names, (FFN, FFN), factors[0][0], Lazy.of(torch.cat([b.read() for _, b in factors])), 2.0)
+    dora = replace(fused, magnitude=Lazy.of(whole["magnitude"]))
+
+    def write(path: Path) -> None:
+        if dist.get_rank() == 0:
+            for name, mine in (("canonical", pairs), ("dora", [dora])):
+                (path / name).mkdir()
+                write_bridge_adapter(Adapter("memory", tuple(mine)), path / name, geometry)
+            [found] = read_bridge_adapter(path / "dora").pairs
+            assert found.magnitude is not None
+            assert same(found.magnitude.read(), whole["magnitude"])
+
+    with world.divided(division):
+        folder = together(write)
+        state, expected, _ = pieces_of_fc1(division)
+        for name in ("canonical", "dora"):
+            wanted = {key: value for key, value in state.items() if ("magnitude" in key) == (name == "dora")}
+            for value in wanted.values():
+                value.data.detach().zero_()
+            with as_it_is():
+                loaded = dist_checkpointing.load({"model": wanted}, str(folder / name / "iter_0000000"))["model"]
+            assert all(same(loaded[key].data, expected[key]) for key in wanted), name
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder)

@@ -86,8 +86,9 @@ def write_bridge_adapter(
     iteration = folder / _ITERATION
     iteration.mkdir()
     with DistributedWriter(iteration) as writer:
+        numbered = not _everywhere(named, geometry)
         for one in named:
-            _write(writer, one, geometry)
+            _write(writer, one, geometry, numbered)
     sections = {"peft": _peft(adapter, form, said, named), "model": _model(adapter, geometry)}
     _write_yaml(iteration / RUN_CONFIG, sections)
     state = {"step": torch.tensor(0, dtype=torch.int32)}
@@ -187,15 +188,26 @@ def _number(value: float) -> int | float:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _write(writer: DistributedWriter, one: Named, geometry: Geometry) -> None:
+def _everywhere(named: Sequence[Named], geometry: Geometry) -> bool:
+    """Whether all layers have the same modules. Megatron stacks layers where they do, and else gives them numbers."""
+    layers: dict[tuple[str, str, str], set[int]] = {}
+    for place, part, _ in named:
+        if place.layer is not None:
+            layers.setdefault((place.root, place.module, part), set()).add(place.layer)
+    return all(len(found) == geometry.layers for found in layers.values())
+
+
+def _write(writer: DistributedWriter, one: Named, geometry: Geometry, numbered: bool) -> None:
     place, part, pair = one
     lead: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
     module = place.module
-    if place.layer is not None:
-        module, lead, shape = f"decoder.layers.{module}", (place.layer,), (geometry.layers,)
-    if place.layer is not None and not 0 <= place.layer < geometry.layers:
+    if place.layer is not None and not place.layer < geometry.layers:
         raise ExportError(f"{', '.join(pair.names)}: the model has {geometry.layers} layers")
+    if place.layer is not None and numbered:
+        module = f"decoder.layers.{place.layer}.{module}"
+    elif place.layer is not None:
+        module, lead, shape = f"decoder.layers.{module}", (place.layer,), (geometry.layers,)
     if place.expert is not None:
         if not place.expert < geometry.experts:
             raise ExportError(f"{', '.join(pair.names)}: the model has {geometry.experts} experts")
