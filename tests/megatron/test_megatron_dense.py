@@ -49,6 +49,8 @@ def megatrons_own_loop(division: Division) -> None:
     for distributed in (False, True):
         found = outcomes.trained(division, outcomes.config(), distributed=distributed)
         outcomes.close(found, wanted, 1e-4)
+    saved = outcomes.config(target_modules=["linear_qkv"], modules_to_save=["final_layernorm", "output_layer"])
+    outcomes.close(outcomes.trained(division, saved), outcomes.trained(WHOLE, saved), 1e-4)
 
 
 @pytest.mark.parametrize("ranks", world.sizes(__name__))

@@ -78,6 +78,47 @@ def layers(model: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "op")]
 
 
+@world.case(ranks=2, divisions=[WHOLE, Division(tp=2)])
+def a_projection_is_where_megatron_has_it(division: Division) -> None:
+    """Merged, the delta of each projection is in its rows of Megatron's weight, head by head, and nowhere else."""
+    for name in ("linear_q", "linear_k", "linear_v", "linear_fc1_gate", "linear_fc1_up"):
+        with world.divided(division) as here:
+            models = chunks(division)
+            layers_of = {
+                "linear_qkv": models[0].decoder.layers[1].self_attention,
+                "linear_fc1": models[0].decoder.layers[1].mlp,
+            }
+            fused = "linear_fc1" if "fc1" in name else "linear_qkv"
+            before = getattr(layers_of[fused], fused).weight.clone()
+            model = outcomes.adapted(models, outcomes.config(target_modules=[name]))
+            factors = outcomes.logical(model)
+            given = [factors]
+            dist.broadcast_object_list(given)
+            path = f"base_model.model.decoder.layers.1.{'mlp' if fused == 'linear_fc1' else 'self_attention'}.{name}"
+            delta = 2 * given[0][f"{path}.lora_B.weight"] @ given[0][f"{path}.lora_A.weight"]
+            model.merge_adapter()
+            change = getattr(layers_of[fused], fused).weight - before
+            rank, size = here.get_tensor_model_parallel_rank(), division.tp
+            torch.testing.assert_close(change, in_place(name, delta, rank, size), rtol=1e-4, atol=1e-5)
+
+
+def in_place(name: str, delta: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Return what a rank's fused weight changes by where one projection changes by ``delta``.
+
+    Of ``linear_qkv`` it has query groups of two query heads, a key head and a value head; of ``linear_fc1`` rows of the
+    gate, then of the up projection.
+    """
+    own = delta.chunk(size)[rank]
+    if name.startswith("linear_fc1"):
+        place = 0 if name.endswith("gate") else 1
+        return torch.cat([own if place == number else torch.zeros_like(own) for number in range(2)])
+    groups = own.unflatten(0, (2 // size, -1, 8))
+    heads = torch.zeros(2 // size, 4, 8, delta.shape[1])
+    first = {"linear_q": 0, "linear_k": 2, "linear_v": 3}[name]
+    heads[:, first : first + groups.shape[1]] = groups
+    return heads.flatten(0, 2)
+
+
 @world.case(ranks=2)
 def one_projection_of_several() -> None:
     outcome = same_everywhere(outcomes.config(target_modules=["linear_q", "linear_fc1_up"]), Division(tp=2), SEQUENCE)
