@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -297,6 +298,97 @@ def experts_get_a_share_of_the_rank(division: Division) -> None:
                 LoRA(**{"dim": 8, "normalize_moe_lora": True} | wrong)(models)
     found, wanted = (bridged(where, experts(normalize_moe_lora=True), **fields) for where in (division, WHOLE))
     outcomes.expect_equal(found, wanted)
+
+
+def llava(division: Division) -> Any:
+    """A tiny vision-language model of Megatron's, whose base trains."""
+    from gpt import config, fill
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.multimodal.llava_model import LLaVAModel
+    from megatron.core.models.vision import clip_vit_model
+    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+
+    tower = {"gated_linear_unit": False, "num_query_groups": 4, "add_bias_linear": True, "normalization": "LayerNorm"}
+    language, seen = config(division, num_layers=2), config(division, num_layers=2, **tower)
+    language.language_model_type, seen.vision_model_type = "gpt", "clip"
+
+    def built(spec: Any, *args: Any, **options: Any) -> Any:
+        # Without Transformer Engine and Apex its norm is torch's, which takes other arguments.
+        if spec is torch.nn.LayerNorm:
+            return torch.nn.LayerNorm(options["hidden_size"], options["eps"])
+        return build_module(spec, *args, **options)
+
+    build_module = clip_vit_model.build_module
+    clip_vit_model.build_module = built if build_module.__name__ != "built" else build_module
+    model = LLaVAModel(
+        language,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        64,
+        64,
+        seen,
+        get_vit_layer_with_local_spec(),
+        drop_vision_class_token=True,
+        vision_projection_config=config(division, gated_linear_unit=False),
+        vision_projection_layer_spec=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        language_position_embedding_type="rope",
+        img_h=16,
+        img_w=16,
+        patch_dim=8,
+    )
+    fill(model)
+    return model
+
+
+@world.case(ranks=2, divisions=[WHOLE, Division(tp=2)])
+def parts_of_a_vision_language_model_train_as_they_are_told(division: Division) -> None:
+    from lorica.adapt.found import lora_layers
+    from lorica.compat.megatron_bridge import VLMLoRA
+
+    parts = ("vision_model", "vision_projection", "language_model")
+    with world.divided(division):
+        gradients = {}
+        for mix in itertools.product([True, False], repeat=3):
+            frozen = {f"freeze_{part}": value for part, value in zip(parts, mix, strict=True)}
+            model = llava(division)
+            torch.manual_seed(7)
+            targets = ["*language_model*.linear_qkv", "vision_projection.*.linear_fc2"]
+            assert VLMLoRA(target_modules=targets, dim=4, **RANDOM, **frozen)(model) is model
+            assert {layer.target_name.split(".")[0] for layer in lora_layers(model)} == {parts[1], parts[2]}
+            for name, parameter in model.named_parameters():
+                part = name.split(".")[0]
+                assert parameter.requires_grad is ("lora_" in name or not frozen[f"freeze_{part}"]), (mix, name)
+            generator = torch.Generator().manual_seed(3)
+            ids = torch.randint(64, (2, 8), generator=generator)
+            ids[:, 2] = -200
+            labels = torch.randint(64, (2, 8), generator=generator)
+            places = torch.arange(8).expand(2, 8)
+            images = torch.randn(2, 3, 16, 16, generator=generator)
+            loss, _ = model(images, ids, places, None, labels=labels, loss_mask=torch.ones(2, 8))
+            loss.mean().backward()
+            for name, parameter in model.named_parameters():
+                assert (parameter.grad is not None) is parameter.requires_grad, (mix, name)
+                if parameter.grad is not None:  # whatever else trains, a gradient is the same
+                    known = gradients.setdefault(name, parameter.grad)
+                    torch.testing.assert_close(parameter.grad, known, rtol=1e-4, atol=1e-6)
+
+
+@world.case(ranks=2)
+def hidden_values_travel_where_that_is_asked_for() -> None:
+    from lorica.adapt.found import lora_layers
+    from lorica.compat.megatron_bridge import LoRA
+
+    division = Division(tp=2, sp=True)
+    found = {}
+    for asked in (False, True):
+        method = LoRA(dim=4, alpha=8, a2a_experimental=asked, **RANDOM)
+        found[asked] = bridged(division, method)
+        with world.divided(division):
+            [model] = chunks(division)
+            LoRA(dim=4, a2a_experimental=asked)(model)
+            assert {layer.specs["default"].a2a for layer in lora_layers(model)} == {asked}
+    outcomes.expect_equal(found[True], found[False])
 
 
 @pytest.mark.parametrize("ranks", world.sizes(__name__))
