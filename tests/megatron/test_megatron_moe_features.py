@@ -24,7 +24,7 @@ APART, TENSOR, BOTH = Division(ep=2), Division(tp=2, sp=True), Division(tp=2, sp
 EVERY = [APART, TENSOR, BOTH]
 TARGETS = ["linear_fc1", "linear_fc2", "router"]
 #: Experts that are modules, and experts whose weights are stacked.
-KINDS = ({}, {"moe_grouped_gemm": True}, {"grouped_layers": True})
+KINDS = ({}, {"moe_grouped_gemm": True}, {"moe_grouped_gemm": True, "grouped_layers": True})
 
 
 def same_everywhere(division: Division, **wanted: Any) -> None:
@@ -117,6 +117,18 @@ def merged_is_adapted_and_off_is_off(division: Division) -> None:
             bare = model.merge_and_unload()
             found = world.train([bare], world.tokens(2), forward_only=True)
             torch.testing.assert_close(found, adapted, rtol=1e-5, atol=0)
+
+
+@world.case(ranks=2, divisions=[APART, TENSOR])
+def activations_that_are_computed_again(division: Division) -> None:
+    """Of the experts' activation, and of the whole layer; also where the tokens are weighted before the experts."""
+    wanted = outcomes.config(target_modules=[*TARGETS, "linear_qkv"])
+    for fields in ({}, {"moe_router_topk": 1, "moe_apply_probs_on_input": True, "moe_router_pre_softmax": True}):
+        whole = outcomes.outcome(WHOLE, wanted, **moe(**fields))
+        for kind in KINDS:
+            for again in ("moe", "moe_act") if kind else ("moe",):  # the latter is of stacked experts
+                how = {"recompute_granularity": "selective", "recompute_modules": [again]}
+                outcomes.expect_equal(outcomes.outcome(division, wanted, **moe(**kind, **fields, **how)), whole)
 
 
 @world.case(ranks=2, divisions=[BOTH])
