@@ -228,7 +228,7 @@ def megatrons_loop_and_optimisers_train_a_shared_adapter_alike(division: Divisio
     fields = moe(moe_grouped_gemm=True)
     for distributed in (False, True):
         found = outcomes.trained(division, wanted, distributed=distributed, **fields)
-        outcomes.close(found, outcomes.trained(WHOLE, wanted, **fields), 1e-4)
+        outcomes.close(found, outcomes.trained(WHOLE, wanted, **fields), 1e-3)  # Adam divides by tiny numbers
 
 
 @world.case(ranks=4, divisions=MIXTURES[:2])

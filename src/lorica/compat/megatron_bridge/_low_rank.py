@@ -102,7 +102,7 @@ class LowRank(PEFT, ModuleMatcher):
         """Return the module with an adapter, where it is meant and has none.
 
         Called on the whole model (:meth:`PEFT.__call__`) a method does more: it tells one model's layers apart by their
-        place in it, and refuses entries that mean nothing.
+        place in it, refuses entries that mean nothing, and sees to it that gradients are summed over ranks.
 
         Args:
             module: any module of the model.

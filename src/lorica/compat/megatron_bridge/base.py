@@ -12,7 +12,6 @@ from torch import nn
 
 from lorica.adapt.found import lora_layers
 from lorica.compat.megatron_bridge._chunks import chunks_of
-from lorica.compat.megatron_bridge._recompute import let_blocks_require_grad
 
 #: A model, or the list of a pipeline stage's chunks.
 Model = TypeVar("Model", bound="nn.Module | list[Any]")
@@ -55,9 +54,7 @@ class PEFT(ABC):
         for parameter in training_too:
             parameter.requires_grad_(True)
         for chunk in chunks:
-            if training:
-                let_blocks_require_grad(chunk)
-            else:
+            if not training:
                 chunk.requires_grad_(False)
         _set_mode(model, training=training)
         return model
