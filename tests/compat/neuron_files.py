@@ -130,7 +130,10 @@ def rank_tensors(whole: dict[str, Tensor], layer: int, ranks: int, rank: int, fu
 
 
 def metadata(names: list[str], layers: list[int], ranks: int, fuse: bool, adapters: tuple[str, ...]) -> dict[str, Any]:
-    """What lies beside the shards of a stage: the parameters of the adapted model, with every adapter's name."""
+    """What lies beside the shards of a stage: the parameters of the adapted model, with every adapter's name.
+
+    The first of ``adapters`` is the one that was saved.
+    """
     cut = {"tensor_model_parallel": True, "partition_stride": 1, "num_partitions": ranks}
     parameters: dict[str, Any] = {}
     for layer in layers:
@@ -142,7 +145,9 @@ def metadata(names: list[str], layers: list[int], ranks: int, fuse: bool, adapte
         owner, letter, leaf = name.rpartition(".lora_")[0], name.rpartition(".lora_")[2][0], name.rpartition(".")[2]
         sharded = letter == ("A" if owner.endswith(("o_proj", "down_proj")) else "B")
         about = {**cut, "partition_dim": 0 if letter == "B" else 1} if sharded else {"tensor_model_parallel": False}
-        parameters |= {f"{owner}.lora_{letter}.{adapter}.{leaf}": about for adapter in adapters}
+        parameters[f"{owner}.lora_{letter}.{adapters[0]}.{leaf}"] = about
+        for other in adapters[1:]:  # whose marks are nobody else's, and cannot be
+            parameters[f"{owner}.lora_{letter}.{other}.{leaf}"] = {**cut, "partition_dim": 7}
     serialised = [one for layer in layers for one in specs(PREFIX, layer, ranks, fuse)]
     return {"parameters": parameters, "model_weight_transformation_specs": serialised}
 

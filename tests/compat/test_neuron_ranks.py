@@ -229,6 +229,11 @@ def _merges(layer: Any, fuse: bool, x: Tensor, adapted: list[Tensor]) -> None:
         near(got, wanted, "disabled while merged")
     assert not layer.merged
     layer.enable_adapters(True)
+    layer.merge(adapter_names=["default"])
+    assert layer.merged
+    layer.unmerge()
+    for one, start in zip(inside, before, strict=True):
+        near(one.base_layer.weight, start, "unmerged shard")
 
 
 def _all_grouped(order: Any) -> None:
