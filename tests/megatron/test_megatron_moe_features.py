@@ -131,6 +131,16 @@ def activations_that_are_computed_again(division: Division) -> None:
                 outcomes.expect_equal(outcomes.outcome(division, wanted, **moe(**kind, **fields, **how)), whole)
 
 
+@world.case(ranks=2, divisions=[TENSOR])
+def hidden_values_that_travel(division: Division) -> None:
+    """Those of dense layers that gather tokens; layers of experts, and those whose dispatcher gathers, do not."""
+    for fields in ({}, {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_overlap": True}):
+        wanted = outcomes.config(target_modules=[*TARGETS, "linear_qkv", "linear_proj"], a2a_experimental=True)
+        whole = outcomes.outcome(WHOLE, wanted, **moe(**fields))
+        for kind in KINDS:
+            outcomes.expect_equal(outcomes.outcome(division, wanted, **moe(**kind, **fields)), whole)
+
+
 @world.case(ranks=2, divisions=[BOTH])
 def ranks_by_the_experts_of_a_token(division: Division) -> None:
     same_everywhere(division, normalize_moe_lora=True, target_modules=[*TARGETS, "linear_proj"])

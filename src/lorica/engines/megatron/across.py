@@ -47,7 +47,9 @@ def across(module: Any, site: Site, axis: Axis) -> Site | None:
         axis: over which it is cut.
     """
     column = site.layout.cut_of("out") is not None
-    if axis.size == 1 or not getattr(module, "sequence_parallel", False) or getattr(module, "is_expert", False):
+    if axis.size == 1 or not getattr(module, "sequence_parallel", False):
+        return None
+    if getattr(module, "explicit_expert_comm", False):  # of experts: the dispatcher gathers and reduces, not they
         return None
     if column and module.gather_output:
         return None
