@@ -6,7 +6,7 @@ All of them are on rank 0; other ranks get empty dictionaries. So ``expect_equal
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,17 +45,28 @@ def adapted(models: Sequence[nn.Module], wanted: LoraConfig) -> Any:
     return get_peft_model(models[0] if len(models) == 1 else nn.ModuleList(models), wanted)  # type: ignore[arg-type]
 
 
-def outcome(division: Division, wanted: LoraConfig, *, batches: Tensor | None = None, **changes: Any) -> Outcome:
+def outcome(
+    division: Division,
+    wanted: LoraConfig,
+    *,
+    batches: Tensor | None = None,
+    rebuild: Callable[[Any], None] | None = None,
+    **changes: Any,
+) -> Outcome:
     """Train one step without an optimiser, and return what there is to compare.
 
     Args:
         division: of the model; the whole one is the oracle, of one process, for whose gradients nothing is done.
         wanted: the adapter.
-        batches: microbatches; None: two, or as many as there are data-parallel ranks.
+        batches: microbatches; None: four.
+        rebuild: changes each chunk before it is adapted.
         **changes: of the model.
     """
     with world.divided(division):
         models = chunks(division, **changes)
+        if rebuild is not None:
+            for chunk in models:
+                rebuild(chunk)
         model = adapted(models, wanted)
         alone = division == Division()
         loss = world.train(models, world.tokens(4) if batches is None else batches, alone=alone)

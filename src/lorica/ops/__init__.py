@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lorica.engines import neuronx
-from lorica.engines.megatron.engine import COLUMN, EMBEDDING, EXPERT_COLUMN, EXPERT_ROW, ROUTER, ROW
+from lorica.engines.megatron.engine import COLUMN, EMBEDDING, EXPERT_COLUMN, EXPERT_ROW, ROUTER, ROW, TE_LINEARS
 from lorica.engines.native import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from lorica.engines.registry import layout_of
 from lorica.ops.attention import Attention
@@ -32,6 +32,7 @@ OPS: dict[type[nn.Module] | str, Op] = {
     **dict.fromkeys(LINEARS, Linear()),
     COLUMN: Linear(),
     ROW: Linear(),
+    **dict.fromkeys(TE_LINEARS, Linear()),
     EMBEDDING: Embedding(),
     ROUTER: Router(),
     EXPERT_COLUMN: Linear(),

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lorica.engines.megatron import te
 from lorica.engines.megatron.across import across
 from lorica.engines.megatron.experts import ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
@@ -18,6 +19,7 @@ from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_a
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.megatron.recompute import let_inputs_need_gradients
+from lorica.engines.megatron.te import TE_LINEARS, TE_ROW, logical_sizes, te_axis
 from lorica.engines.megatron.tied import tell_tied, unmergeable
 from lorica.engines.registry import qualified_names
 from lorica.engines.site import Axis, Opening, Site
@@ -67,13 +69,16 @@ class Placed:
         Raises:
             LayoutError: what is fused in it cannot be told apart.
         """
-        if (inside := told(self.module)) is not None and inside.refusal:
-            raise LayoutError(inside.refusal)
+        if (fused := told(self.module)) is not None and fused.refusal:
+            raise LayoutError(fused.refusal)
         if self.kind == ROUTER:  # adapters add to the logits, of which the routing is made
             return Site(self.layout, self.axes, Opening(self.module, "gating"))
         apart = tuple(name for name in (EXPERTS,) if name in self.axes)
         if self.kind in (EXPERT_COLUMN, EXPERT_ROW):  # they are called where their block has multiplied
             return Site(self.layout, self.axes, bias=0.0, apart=apart)
+        if self.kind in TE_LINEARS:
+            inside = self.kind != TE_ROW and not self.module.te_return_bias
+            return Site(self.layout, self.axes, te.opening(self.module, self.kind), bias=float(inside))
         opening = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
         # The bias is added after the reduction, or handed on to whoever fuses its addition.
         added = self.kind == COLUMN and not self.module.skip_bias_add
@@ -146,6 +151,7 @@ def _described(module: Any) -> Placed:
     assert kind is not None
     routed = is_expert(module)
     axis = expert_tensor_axis(module) if routed else tensor_axis(module)
+    axis = te_axis(module) if kind in TE_LINEARS else axis
     layout = _LAYOUTS[kind](module, axis)
     if routed:
         return Placed(module, kind, as_expert(layout), {axis.name: axis, **expert_axes()})
@@ -153,15 +159,15 @@ def _described(module: Any) -> Placed:
 
 
 def _column(module: Any, axis: Axis) -> Layout:
-    sizes = {"out": module.output_size, "in": module.input_size}
+    sizes = dict(zip(("out", "in"), logical_sizes(module), strict=True))
     if (inside := told(module)) is not None and not inside.refusal:
         return Layout(sizes, (inside.cut(axis.name, axis.size),), inside.parts)
-    return Layout(sizes, (even(axis.name, "out", module.output_size, axis.size),))
+    return Layout(sizes, (even(axis.name, "out", sizes["out"], axis.size),))
 
 
 def _row(module: Any, axis: Axis) -> Layout:
-    sizes = {"out": module.output_size, "in": module.input_size}
-    return Layout(sizes, (even(axis.name, "in", module.input_size, axis.size),))
+    sizes = dict(zip(("out", "in"), logical_sizes(module), strict=True))
+    return Layout(sizes, (even(axis.name, "in", sizes["in"], axis.size),))
 
 
 def _embedding(module: Any, axis: Axis) -> Layout:
@@ -183,6 +189,7 @@ _LAYOUTS: dict[str, Callable[[Any, Axis], Layout]] = {
     ROUTER: _router,
     EXPERT_COLUMN: _column,
     EXPERT_ROW: _row,
+    **{kind: _row if kind == TE_ROW else _column for kind in TE_LINEARS},
 }
 
 
@@ -195,4 +202,14 @@ def _kind_of(cls: type) -> str | None:
 
 _KINDS: dict[type, str | None] = {}
 
-__all__ = ["COLUMN", "EMBEDDING", "EXPERT_COLUMN", "EXPERT_ROW", "ROUTER", "ROW", "MegatronEngine", "Placed"]
+__all__ = [
+    "COLUMN",
+    "EMBEDDING",
+    "EXPERT_COLUMN",
+    "EXPERT_ROW",
+    "ROUTER",
+    "ROW",
+    "TE_LINEARS",
+    "MegatronEngine",
+    "Placed",
+]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lorica.engines.megatron.te import logical_sizes
 from lorica.engines.registry import qualified_names
 from lorica.layout import Cut, fused
 from lorica.layout.cuts import Held, joined
@@ -115,7 +116,7 @@ def tell_alone(layer: nn.Module, name: str) -> None:
 def _tell(layer: Any, name: str, config: Any) -> None:
     if name == "linear_fc1" and not config.gated_linear_unit:
         return
-    layer.__dict__[_MARK] = qkv(config) if name == "linear_qkv" else gate_and_up(layer.output_size)
+    layer.__dict__[_MARK] = qkv(config) if name == "linear_qkv" else gate_and_up(logical_sizes(layer)[0])
     layer.__dict__.pop(DESCRIBED, None)
 
 
