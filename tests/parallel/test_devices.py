@@ -17,6 +17,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from subjects import SUBJECTS, batch, logits_of, loss_of
 
 import lorica
@@ -79,6 +80,32 @@ def test_a_model_trains_over_a_backend_of_another_name(tmp_path: Path) -> None:
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
     ranks.run(2, _trains, str(tmp_path))
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def _divided(folder: str) -> tuple[list[tuple[str, ...] | None], list[str]]:
+    """The meshes of some configurations on 4 ranks, and which layers are cut where the embeddings are to be left."""
+    cpu: dict[str, Any] = {"device_type": "cpu", "backend": "gloo"}
+    stages = neuron.TrainingNeuronConfig(2, pipeline_parallel_size=2, **cpu)
+    meshes = [neuron.TrainingNeuronConfig(size, **cpu).mesh().mesh_dim_names for size in (4, 2, 1)]
+    model = neuron.get_peft_model(stages.parallelize(LLAMA.build()), lorica.LoraConfig(**LLAMA.fields, r=2))
+    model.save_pretrained(folder)
+    left = neuron.TrainingNeuronConfig(4, parallelize_embeddings=False, **cpu).parallelize(LLAMA.build())
+    native = [name for name, module in left.named_modules() if isinstance(module, lorica.parallel.ParallelEmbedding)]
+    heads = type(left.lm_head).__name__  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="4 ranks are not a multiple of 2 stages of 4 ranks"):
+        neuron.TrainingNeuronConfig(4, pipeline_parallel_size=2, **cpu).mesh()
+    return [*meshes, stages.mesh().mesh_dim_names], [*native, heads]
+
+
+def test_ranks_are_divided_as_the_configuration_says(tmp_path: Path) -> None:
+    for meshes, left in ranks.run(4, _divided, str(tmp_path)):
+        assert meshes == [("tp",), ("dp", "tp"), ("dp",), ("pp", "tp")]
+        assert left == ["Linear"]
+    whole = lorica.get_peft_model_state_dict(
+        lorica.get_peft_model(LLAMA.build(), lorica.LoraConfig(**LLAMA.fields, r=2))
+    )
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in whole.items()}
 
 
 _NAMED = """
