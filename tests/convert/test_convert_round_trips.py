@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fused in transformers": ("phi3", {}, {}),
     "stacked experts": ("moe", {}, {}),
     "stacked experts, canonical": ("moe", {}, {"form": "canonical"}),
+    "experts that share": ("moe", {"share_expert_adapters": True}, {}),
+    "experts of a divided rank": ("moe", {"r": 4, "normalize_moe_lora": True}, {}),
     "experts of a lower rank": (
         "moe",
         {"r": 4, "rank_pattern": {"experts.gate_up_proj": 2, "experts.down_proj": 2}},

@@ -273,8 +273,13 @@ def _peft(adapter: Adapter, form: str, said: Mapping[str, Any], named: Sequence[
     if str(result["_target_"]).rpartition(".")[2] not in (name.rpartition(".")[2], f"VLM{name.rpartition('.')[2]}"):
         result |= {key: made[key] for key in ("_target_", "target_modules")}
     if any(one.place.expert is not None for one in named):
-        result["share_expert_adapters"] = bool(kept.get("share_expert_adapters", False)) and _experts_share(named)
+        result["share_expert_adapters"] = _wants_sharing(adapter) and _experts_share(named)
     return result
+
+
+def _wants_sharing(adapter: Adapter) -> bool:
+    kept = adapter.kept.get("bridge", {}).get("peft", {})
+    return bool(kept.get("share_expert_adapters", adapter.config.get("share_expert_adapters", False)))
 
 
 def _targets(one: Named, form: str) -> list[str]:

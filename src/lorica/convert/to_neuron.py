@@ -92,7 +92,7 @@ def write_neuron_adapter(
     write_shards(place / ADAPTER_SHARDS, stages, layout.ranks, name)
     singles = [single for pair in done.pairs for single in pair.split()]
     targets, before = targets_of(singles), adapter.kept.get("neuron", {}).get("config", {})
-    own = dict(before) if says(before, targets) else config_of(adapter, targets, geometry)
+    own = dict(before) if says(before, targets, geometry) else config_of(adapter, targets, geometry)
     write_json(place / CONFIG_NAME, own)
     return done
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +15,10 @@ import torch
 from lorica.checkpoint.names import WEIGHTS_NAME
 from lorica.config import CONFIG_NAME
 from lorica.convert import families
-from lorica.convert.adapter import Adapter, Lazy, Pair, Tensors, tensors_of, zeros
+from lorica.convert.adapter import Adapter, Lazy, Pair, Tensors, is_same, tensors_of, zeros
 from lorica.convert.fuse import Fused, Layer, fuse, padded, scaled
 from lorica.convert.geometry import Geometry
-from lorica.convert.peft import ROUTER, STACKED, WHOLE, without_names
+from lorica.convert.peft import ROUTER, STACK, STACKED, WHOLE, without_names
 from lorica.convert.record import scale_of
 from lorica.errors import CheckpointError, ExportError
 from lorica.files.atomic import write_json
@@ -41,6 +41,7 @@ class Target(NamedTuple):
         scale: of its delta.
         tensors: what the file has.
         bare: whether it is a parameter.
+        shared: whether it is one pair for all experts of a stack.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target(NamedTuple):
     scale: float
     tensors: list[Tensors]
     bare: bool = False
+    shared: bool = False
 
 
 def write_peft_adapter(
@@ -114,7 +116,7 @@ def _in_transformers(
     if form == "stacked":  # where experts are stacked, their router is a bare parameter too
         targets = [_bare(target) if target.name.endswith(ROUTER) else target for target in targets]
     stacks = fuse(routed, _expert_layer, rank=rank, rounding=rounding)
-    targets += _stacks(stacks, geometry, rounding)
+    targets += _stacks(stacks, geometry, rounding, shared=bool(adapter.config.get("share_expert_adapters")))
     for part in (fused, stacks):
         done.pairs += part.pairs
         done.blocks |= part.blocks
@@ -174,25 +176,40 @@ def _expert_layer(name: str) -> Layer:
     return Layer(tuple(f"{module}.{expert}.{leaf}" for leaf in STACKED[parameter]))
 
 
-def _stacks(fused: Fused, geometry: Geometry | None, rounding: bool) -> list[Target]:
+def _stacks(fused: Fused, geometry: Geometry | None, rounding: bool, *, shared: bool) -> list[Target]:
     found: dict[str, dict[str, dict[int, Pair]]] = defaultdict(lambda: defaultdict(dict))
     for pair in fused.pairs:
         module, expert, parameter = _parameter(pair.names[0])
         found[module][parameter][expert] = pair
     fused.pairs = []
-    return [
-        _stack(module, parameter, parameters[parameter], len(parameters), geometry, fused, rounding)
-        for module, parameters in found.items()
-        for parameter in STACKED
-        if parameter in parameters
-    ]
+    targets = []
+    for module, parameters in found.items():
+        for parameter in (name for name in STACKED if name in parameters):
+            there = parameters[parameter]
+            inner = len(parameters) == 2 and parameter == "gate_up_proj"
+            owner = f"{module}.base_layer" if inner else module
+            if shared and _alike([*there.values()]):
+                one = there[min(there)]
+                named = tensors_of(replace(one, names=(owner,), rows=(sum(one.rows),)))
+                fused.pairs += there.values()
+                targets.append(Target(f"{module}.{parameter}", one.rank, one.scale, named, bare=True, shared=True))
+            else:
+                targets.append(_stack(module, parameter, owner, there, geometry, fused, rounding))
+    return targets
+
+
+def _alike(pairs: Sequence[Pair]) -> bool:
+    first = pairs[0]
+    return all(
+        pair.scale == first.scale and is_same(pair.a, first.a) and is_same(pair.b, first.b) for pair in pairs[1:]
+    )
 
 
 def _stack(
     module: str,
     parameter: str,
+    owner: str,
     there: Mapping[int, Pair],
-    count: int,
     geometry: Geometry | None,
     fused: Fused,
     rounding: bool,
@@ -211,7 +228,6 @@ def _stack(
     b = Lazy(
         (rows, rank * experts), first.b.dtype, lambda: torch.stack([pair.b.read() for pair in pairs], 2).flatten(1)
     )
-    owner = f"{module}.base_layer" if count == 2 and parameter == "gate_up_proj" else module
     named = [Tensors(f"{PREFIX}{owner}.lora_{letter}.weight", value) for letter, value in (("A", a), ("B", b))]
     return Target(f"{module}.{parameter}", rank, first.scale, named, bare=True)
 
@@ -233,7 +249,7 @@ def _write(path: Path, tensors: list[Tensors]) -> None:
 def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None) -> dict[str, Any]:
     """Return the configuration: what the adapter came with, if it says what the factors are; else one that does."""
     config = dict(adapter.config)
-    if says(config, targets):
+    if says(config, targets, geometry):
         return config
     (rank, scale), _ = Counter((target.rank, target.scale) for target in targets).most_common(1)[0]
     alpha = _plain(scale * rank)
@@ -256,18 +272,20 @@ def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None
     return config | made
 
 
-def says(config: Mapping[str, Any], targets: Iterable[Target]) -> bool:
+def says(config: Mapping[str, Any], targets: Iterable[Target], geometry: Geometry | None) -> bool:
     """Whether a configuration says of layers what they are: names, ranks and scales."""
-    return all(_says(config, target) for target in targets)
+    return all(_says(config, target, geometry) for target in targets)
 
 
-def _says(config: Mapping[str, Any], target: Target) -> bool:
+def _says(config: Mapping[str, Any], target: Target, geometry: Geometry | None) -> bool:
     names = config.get("target_parameters" if target.bare else "target_modules")
     if not names or not (names == "all-linear" or matches(names, target.name)):
         return False
-    if target.bare and (config.get("share_expert_adapters") or config.get("normalize_moe_lora")):
-        return False
-    rank = pattern_value(config.get("rank_pattern"), target.name, config.get("r", 0))
+    rank = int(pattern_value(config.get("rank_pattern"), target.name, config.get("r", 0)))
+    if f".{STACK}." in target.name:
+        if bool(config.get("share_expert_adapters")) != target.shared:
+            return False
+        rank //= geometry.top_k if config.get("normalize_moe_lora") and geometry is not None else 1
     return rank == target.rank and _close(scale_of(config, target.name, target.rank), target.scale)
 
 
