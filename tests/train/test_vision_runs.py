@@ -31,6 +31,12 @@ CHAT = (
 )
 
 
+def _without_torchvision(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 def _processor(family: str) -> Any:
     import transformers
 
@@ -39,7 +45,7 @@ def _processor(family: str) -> Any:
     size = {"height": 16, "width": 16}
     if family == "llava":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-        pixels = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+        pixels = _without_torchvision("CLIPImageProcessor")(size={"shortest_edge": 16}, crop_size=size)
         options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         return transformers.LlavaProcessor(pixels, tokenizer, chat_template=CHAT, **options)
     names = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<soft>"}
@@ -48,7 +54,7 @@ def _processor(family: str) -> Any:
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
         extra_special_tokens=names,
     )  # fmt: skip
-    pixels = transformers.Gemma3ImageProcessorPil(size=size)
+    pixels = _without_torchvision("Gemma3ImageProcessor")(size=size)
     return transformers.Gemma3Processor(pixels, tokenizer, image_seq_length=4)
 
 
