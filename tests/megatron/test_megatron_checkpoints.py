@@ -72,7 +72,7 @@ def models_parameters(models: Sequence[Any]) -> list[Any]:
     return [parameter for model in models for parameter in model.parameters()]
 
 
-@world.case(ranks=4, divisions=[Division(tp=2, sp=True), Division(tp=4), Division(tp=2, pp=2), Division(pp=2)])
+@world.case(ranks=4, divisions=[Division(tp=4, sp=True), Division(tp=2, pp=2)])
 def read_on_another_division(division: Division) -> None:
     goes_and_comes(WHOLE, division, outcomes.config())
     goes_and_comes(division, WHOLE, outcomes.config())

@@ -23,8 +23,6 @@ def every_layer(division: Division) -> None:
         Division(tp=4, sp=True),
         Division(tp=2, sp=True, pp=2),
         Division(tp=2, pp=2, vpp=2),
-        Division(tp=2),
-        Division(pp=2),
     ],
 )
 def every_layer_on_four(division: Division) -> None:
@@ -42,7 +40,7 @@ def activations_computed_again(division: Division) -> None:
             outcomes.expect_equal(outcomes.outcome(place, wanted, **again), plain)
 
 
-@world.case(ranks=4, divisions=[Division(tp=2), Division(tp=2, sp=True), Division(pp=2), Division(tp=2, sp=True, pp=2)])
+@world.case(ranks=4, divisions=[Division(tp=2), Division(tp=2, sp=True, pp=2)])
 def megatrons_own_loop(division: Division) -> None:
     """Its DDP, its finalisation, its clipping by the global norm, both of its optimisers."""
     wanted = outcomes.trained(WHOLE, outcomes.config())
