@@ -35,17 +35,17 @@ def same_everywhere(division: Division, **wanted: Any) -> None:
         outcomes.expect_equal(outcomes.outcome(division, config, **moe(**kind)), whole, exact=not config.use_dora)
 
 
-@world.case(ranks=2, divisions=EVERY)
+@world.case(ranks=2, divisions=[TENSOR, BOTH])
 def dora(division: Division) -> None:
     same_everywhere(division, use_dora=True)
 
 
-@world.case(ranks=2, divisions=EVERY)
+@world.case(ranks=2, divisions=[TENSOR, BOTH])
 def scales_and_biases(division: Division) -> None:
     same_everywhere(division, use_rslora=True, lora_bias=True)
 
 
-@world.case(ranks=2, divisions=[TENSOR, BOTH])
+@world.case(ranks=2, divisions=[BOTH])
 def one_pair_for_gate_and_up(division: Division) -> None:
     same_everywhere(division, fused_as_one=True)
 
@@ -96,7 +96,7 @@ def shared_folder() -> Path:
     return Path(made[0])
 
 
-@world.case(ranks=2, divisions=EVERY)
+@world.case(ranks=2, divisions=[TENSOR, BOTH])
 def merged_is_adapted_and_off_is_off(division: Division) -> None:
     for kind in KINDS:
         with world.divided(division):
