@@ -374,4 +374,12 @@ def _checked(spec: Spec, shape: Sequence[int], axis: str) -> Spec:
     raise LayoutError(f"{spec.local} has the shape {tuple(shape)}, which is not what the metadata says")
 
 
-__all__ = ["SPECIFICATIONS", "head_order", "key_of", "number", "spec_candidates", "specs_from_neuron", "specs_to_neuron"]
+__all__ = [
+    "SPECIFICATIONS",
+    "head_order",
+    "key_of",
+    "number",
+    "spec_candidates",
+    "specs_from_neuron",
+    "specs_to_neuron",
+]
