@@ -36,7 +36,7 @@ def share_among_experts(targets: Sequence[Target], config: LoraConfig, *, staged
         return tuple(targets)
     if not any(_stack(target) or "expert" in target.op.roles_weight for target in targets) and not staged:
         raise TargetError(
-            "share_expert_adapters=True: no target is a stack of experts' weights (target_parameters), or one of its layers"
+            "share_expert_adapters=True: no target is a stack of experts (target_parameters), or a layer of one"
         )
     sources: dict[int, str] = {}
     kept, tied = [], []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -117,8 +117,7 @@ class VisionSection(_Section):
     @property
     def frozen(self) -> dict[_Part, bool]:
         """Whether each part is."""
-        parts: tuple[_Part, ...] = ("vision_model", "vision_projection", "language_model")
-        return {part: getattr(self, f"freeze_{part}") for part in parts}
+        return {part: getattr(self, f"freeze_{part}") for part in get_args(_Part)}
 
     @model_validator(mode="after")
     def _adapters_on_frozen_parts(self) -> VisionSection:
@@ -166,6 +165,7 @@ class LoraSection(_Section):
     share_expert_adapters: bool = False
     normalize_moe_lora: bool = False
     a2a_experimental: bool = False
+    fused_as_one: bool = False
 
 
 class TrainingSection(_Section):
