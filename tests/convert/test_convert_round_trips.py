@@ -174,6 +174,23 @@ def test_scales_that_differ_are_multiplied_in_only_where_that_is_exact_or_allowe
         torch.testing.assert_close(tensors[name], originals[name] * (5 / 3), rtol=1e-6, atol=0)
 
 
+def test_experts_that_share_on_megatron_share_on_transformers(tmp_path: Path):
+    """Under Megatron's names the pair of all experts is there for each of them."""
+    saved = save(tmp_path, "moe", share_expert_adapters=True)
+    move(saved, tmp_path / "there", ("peft", "peft"), names="megatron", model=tmp_path / "model")
+    (tmp_path / "there" / "conversion.json").unlink()
+    copies = contents(tmp_path / "there", "peft")
+    names = [
+        f"base_model.model.decoder.layers.0.mlp.experts.local_experts.{e}.linear_fc2.lora_A.weight" for e in (0, 3)
+    ]
+    assert torch.equal(copies[names[0]], copies[names[1]])
+    move(tmp_path / "there", tmp_path / "back", ("megatron-bridge", "peft"), model=tmp_path / "model")
+    assert_same(contents(tmp_path / "back", "peft"), contents(saved, "peft"))
+    ids = torch.arange(6).view(1, 6)
+    found, wanted = (PeftModel.from_pretrained(base("moe"), place) for place in (tmp_path / "back", saved))
+    assert torch.equal(found(input_ids=ids).logits, wanted(input_ids=ids).logits)
+
+
 def test_stacked_experts_may_be_written_apart_and_back(tmp_path: Path):
     saved = save(tmp_path, "moe")
     move(saved, tmp_path / "apart", ("peft", "peft"), experts="separate")

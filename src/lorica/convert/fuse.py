@@ -222,13 +222,6 @@ def truncated(pair: Pair, rank: int) -> tuple[Pair, float]:
     return replace(pair, a=Lazy.of(right), b=Lazy.of(left)), lost
 
 
-def one_rank(fused: Fused) -> int:
-    """Give all pairs the largest rank, and return it."""
-    rank = max(pair.rank for pair in fused.pairs)
-    fused.pairs = [padded(pair, rank) for pair in fused.pairs]
-    return rank
-
-
 def apart(pairs: Iterable[Pair], record: Mapping[str, Any]) -> tuple[Pair, ...]:
     """Undo what a record says was joined and padded, where the factors are still zero outside of it."""
     found: list[Pair] = []
@@ -277,4 +270,4 @@ def _bounds(rows: Sequence[int]) -> list[tuple[int, int]]:
     return [*itertools.pairwise(stops)]
 
 
-__all__ = ["Fused", "Layer", "apart", "fuse", "one_rank", "padded", "scaled", "truncated"]
+__all__ = ["Fused", "Layer", "apart", "fuse", "padded", "scaled", "truncated"]

@@ -267,8 +267,10 @@ def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None
     made["task_type"] = config.get("task_type") or "CAUSAL_LM"
     if geometry is not None and geometry.name and not config.get("base_model_name_or_path"):
         made["base_model_name_or_path"] = geometry.name
-    for own in ("share_expert_adapters", "normalize_moe_lora"):
-        config.pop(own, None)
+    shared = config.pop("share_expert_adapters", False)
+    config.pop("normalize_moe_lora", None)
+    if any(target.shared or (shared and ".local_experts." in target.name) for target in targets):
+        made["share_expert_adapters"] = True
     return config | made
 
 
