@@ -9,7 +9,7 @@ import world
 from gpt import Division, chunks, moe
 from outcomes import Outcome
 
-from lorica.parallel import verify
+from lorica.parallel import clip_grad_norm_, get_total_norm, verify
 
 world.need_megatron()
 
@@ -72,6 +72,25 @@ def everything(division: Division) -> None:
 def shared_experts_that_overlap(division: Division) -> None:
     """The collectives around a shared expert's layers are the dispatcher's."""
     _equal(division, EXPERTS, moe_shared_expert_intermediate_size=16, moe_shared_expert_overlap=True)
+
+
+@world.case(ranks=2, divisions=[Division(ep=2), Division(tp=2, sp=True, etp=1), Division(tp=2, sp=True)])
+def the_global_norm(division: Division) -> None:
+    """Each logical element counts once, whichever ranks have the expert."""
+    norms = []
+    for place in (WHOLE, division):
+        with world.divided(place):
+            models = chunks(place, **moe())
+            model = outcomes.adapted(models, outcomes.config(target_modules=[*EXPERTS, "router", "linear_proj"]))
+            world.train(models, world.tokens(4), alone=place == WHOLE)
+            if place == WHOLE:
+                gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+                norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
+            else:
+                norms.append(clip_grad_norm_(model, 1.0))
+                torch.testing.assert_close(get_total_norm(model), torch.tensor(1.0), rtol=1e-4, atol=0)
+    assert norms[0] > 1.1
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
 
 
 @world.case(ranks=4, divisions=[Division(tp=2, sp=True, ep=2, etp=1), Division(ep=2, etp=2), Division(tp=4, sp=True)])
