@@ -31,10 +31,12 @@ def _deterministic():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _as_large_inputs(monkeypatch):
-    """Let tiny models go the way that large ones go; the way of small inputs has tests of its own."""
-    monkeypatch.setattr(recorded, "ELEMENTS", 0)
+@pytest.fixture(autouse=True, scope="session")
+def _as_large_inputs():
+    """Let tiny models go the way that large ones go, in fixtures of every scope; that of small inputs has its tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recorded, "ELEMENTS", 0)
+        yield
 
 
 @pytest.fixture
