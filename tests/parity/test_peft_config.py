@@ -11,7 +11,14 @@ import pytest
 import twins
 from twins import lorica, peft
 
-OWN = {"dropout_position", "lora_dtype", "share_expert_adapters", "normalize_moe_lora", "a2a_experimental"}
+OWN = {
+    "dropout_position",
+    "lora_dtype",
+    "share_expert_adapters",
+    "normalize_moe_lora",
+    "a2a_experimental",
+    "fused_as_one",
+}
 
 CONFIGS = [
     {},
