@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorica import LoraConfig, PeftModel, convert_adapter, get_peft_model
 from lorica.convert.geometry import Geometry
+from lorica.parallel import sum_gradients
 
 world.need_megatron()
 
@@ -107,14 +108,27 @@ def logits_of(model: Any) -> Tensor:
     return found
 
 
+def train(model: Any, models: list[Any], steps: int = 3) -> None:
+    """Train the adapter on the ranks that there are."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        world.train(models, world.tokens(4))
+        sum_gradients(model)
+        optimizer.step()
+
+
 def from_megatron(division: Division, wanted: LoraConfig, *, routed: bool = False) -> None:
-    """Adapt Megatron's model, save, convert, load on transformers' model, and compare answers."""
+    """Adapt Megatron's model, train, save, convert, load on transformers' model, and compare answers."""
     folder = shared_folder()
     changes: dict[str, Any] = moe() if routed else {}
     with world.divided(division):
         models = chunks(division, **changes)
         model = outcomes.adapted(models, wanted)
+        before = world.train(models, world.tokens(4), forward_only=True)
+        train(model, models)
         loss = world.train(models, world.tokens(4), forward_only=True)
+        assert loss < before, "nothing was learned"
         model.save_pretrained(folder / "saved", save_embedding_layers=False)
     with world.divided(WHOLE):
         [whole] = chunks(WHOLE, **changes)
