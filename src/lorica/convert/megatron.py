@@ -103,7 +103,9 @@ def read_bridge_adapter(
     reader = _Reader(Distributed(folder), peft, geometry, ranks)
     pairs = [pair for key, leaves in reader.keys().items() for pair in reader.pairs(key, leaves)]
     if not pairs:
-        raise CheckpointError(f"{folder}: no factors of an adapter")
+        ours = any(".lora_A." in key for key in reader.stored.tensors)
+        hint = "; it has lorica's own, which `save_pretrained` of the adapted model writes as files" if ours else ""
+        raise CheckpointError(f"{folder}: no factors of an adapter of Megatron Bridge's{hint}")
     said_of_run = {"peft": dict(peft), "model": dict(run.get("model") or {}), "joined": bool(record.get("joined"))}
     kept = {**record, "bridge": said_of_run}
     return Adapter(str(folder), apart(pairs, record), record.get("config", {}), kept)
