@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -173,7 +174,8 @@ def write_shards(
 
     Args:
         shards: the folder, which must not be there.
-        stages: metadata and logical tensors (named as in files) of each pipeline stage.
+        stages: metadata and logical tensors (named as in files) of each pipeline stage. Those of a mapping that reads
+            when it is asked are in memory one spec at a time: a rank's file is put together on the disk.
         ranks: tensor-parallel ranks.
         adapter: whose tensors they are, as the metadata name it.
 
@@ -189,12 +191,32 @@ def write_shards(
                 specs = specs_to_neuron(metadata, shapes, axis=AXIS, adapter=adapter, ranks=ranks)
                 for rank in range(ranks):
                     path = place / "model" / f"dp_rank_00_tp_rank_{rank:02d}_pp_rank_{stage:02d}.pt"
-                    torch.save(specs.to_local(tensors, {AXIS: rank}), path)
+                    _save(specs.each_local(tensors, {AXIS: rank}), path)
             except LayoutError as error:
                 raise CheckpointError(f"{shards}, stage {stage}: {error}") from error
             write_json(place / f"mp_metadata_pp_rank_{stage}.json", metadata)
         for name in ("checkpoint", _DONE):
             (place / name).write_text("1")
+
+
+def _save(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Write ``torch.save``'s file of tensors that come one after the other.
+
+    It takes them all at once, so each is put into a file of its own beside it first, and is mapped from there.
+    """
+    scratch = path.with_suffix(".parts")
+    scratch.mkdir()
+    state: dict[str, Tensor] = {}
+    for number, (name, tensor) in enumerate(tensors):
+        if not tensor.numel():  # which cannot be mapped
+            state[name] = tensor
+            continue
+        place = str(scratch / str(number))
+        mapped = torch.from_file(place, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        state[name] = mapped.view(tensor.shape).copy_(tensor)
+    torch.save(state, path)
+    del state
+    shutil.rmtree(scratch)
 
 
 def _adapter(folder: Path) -> str:

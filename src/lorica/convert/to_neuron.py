@@ -40,6 +40,9 @@ class _Read(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._lazy[name].read()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._lazy  # without reading it, as Mapping's own would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._lazy)
 

@@ -102,11 +102,12 @@ class Spec:
             raise LayoutError(f"{self.local}: the logical state lacks {missing}")
         if len(self.parts) == 1:
             return state[self.parts[0][0]]
-        dim, model = self._dim, state[self.names[0]]
+        there = {name: state[name] for name in self.names}
+        dim, model = self._dim, there[self.names[0]]
         found = []
         for name, length in self.parts:
             shape = (*model.shape[:dim], length, *model.shape[dim + 1 :])
-            part = model.new_zeros(shape) if name in self.absent else state[name]
+            part = there[name] if name in there else model.new_zeros(shape)
             if part.shape != shape:
                 raise LayoutError(f"{name} has the shape {tuple(part.shape)}; for {self.local} it is to be {shape}")
             found.append(part)
@@ -253,22 +254,33 @@ class WeightSpecs:
             raise LayoutError(f"tied, but nowhere: {strangers[:5]}")
 
     def to_local(self, state: State, at: At) -> dict[str, Tensor]:
-        """Return what the rank ``at`` keeps, from a logical state.
+        """Return what the rank ``at`` keeps, from a logical state; for errors see :meth:`each_local`."""
+        return dict(self.each_local(state, at))
+
+    def each_local(self, state: State, at: At) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and tensor of what the rank ``at`` keeps, one after the other.
+
+        Args:
+            state: logical tensors. A mapping that reads them when they are asked for is asked for those of one spec at
+                a time; ``in`` is to read nothing.
+            at: coordinates.
 
         Raises:
             LayoutError: a tensor is missing, has no place, or does not fit.
         """
-        full = dict(state)
+        named: dict[str, str] = {}
         for group in self.tied:
             there = [name for name in group if name in state]
             for name in there[1:]:
                 if not same(state[name], state[there[0]]):
                     raise LayoutError(f"{name} and {there[0]} are tied and differ")
-            full |= dict.fromkeys(group, state[there[0]]) if there else {}
+            named |= dict.fromkeys(group, there[0]) if there else {}
         known = {name for spec in self.specs for name in (*spec.names, *spec.also)}
         if strangers := [name for name in state if name not in known]:
             raise LayoutError(f"{len(strangers)} logical tensors have no place: {strangers[:5]}")
-        return {spec.local: spec.to_local(full, at) for spec in self.specs}
+        full = _Named(state, named)
+        for spec in self.specs:
+            yield spec.local, spec.to_local(full, at)
 
     def to_logical(self, states: Iterable[tuple[At, State]], *, first_copy: bool = False) -> dict[str, Tensor]:
         """Return the logical state from the states of all ranks.
@@ -364,6 +376,25 @@ class WeightSpecs:
             LayoutError: it describes no specs.
         """
         return cls.from_dict(read_json_object(os.fspath(path), limit=_MAX_BYTES))
+
+
+class _Named(Mapping[str, Tensor]):
+    """A logical state in which tied tensors have all of their names."""
+
+    def __init__(self, state: State, named: Mapping[str, str]) -> None:
+        self._state, self._named = state, named
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._named.get(name, name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state or name in self._named
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self._state), **self._named})
+
+    def __len__(self) -> int:
+        return len(self._state.keys() | self._named.keys())
 
 
 def same(one: Tensor, other: Tensor) -> bool:
