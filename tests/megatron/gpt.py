@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from stand_ins import GroupedLinear, GroupedRow
+from stand_ins import AttentionInContext, GroupedLinear, GroupedRow
 from torch import Tensor, nn
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCABULARY, EXPERTS = 4, 32, 48, 4, 2, 64, 4
@@ -34,7 +34,7 @@ class Division:
         vpp: chunks of layers on each stage; None: one.
         ep: expert-parallel size.
         etp: tensor-parallel size of the experts; None: ``tp``.
-        cp: context-parallel size (its attention needs Transformer Engine).
+        cp: context-parallel size; of a sequence, cut into ``2 cp`` pieces, a rank has one from either end.
     """
 
     tp: int = 1
@@ -131,6 +131,8 @@ def chunks(
 
         layers = MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedRow)
         layer.submodules.mlp.submodules.experts = ModuleSpec(module=TEGroupedMLP, submodules=layers)
+    if division.cp > 1:
+        layer.submodules.self_attention.submodules.core_attention = AttentionInContext
     made = []
     for stage in range(division.vpp or 1):
         place = {"vp_stage": stage if division.vpp else None, "ignore_virtual": division.vpp is None}

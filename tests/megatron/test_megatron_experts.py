@@ -26,6 +26,7 @@ MORE = [
     Division(ep=4),
     Division(ep=2, etp=2),
     Division(tp=2, sp=True, ep=2),
+    Division(cp=2, ep=2),
     Division(tp=2, sp=True, ep=2, etp=1, pp=2),
     Division(tp=4, sp=True, ep=2, etp=2),
     Division(tp=4, sp=True, ep=2, etp=1),
@@ -120,6 +121,8 @@ def replicas_stay_equal(division: Division) -> None:
         Division(tp=2, sp=True, ep=2),
         Division(ep=2, etp=2),
         Division(tp=2, sp=True, ep=2, etp=1, pp=2),
+        Division(tp=4, sp=True, ep=2, etp=1),
+        Division(cp=2, ep=2),
     ],
 )
 def megatrons_own_loop(division: Division) -> None:

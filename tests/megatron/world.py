@@ -47,6 +47,7 @@ import ranks as spawned
 import torch
 import torch.distributed as dist
 from gpt import VOCABULARY, Division
+from stand_ins import of_this_rank
 from torch import Tensor, nn
 
 #: Seconds that a case may take, and those a start takes. A rank that hangs says where it is and leaves.
@@ -215,19 +216,23 @@ def train(models: Sequence[nn.Module], batches: Tensor, *, forward_only: bool = 
     total = torch.stack([one["loss"] for one in losses]).sum() if losses else torch.zeros(())
     if alone:
         return total / len(batches)
+    # Only last stages have any; the others of a batch say the same, or what their own tokens say.
     replicas = dist.get_world_size() // data // parallel_state.get_pipeline_model_parallel_world_size()
-    dist.all_reduce(total)  # only last stages have any; of these as many say the same as there are replicas
+    dist.all_reduce(total)
     return total / replicas / len(batches)
 
 
 def _step(batches: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    from megatron.core import parallel_state
+
     batch = next(batches)
     ids, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     positions = torch.arange(ids.shape[1]).expand_as(ids)
+    ids, labels, positions = (of_this_rank(tensor, 1) for tensor in (ids, labels, positions))
     output = model(ids, positions, None, labels=labels)
 
     def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        mean = output.mean()
-        return mean, {"loss": mean.detach().clone()}
+        mean = output.mean()  # the schedule takes a loss for this rank's share of it, and multiplies it by cp
+        return mean / parallel_state.get_context_parallel_world_size(), {"loss": mean.detach().clone()}
 
     return output, loss
