@@ -175,7 +175,7 @@ class Merging(Light):
         variant = VARIANTS[spec.variant]
         if variant.unmergeable:
             raise AdapterError(f"{self.target_name}: adapter {name!r} cannot be merged: {variant.unmergeable}")
-        if spec.bias and getattr(self.base_layer, self.op.bias_name, None) is None:
+        if spec.bias and self.op.bias_of(self.base_layer) is None:
             raise AdapterError(
                 f"{self.target_name}: B has a bias (lora_bias) and the base layer has none to merge it into"
             )
@@ -428,7 +428,7 @@ class Merging(Light):
         for name in names:
             bias = self.whole_factors(name).bias if self.specs[name].bias else None
             if bias is not None:
-                held = at_rest(getattr(self.base_layer, self.op.bias_name).data, self.site)
+                held = at_rest(self.op.bias_of(self.base_layer).data, self.site)
                 held.local.add_(bias[held.slices].to(held.local), alpha=sign * self.specs[name].scaling)
 
 

@@ -108,7 +108,7 @@ class Changes:
         prefix = f"{module}." if module else ""
         self.layers[prefix + layer.op.weight_name] = layer
         if layer.specs[ADAPTER].bias:
-            if getattr(layer.get_base_layer(), layer.op.bias_name, None) is None:
+            if layer.op.bias_of(layer.get_base_layer()) is None:
                 raise AdapterError(f"{module}: B has a bias (lora_bias) and the base layer has none to merge it into")
             self.biases[prefix + layer.op.bias_name] = layer
 

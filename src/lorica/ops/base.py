@@ -94,6 +94,11 @@ class Op(ABC):
     tokenwise: ClassVar[bool] = False
     inward: ClassVar[bool] = False
 
+    def bias_of(self, base: Any) -> Any:
+        """Return the bias of a base layer, or None; Transformer Engine's layers without one have an empty tensor."""
+        bias = getattr(base, self.bias_name, None)
+        return None if bias is None or not bias.numel() else bias
+
     @abstractmethod
     def factor_shapes(self, base: Any, r: int) -> FactorShapes:
         """Return the logical shapes of A and B for rank ``r``."""

@@ -376,7 +376,7 @@ def _out_dim(op: Op) -> int:
 
 def _bias(layer: Hosting) -> Tensor | None:
     """Return what the output holds of the base layer's bias where adapters are added to it."""
-    bias: Tensor | None = getattr(layer.base_layer, layer.op.bias_name, None)
+    bias: Tensor | None = layer.op.bias_of(layer.base_layer)
     share = 1.0 if layer.site is None else layer.site.bias
     if bias is None or share == 0:
         return None

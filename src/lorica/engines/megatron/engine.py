@@ -19,7 +19,7 @@ from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_a
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.megatron.recompute import let_inputs_need_gradients
-from lorica.engines.megatron.te import TE_LINEARS, TE_ROW, logical_sizes, te_axis
+from lorica.engines.megatron.te import TE_BARE, TE_LINEARS, TE_ROW, TE_WHOLE, is_alone, logical_sizes, te_axis
 from lorica.engines.megatron.tied import tell_tied, unmergeable
 from lorica.engines.registry import qualified_names
 from lorica.engines.site import Axis, Opening, Site
@@ -76,15 +76,14 @@ class Placed:
         apart = tuple(name for name in (EXPERTS,) if name in self.axes)
         if self.kind in (EXPERT_COLUMN, EXPERT_ROW):  # they are called where their block has multiplied
             return Site(self.layout, self.axes, bias=0.0, apart=apart)
-        if self.kind in TE_LINEARS:
+        if self.kind in (*TE_LINEARS, *TE_BARE):
+            opening = te.opening(self.module, self.kind)
             inside = self.kind != TE_ROW and not self.module.te_return_bias
-            return Site(self.layout, self.axes, te.opening(self.module, self.kind), bias=float(inside))
-        opening = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
+            return Site(self.layout, self.axes, opening, bias=float(inside))
+        own = MegatronOpening(self.module, lookup=self.kind == EMBEDDING)
         # The bias is added after the reduction, or handed on to whoever fuses its addition.
         added = self.kind == COLUMN and not self.module.skip_bias_add
-        site = Site(
-            self.layout, self.axes, opening, bias=float(added), apart=apart, unmergeable=unmergeable(self.module)
-        )
+        site = Site(self.layout, self.axes, own, bias=float(added), apart=apart, unmergeable=unmergeable(self.module))
         linear = self.kind in (COLUMN, ROW)
         return replace(site, across=across(self.module, site, next(iter(self.axes.values())))) if linear else site
 
@@ -96,8 +95,10 @@ class MegatronEngine:
         """Whether a class is one of Megatron's layers, or derived from one."""
         return _kind_of(cls) is not None
 
-    def describe(self, module: nn.Module) -> Placed:
+    def describe(self, module: nn.Module) -> Placed | None:
         """Return how a layer lies; worked out once, since forwards ask."""
+        if _kind_of(type(module)) in TE_BARE and is_alone(module):
+            return None
         found: Placed | None = module.__dict__.get(DESCRIBED)
         if found is None or found.module is not module:
             found = module.__dict__[DESCRIBED] = _described(module)
@@ -106,6 +107,8 @@ class MegatronEngine:
     def uncut(self, module: nn.Module) -> None:
         """Describe a copy as whole."""
         found = self.describe(module)
+        if found is None:
+            return
         layout = Layout(dict(found.layout.sizes), (), found.layout.parts)
         module.__dict__[DESCRIBED] = replace(found, module=module, layout=layout)
 
@@ -151,7 +154,7 @@ def _described(module: Any) -> Placed:
     assert kind is not None
     routed = is_expert(module)
     axis = expert_tensor_axis(module) if routed else tensor_axis(module)
-    axis = te_axis(module) if kind in TE_LINEARS else axis
+    axis = te_axis(module) if kind in (*TE_LINEARS, *TE_BARE) else axis
     layout = _LAYOUTS[kind](module, axis)
     if routed:
         return Placed(module, kind, as_expert(layout), {axis.name: axis, **expert_axes()})
@@ -181,6 +184,12 @@ def _router(module: Any, axis: Axis) -> Layout:
     return Layout(sizes, sequence=(axis.name,) if module.config.sequence_parallel else ())
 
 
+def _whole(module: Any, axis: Axis) -> Layout:
+    """Whole on every rank; Megatron marks its weight where a rank's tokens are its own."""
+    sizes = dict(zip(("out", "in"), logical_sizes(module), strict=True))
+    return Layout(sizes, sequence=(axis.name,) if getattr(module.weight, "sequence_parallel", False) else ())
+
+
 #: The layout of each kind of layer over its tensor-parallel axis, but for what all of its axes have to do with tokens.
 _LAYOUTS: dict[str, Callable[[Any, Axis], Layout]] = {
     COLUMN: _column,
@@ -190,6 +199,7 @@ _LAYOUTS: dict[str, Callable[[Any, Axis], Layout]] = {
     EXPERT_COLUMN: _column,
     EXPERT_ROW: _row,
     **{kind: _row if kind == TE_ROW else _column for kind in TE_LINEARS},
+    **dict.fromkeys((TE_WHOLE, *TE_BARE), _whole),
 }
 
 

@@ -20,6 +20,8 @@ from lorica.layout.cuts import Held, joined
 #: The blocks that know what is fused, by the full names of their classes.
 ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 MLP = "megatron.core.transformer.mlp.MLP"
+#: It computes with the weights of its layers, and never calls them.
+TE_FUSED = "megatron.core.extensions.transformer_engine.TEFusedMLP"
 
 _MARK = "lorica_fused"
 #: Where a layer keeps what was described of it.
@@ -88,14 +90,23 @@ def tell(block: nn.Module) -> None:
     kind = _KINDS.get(type(block))
     if kind is None:
         names = qualified_names(type(block))
-        kind = _KINDS[type(block)] = next((name for name in (ATTENTION, MLP) if name in names), "")
+        kind = _KINDS[type(block)] = next((name for name in (ATTENTION, TE_FUSED, MLP) if name in names), "")
     if not kind:
+        return
+    if kind == TE_FUSED:
+        _refuse(block, "TEFusedMLP never calls its layers; build the model without use_te_op_fuser to adapt them")
         return
     config: Any = getattr(block, "config", None)
     name = "linear_qkv" if kind == ATTENTION else "linear_fc1"
     layer = _layer(block, name)
     if layer is not None and _MARK not in layer.__dict__:
         _tell(layer, name, config)
+
+
+def _refuse(block: nn.Module, why: str) -> None:
+    for name in ("linear_fc1", "linear_fc2"):
+        if (layer := _layer(block, name)) is not None:
+            note(layer, Fused((), refusal=why))
 
 
 _KINDS: dict[type, str] = {}

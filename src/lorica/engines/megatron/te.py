@@ -23,7 +23,14 @@ _PLACE = "megatron.core.extensions.transformer_engine."
 TE_COLUMN, TE_NORM_COLUMN, TE_ROW = (
     _PLACE + name for name in ("TEColumnParallelLinear", "TELayerNormColumnParallelLinear", "TERowParallelLinear")
 )
-TE_LINEARS = (TE_COLUMN, TE_NORM_COLUMN, TE_ROW)
+#: What the others are derived from: on its own it is whole on every rank, as the down-projections of latent attention.
+TE_WHOLE = _PLACE + "TELinear"
+TE_LINEARS = (TE_COLUMN, TE_NORM_COLUMN, TE_ROW, TE_WHOLE)
+#: Transformer Engine's own layers, which nothing of Megatron's stands around.
+TE_BARE = (
+    "transformer_engine.pytorch.module.linear.Linear",
+    "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear",
+)
 
 
 class _Linear(Inside):
@@ -44,6 +51,8 @@ class _Linear(Inside):
                 mappings.reduce_from_tensor_model_parallel_region,
             )
             return (scatter if tokens else reduce)(y, group=group), self.bias
+        if module.parallel_mode is None:
+            return self.product(x, **options), self.bias
         if tokens:
             x = mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
         else:
@@ -68,7 +77,7 @@ class _NormLinear(_Linear):
         module = self.module
         before, module.return_layernorm_output = module.return_layernorm_output, True
         try:
-            with _alone(module):
+            with _summed_norm(module), _alone(module):
                 found = self.own(x, **options)
         finally:
             module.return_layernorm_output = before
@@ -96,19 +105,52 @@ def _alone(module: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
+@contextmanager
+def _summed_norm(module: Any) -> Iterator[None]:
+    """Let the gradients of a layer's normalisation be summed over the ranks of its group.
+
+    Alone, a rank works out the share that its own outputs have. On a divided sequence Megatron sums the shares; on a
+    whole one it does not, since the layer itself sums what reaches the normalisation.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    names = () if module.sequence_parallel else _NORM
+    trained = {name: parameter for name in names if (parameter := module._parameters.get(name)) is not None}
+    trained = {name: parameter for name, parameter in trained.items() if parameter.requires_grad}
+    for name, parameter in trained.items():  # no parameters, but found before them while the forward runs
+        module.__dict__[name] = mappings.copy_to_tensor_model_parallel_region(parameter, group=module._tp_group)
+    try:
+        yield
+    finally:
+        for name in trained:
+            del module.__dict__[name]
+
+
+_NORM = ("layer_norm_weight", "layer_norm_bias")
+
+
 def opening(module: Any, kind: str) -> InsideOpening:
     """Return the way into a layer's product.
 
     Raises:
-        LayoutError: it overlaps its collectives with its product, adds its bias to a sum of ranks itself, or is an
-            expert's.
+        LayoutError: it overlaps its collectives with its product, adds its bias to a sum of ranks itself, is an
+            expert's, or does what it does over ranks without Megatron.
     """
-    if getattr(module.config, "tp_comm_overlap", False):
+    if kind in TE_BARE:
+        raise LayoutError(
+            "this is Transformer Engine's own class, divided over ranks or with return_bias=True: to adapt it build it "
+            "on one rank with return_bias=False, or as Megatron's TEColumnParallelLinear, TERowParallelLinear or "
+            "TELayerNormColumnParallelLinear"
+        )
+    if kind != TE_WHOLE and getattr(module.config, "tp_comm_overlap", False):
         raise LayoutError(
             "with tp_comm_overlap the collectives are inside the products; turn it off to adapt the layer"
         )
-    if module.parallel_mode not in ("column", "row"):
-        raise LayoutError("a layer of an expert over Transformer Engine is adapted in TEGroupedMLP only")
+    if module.parallel_mode is None and kind != TE_WHOLE:
+        raise LayoutError(
+            "a layer of an expert over Transformer Engine is adapted in TEGroupedMLP only: build the experts with "
+            "moe_grouped_gemm=True, or over Megatron's own linears"
+        )
     if kind == TE_ROW and module.use_bias and not module.te_return_bias:
         raise LayoutError("it adds its bias to what it has reduced; build it with skip_bias_add=True to adapt it")
     return InsideOpening(module, _NormLinear if kind == TE_NORM_COLUMN else _Linear)
@@ -124,7 +166,24 @@ def logical_sizes(module: Any) -> tuple[int, int]:
     if hasattr(module, "output_size"):
         return module.output_size, module.input_size
     out, into, ranks = module.out_features, module.in_features, te_axis(module).size
-    return (out * ranks, into) if module.parallel_mode == "column" else (out, into * ranks)
+    times = {"column": (ranks, 1), "row": (1, ranks)}.get(module.parallel_mode, (1, 1))
+    return out * times[0], into * times[1]
 
 
-__all__ = ["TE_COLUMN", "TE_LINEARS", "TE_NORM_COLUMN", "TE_ROW", "logical_sizes", "opening", "te_axis"]
+def is_alone(module: Any) -> bool:
+    """Whether one of Transformer Engine's own layers is on one rank and returns its output alone, as ``nn.Linear``."""
+    return getattr(module, "tp_size", 1) == 1 and not getattr(module, "return_bias", False)
+
+
+__all__ = [
+    "TE_BARE",
+    "TE_COLUMN",
+    "TE_LINEARS",
+    "TE_NORM_COLUMN",
+    "TE_ROW",
+    "TE_WHOLE",
+    "is_alone",
+    "logical_sizes",
+    "opening",
+    "te_axis",
+]
