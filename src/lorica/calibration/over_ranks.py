@@ -86,12 +86,7 @@ def agreed(tensors: Mapping[str, Tensor], site: Site | None, *, everyone: bool =
 
 def every(flag: bool, *, everyone: bool = True) -> bool:
     """Whether something holds on all ranks."""
-    if not everyone or not there_are_others():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MIN)
-    return bool(value)
+    return all(_of_everyone(flag, everyone=everyone))
 
 
 def together(iterable: Iterable[T], *, everyone: bool = True) -> Iterator[T]:
@@ -107,13 +102,18 @@ def together(iterable: Iterable[T], *, everyone: bool = True) -> Iterator[T]:
 
 def told(mine: Mapping[str, T], *, everyone: bool = True) -> dict[str, T]:
     """Return what all ranks know, by name; where two know of the same, what the first one says."""
-    if not everyone or not there_are_others():
-        return dict(mine)
-    all_of_them: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, dict(mine))
     found: dict[str, T] = {}
-    for theirs in all_of_them:
+    for theirs in _of_everyone(dict(mine), everyone=everyone):
         found = {**theirs, **found}
+    return found
+
+
+def _of_everyone(mine: T, *, everyone: bool) -> list[T]:
+    """Return what each rank has; torch knows on which device its backend carries objects, whatever both are called."""
+    if not everyone or not there_are_others():
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
     return found
 
 

@@ -41,12 +41,12 @@ class GradScaler(torch.amp.GradScaler):
 
     Args:
         model: the adapted model.
-        device: as torch's, like all other arguments.
+        device: the kind of device, as torch's; None: the model's.
         options: torch's other arguments.
     """
 
-    def __init__(self, model: nn.Module, device: str = "cuda", **options: Any) -> None:
-        super().__init__(device, **options)
+    def __init__(self, model: nn.Module, device: str | None = None, **options: Any) -> None:
+        super().__init__(next(model.parameters()).device.type if device is None else device, **options)
         self._model = model
 
     def _unscale_grads_(
