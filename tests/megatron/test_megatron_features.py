@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import world
-from gpt import Division, chunks
+from gpt import HIDDEN, LAYERS, Division, chunks, moe
 from outcomes import Outcome
+from sent import calls, counting, sent
 
 from lorica import LoraConfig, PeftModel
 from lorica.errors import LayoutError
@@ -224,10 +224,10 @@ def no_collective_of_its_own(division: Division) -> None:
         base = sent(models)
         model = outcomes.adapted(models, outcomes.config(target_modules=LINEAR))
         assert sent(models) == base
-        assert sum(base.values()) > 20
+        assert calls(base) > 20
         with counting() as count:
             sum_gradients(model)
-        assert sum(count.values()) <= 2, count  # the data axis is one rank
+        assert calls(count) <= 2, count  # the data axis is one rank
 
 
 def hidden(model: Any) -> None:
@@ -235,40 +235,22 @@ def hidden(model: Any) -> None:
     model.embedding.word_embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
-def sent(models: Any) -> Counter[str]:
-    with counting() as count:
-        world.train(models, world.tokens(1))
-    return count
-
-
-class counting:
-    """Counts collectives, those that Megatron has names of its own for too."""
-
-    names = ("all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast")
-
-    def __enter__(self) -> Counter[str]:
-        from megatron.core.tensor_parallel import mappings
-
-        self.count: Counter[str] = Counter()
-        places = [(dist, name) for name in self.names]
-        places += [(mappings, name) for name in ("dist_all_gather_func", "dist_reduce_scatter_func")]
-        self.patches = [mock.patch.object(place, name, self._counted(place, name)) for place, name in places]
-        for patch in self.patches:
-            patch.start()
-        return self.count
-
-    def __exit__(self, *exception: Any) -> None:
-        for patch in self.patches:
-            patch.stop()
-
-    def _counted(self, place: Any, name: str) -> Any:
-        function = getattr(place, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.count[name] += 1
-            return function(*args, **kwargs)
-
-        return call
+@world.case(ranks=2)
+def one_collective_for_hidden_values() -> None:
+    """Where they travel, one more on the way forward and one back, of ``r`` numbers for each token."""
+    tokens, batch, size = 8, 2, 4
+    own, every = (4 * count * batch * size for count in (tokens // 2, tokens))
+    # A gather or a scatter has a tensor of each; an all-to-all has two of the same size.
+    for name, there in (("linear_qkv", own + every), ("linear_proj", 2 * every)):
+        with world.divided(SEQUENCE):
+            models = chunks(SEQUENCE)
+            hidden(models[0])
+            base = sent(models)
+            fields = {"target_modules": [name], "fused_as_one": True, "a2a_experimental": True}
+            outcomes.adapted(models, outcomes.config(r=size, **fields))
+            more = sent(models)
+            assert calls(more) - calls(base) == LAYERS * 2
+            assert more["bytes"] - base["bytes"] == LAYERS * (there + own + every), (name, more - base)
 
 
 @world.case(ranks=2)
@@ -281,6 +263,92 @@ def hidden_values_that_travel() -> None:
     assert count["all_to_all"] + count["all_to_all_single"] > 0
     loop = outcomes.config(target_modules=["linear_qkv", "linear_fc2"], a2a_experimental=True)
     outcomes.close(outcomes.trained(SEQUENCE, loop), outcomes.trained(WHOLE, loop), 1e-4)
+
+
+@world.case(ranks=2)
+def tokens_that_the_ranks_do_not_divide() -> None:
+    """Seven tokens on two ranks."""
+    batches = world.tokens(2, length=7, rows=1)
+    for names in (["linear_q"], outcomes.EVERYTHING):
+        same_everywhere(outcomes.config(target_modules=names), Division(tp=2), batches=batches)
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
+def layers_with_biases(division: Division) -> None:
+    """Megatron hands some of them on beside the output, for somebody else to add."""
+    biased = {"add_bias_linear": True, "add_qkv_bias": True, "normalization": "LayerNorm"}
+    with_biases = LINEAR[:-1]
+    wanted = outcomes.config(target_modules=with_biases, lora_bias=True)
+    for adapter in (wanted, outcomes.config(target_modules=with_biases, use_dora=True)):
+        same_everywhere(adapter, division, **biased)
+    with world.divided(division):
+        models = chunks(division, **biased)
+        assert models[0].decoder.layers[0].mlp.linear_fc2.skip_bias_add
+        plain = world.train(models, world.tokens(2), forward_only=True)
+        model = outcomes.adapted(models, wanted)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_B.default.bias"):
+                    parameter.add_(0.3)
+        adapted = world.train(models, world.tokens(2), forward_only=True)
+        assert not torch.isclose(adapted, plain, rtol=1e-3)
+        model.merge_adapter()
+        torch.testing.assert_close(world.train(models, world.tokens(2), forward_only=True), adapted, rtol=1e-5, atol=0)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            found = world.train(models, world.tokens(2), forward_only=True)
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=0)
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
+def default_starts(division: Division) -> None:
+    """B is zero, so only its gradients say something; A is drawn whole."""
+    for start in (True, "gaussian"):
+        wanted = outcomes.config(init_lora_weights=start)
+        found, whole = (outcomes.outcome(place, wanted) for place in (division, WHOLE))
+        assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in found.tensors.items())
+        torch.testing.assert_close(found.loss, whole.loss, rtol=1e-5, atol=0)
+        told = [name for name, gradient in whole.gradients.items() if gradient.any()]
+        assert len(told) == len(whole.gradients) // 2
+        outcomes.close({name: found.gradients[name] for name in told}, {name: whole.gradients[name] for name in told})
+
+
+@world.case(ranks=2, divisions=[Division(tp=2), SEQUENCE])
+def outputs_that_are_dropped(division: Division) -> None:
+    """The summands of a sum over ranks lose the same outputs, and what is left of the adapter's part is scaled."""
+    with world.divided(division):
+        [model] = chunks(division)
+        fields = {"target_modules": ["linear_qkv", "linear_proj"], "lora_dropout": 0.5, "dropout_position": "post"}
+        adapted = outcomes.adapted([model], outcomes.config(**fields))
+        block = model.decoder.layers[0].self_attention
+        for layer, width in ((block.linear_qkv, HIDDEN), (block.linear_proj, HIDDEN // 2)):
+            x = torch.randn(16, 4, width)
+            with adapted.disable_adapter():
+                plain = layer(x)[0]
+            delta = layer.eval()(x)[0] - plain
+            dropped = layer.train()(x)[0] - plain
+            lost = dropped.abs() < 1e-6
+            assert 0.4 < lost.float().mean() < 0.6
+            torch.testing.assert_close(dropped[~lost], 2 * delta[~lost], rtol=1e-3, atol=1e-5)
+
+
+@world.case(ranks=4, divisions=[Division(tp=2), Division(ep=2)])
+def groups_that_the_model_was_given(division: Division) -> None:
+    """With ``pg_collection``, Megatron's global state has nothing to say."""
+    from megatron.core import parallel_state
+
+    fields = moe() if division.ep > 1 else {}
+    wanted = outcomes.config(target_modules=["linear_fc1", "linear_fc2"])
+    whole = outcomes.outcome(WHOLE, wanted, **fields)
+    with world.divided(division):
+        models = chunks(division, **fields)
+        assert models[0].pg_collection.dp_cp.size() > 1
+        with mock.patch.object(parallel_state, "model_parallel_is_initialized", return_value=False):
+            model = outcomes.adapted(models, wanted)
+        loss = world.train(models, world.tokens(4))
+        sum_gradients(model)
+        found = Outcome(loss, outcomes.logical(model, gradients=True), outcomes.logical(model))
+    outcomes.expect_equal(found, whole)
 
 
 @world.case(ranks=2)

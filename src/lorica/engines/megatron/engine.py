@@ -15,7 +15,7 @@ from lorica.engines.megatron.experts import ROUTER, as_expert, expert_axes, expe
 from lorica.engines.megatron.fused import DESCRIBED, tell, told
 from lorica.engines.megatron.gradients import finish_with, mark, reduces
 from lorica.engines.megatron.grouped import ExpertColumn, ExpertRow, unpack
-from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tensor_axis
+from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tell_groups, tensor_axis
 from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.megatron.recompute import let_inputs_need_gradients
@@ -113,12 +113,13 @@ class MegatronEngine:
         module.__dict__[DESCRIBED] = replace(found, module=module, layout=layout)
 
     def prepare(self, model: nn.Module) -> None:
-        """Tell fused layers what is fused in them, part stacks of experts, and number layers and experts globally."""
+        """Tell layers what is fused in them and which groups there are, part stacks, number layers and experts."""
         if "megatron.core" not in sys.modules:
             return  # no module is of its classes; a walk over all takes a tenth of an injection
         for module in [*model.modules()]:
             tell(module)
             unpack(module)
+        tell_groups(model)
         number_globally(model)
         tell_tied(model)
 
@@ -157,8 +158,8 @@ def _described(module: Any) -> Placed:
     axis = te_axis(module) if kind in (*TE_LINEARS, *TE_BARE) else axis
     layout = _LAYOUTS[kind](module, axis)
     if routed:
-        return Placed(module, kind, as_expert(layout), {axis.name: axis, **expert_axes()})
-    return Placed(module, kind, replace(layout, data=(DATA,)), {axis.name: axis, DATA: data_axis()})
+        return Placed(module, kind, as_expert(module, layout), {axis.name: axis, **expert_axes(module)})
+    return Placed(module, kind, replace(layout, data=(DATA,)), {axis.name: axis, DATA: data_axis(module)})
 
 
 def _column(module: Any, axis: Axis) -> Layout:

@@ -34,16 +34,16 @@ def expert_tensor_axis(module: Any) -> Axis:
     return axis_of(EXPERT_TENSOR, getattr(module, "tp_group", None))
 
 
-def expert_axes() -> dict[str, Axis]:
-    """Return the axes of experts besides the tensor-parallel one."""
-    data = axis_of(EXPERT_DATA, group_of(None, "expt_dp", "get_expert_data_parallel_group"))
-    others = axis_of(EXPERTS, group_of(None, "ep", "get_expert_model_parallel_group"))
+def expert_axes(module: Any) -> dict[str, Axis]:
+    """Return the axes of an expert's layer besides the tensor-parallel one."""
+    data = axis_of(EXPERT_DATA, group_of(module, "expt_dp", "get_expert_data_parallel_group"))
+    others = axis_of(EXPERTS, group_of(module, "ep", "get_expert_model_parallel_group"))
     return {data.name: data, others.name: others}
 
 
-def as_expert(layout: Layout) -> Layout:
+def as_expert(module: Any, layout: Layout) -> Layout:
     """Return the layout of a layer of an expert: what is known of it besides its cuts."""
-    return replace(layout, sequence=(EXPERT_DATA,), data=(), batches=data_axis().size)
+    return replace(layout, sequence=(EXPERT_DATA,), data=(), batches=data_axis(module).size)
 
 
 __all__ = [
