@@ -44,7 +44,7 @@ def o_columns(whole: Tensor, ranks: int, rank: int) -> Tensor:
     return q_rows(whole.T.contiguous(), ranks, rank).T.contiguous()
 
 
-def specs(prefix: str, layer: int, ranks: int, fuse: bool) -> list[dict[str, Any]]:
+def specs(prefix: str, layer: int, ranks: int, fuse: bool, bias: bool = False) -> list[dict[str, Any]]:
     """The serialised specifications of one decoder layer."""
     multiplier = max(1, ranks // KV)
     gqa = {
@@ -59,14 +59,14 @@ def specs(prefix: str, layer: int, ranks: int, fuse: bool) -> list[dict[str, Any
         "q_output_size_per_partition": HEADS * HEAD // ranks,
         "kv_output_size_per_partition": KV * HEAD * multiplier // ranks,
         "fuse_qkv": fuse,
-        "bias": False,
+        "bias": bias,
         "tp_size": ranks,
         "peft_type": "lora",
     }
     mlp = {
         "fused_linear_name": "gate_up_proj",
         "linear_names": ["gate_proj", "up_proj"],
-        "bias": False,
+        "bias": bias,
         "fuse_axis": 0,
         "original_dims": [MLP, MLP],
         "tp_size": ranks,

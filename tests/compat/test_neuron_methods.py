@@ -147,36 +147,44 @@ def test_dora_on_grouped_queries(size: int, order: str) -> None:
     ranks.run(size, _all_grouped, order, timeout=120)
 
 
-def _embeddings(features: bool) -> None:
+def _embedding(dora: bool, **options: Any) -> None:
     axis = tp()
     torch.manual_seed(3)
     table = nn.Embedding(21, OUT)
-    base = parallel.ParallelEmbedding.from_embedding(table, axis, shard_across_embedding=features)
+    base = parallel.ParallelEmbedding.from_embedding(table, axis, **options)
     layer = neuron.ParallelEmbedding(
-        base.requires_grad_(False), "default", R, 6, init_lora_weights=False, use_dora=True
+        base.requires_grad_(False), "default", R, 6, init_lora_weights=False, use_dora=dora
     )
-    a, b, m = leaves = other_magnitudes(layer)
-    ids = torch.randint(0, 21, (2, 7))
-    adapted = table.weight.detach() + 2.0 * (b @ a).T
-    y = (adapted * (m / adapted.detach().norm(dim=0)))[ids]
+    leaves = other_magnitudes(layer) if dora else [tensor.requires_grad_() for tensor in wholes(layer)]
+    ids = torch.randint(0, 21, (2, 8))
+    adapted = table.weight.detach() + 2.0 * (leaves[1] @ leaves[0]).T
+    y = (adapted * (leaves[2] / adapted.detach().norm(dim=0)) if dora else adapted)[ids]
     y.square().sum().backward()
+    wanted = y.detach().chunk(axis.size, 1)[axis.rank] if options.get("sequence_parallel_enabled") else y.detach()
     out = layer(ids)
-    near(out, y.detach(), "output")
+    near(out, wanted, "output")
     out.square().sum().backward()
     sum_gradients(layer)
     gradients_are(layer, [tensor.grad for tensor in leaves])  # type: ignore[misc]
     before = base.weight.detach().clone()
     layer.merge(safe_merge=True)
-    near(layer(ids), y.detach(), "merged output")
+    near(layer(ids), wanted, "merged output")
     layer.unmerge()
     near(base.weight, before, "unmerged shard")
 
 
-@pytest.mark.parametrize("features", [False, True], ids=["by tokens", "by features"])
+def _embeddings() -> None:
+    for dora in (False, True):
+        _embedding(dora)
+        _embedding(dora, shard_across_embedding=True)
+        _embedding(dora, sequence_parallel_enabled=True, sequence_dimension=1)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_dora_on_embeddings(size: int, features: bool) -> None:
-    """The norm of a feature is over the whole vocabulary."""
-    ranks.run(size, _embeddings, features)
+def test_embeddings(size: int) -> None:
+    """Cut by tokens, by features, and so that each rank gets its share of the sequence; LoRA, and DoRA, whose norm of a
+    feature is over the whole vocabulary."""
+    ranks.run(size, _embeddings)
 
 
 # ---- merged and turned off -------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import neuron_files as files
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorica
@@ -15,6 +17,7 @@ from lorica.compat.optimum_neuron import (
     FusedLinearsSpec,
     GQAQKVColumnParallelLinearSpec,
     ModelWeightTransformationSpecs,
+    consolidate_model_parallel_checkpoints_to_unified_checkpoint,
 )
 from lorica.errors import ConfigError, LayoutError
 from lorica.layout.specs import same
@@ -22,9 +25,11 @@ from lorica.layout.specs import same
 HIDDEN, HEAD, HEADS, KV = files.HIDDEN, files.HEAD, files.HEADS, files.KV
 
 
-def serialised(ranks: int, fuse: bool = False, prefix: str = "", layer: int = 0) -> list[dict[str, Any]]:
+def serialised(
+    ranks: int, fuse: bool = False, prefix: str = "", layer: int = 0, bias: bool = False
+) -> list[dict[str, Any]]:
     """A layer's specifications as Optimum Neuron writes them."""
-    written: list[dict[str, Any]] = json.loads(json.dumps(files.specs(prefix, layer, ranks, fuse)))
+    written: list[dict[str, Any]] = json.loads(json.dumps(files.specs(prefix, layer, ranks, fuse, bias)))
     return written
 
 
@@ -77,24 +82,34 @@ def test_only_those_of_a_stage_are_written() -> None:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def base_weights(prefix: str = "") -> dict[str, Tensor]:
-    place = f"{prefix}model.layers.0"
+def base_weights(bias: bool = False) -> dict[str, Tensor]:
+    place = "model.layers.0"
     rows = {"self_attn.q_proj": HEADS * HEAD, "self_attn.k_proj": KV * HEAD, "self_attn.v_proj": KV * HEAD}
     rows |= {"mlp.gate_proj": files.MLP, "mlp.up_proj": files.MLP}
     state = {f"{place}.{name}.weight": torch.randn(length, HIDDEN) for name, length in rows.items()}
+    if bias:
+        state |= {f"{place}.{name}.bias": torch.randn(length) for name, length in rows.items()}
+        state[f"{place}.self_attn.o_proj.bias"] = torch.randn(HIDDEN)  # which every rank has
     return state | {f"{place}.self_attn.o_proj.weight": torch.randn(HIDDEN, HEADS * HEAD), "n.weight": torch.randn(3)}
 
 
 def cut_by_hand(state: dict[str, Tensor], ranks: int, rank: int, fuse: bool) -> dict[str, Tensor]:
     place = "model.layers.0"
-    q, k, v = (state[f"{place}.self_attn.{name}_proj.weight"] for name in "qkv")
-    three = [files.q_rows(q, ranks, rank), *(files.kv_rows(w, ranks, rank) for w in (k, v))]
-    named = {"qkv": torch.cat(three)} if fuse else dict(zip("qkv", three, strict=True))
-    found = {f"{place}.self_attn.qkv_proj.weight_{name}": tensor for name, tensor in named.items()}
-    found[f"{place}.self_attn.o_proj.weight"] = files.o_columns(state[f"{place}.self_attn.o_proj.weight"], ranks, rank)
-    halves = [state[f"{place}.mlp.{name}_proj.weight"].chunk(ranks)[rank] for name in ("gate", "up")]
-    found[f"{place}.mlp.gate_up_proj.weight"] = torch.cat(halves)
-    return found | {"n.weight": state["n.weight"]}
+    output = f"{place}.self_attn.o_proj"
+    found = {f"{output}.weight": files.o_columns(state[f"{output}.weight"], ranks, rank), "n.weight": state["n.weight"]}
+    if biased := f"{output}.bias" in state:
+        found[f"{output}.bias"] = state[f"{output}.bias"]
+    for leaf in ("weight", "bias") if biased else ("weight",):
+        q, k, v = (
+            state[f"{place}.self_attn.{name}_proj.{leaf}"].view(-1, HIDDEN if leaf == "weight" else 1) for name in "qkv"
+        )
+        three = [files.q_rows(q, ranks, rank), *(files.kv_rows(w, ranks, rank) for w in (k, v))]
+        three = [tensor if leaf == "weight" else tensor.flatten() for tensor in three]
+        named = {"qkv": torch.cat(three)} if fuse else dict(zip("qkv", three, strict=True))
+        found |= {f"{place}.self_attn.qkv_proj.{leaf}_{name}": tensor for name, tensor in named.items()}
+        halves = [state[f"{place}.mlp.{name}_proj.{leaf}"].chunk(ranks)[rank] for name in ("gate", "up")]
+        found[f"{place}.mlp.gate_up_proj.{leaf}"] = torch.cat(halves)
+    return found
 
 
 def adapted(specs: list[ModelWeightTransformationSpecs], state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -112,20 +127,45 @@ def is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("fuse", [False, True])
-def test_base_weights_go_there_and_back(ranks: int, fuse: bool) -> None:
-    state, specs = base_weights(), read(ranks, fuse=fuse)
+@pytest.mark.parametrize("bias", [False, True])
+def test_base_weights_go_there_and_back(ranks: int, fuse: bool, bias: bool) -> None:
+    state, specs = base_weights(bias), read(ranks, fuse=fuse, bias=bias)
     held = [adapted(specs, state, rank) for rank in range(ranks)]
     for rank, mine in enumerate(held):
         is_same(mine, cut_by_hand(state, ranks, rank, fuse))
     sharded = {name: [mine[name] for mine in held] for name in held[0]}
-    back: dict[str, Tensor] = {"n.weight": state["n.weight"]}
+    whole = ("n.weight", "model.layers.0.self_attn.o_proj.bias")
+    back: dict[str, Tensor] = {name: state[name] for name in whole if name in state}
     removed: list[str] = []
     for one in specs:
         weights, names = one.to_original_weights(sharded, {})
         back |= weights
         removed += names
     is_same(back, state)
-    assert sorted(removed) == sorted(name for name in sharded if name != "n.weight")
+    assert sorted(removed) == sorted(name for name in sharded if name not in whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_base_model_with_fused_layers_is_consolidated(ranks: int, fuse: bool, tmp_path: Path) -> None:
+    """Of ``weight_qkv`` neuronx-distributed does not say that it is cut: the specification does."""
+    state, shards = base_weights(bias=True), tmp_path / "shards"
+    (shards / "model").mkdir(parents=True)
+    held = [cut_by_hand(state, ranks, rank, fuse) for rank in range(ranks)]
+    for rank, tensors in enumerate(held):
+        torch.save(tensors, shards / "model" / f"dp_rank_00_tp_rank_{rank:02d}_pp_rank_00.pt")
+    sharded = {"tensor_model_parallel": True, "partition_stride": 1, "num_partitions": ranks}
+    about: dict[str, Any] = {name: {"tensor_model_parallel": False} for name in held[0]}
+    for name in held[0]:
+        if "qkv_proj" in name and not fuse:
+            about[name] = {**sharded, "partition_dim": 0}
+        elif name.endswith("_proj.weight"):
+            about[name] = {**sharded, "partition_dim": int("o_proj" in name)}
+    metadata = {"parameters": about, "model_weight_transformation_specs": serialised(ranks, fuse, bias=True)}
+    (shards / "mp_metadata_pp_rank_0.json").write_text(json.dumps(metadata))
+    (shards / "done").write_text("1")
+    consolidate_model_parallel_checkpoints_to_unified_checkpoint(tmp_path, tmp_path / "out")
+    is_same(load_file(tmp_path / "out" / "model.safetensors"), state)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
