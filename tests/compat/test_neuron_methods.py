@@ -69,15 +69,30 @@ def _starts(method: str) -> None:
         base = kind.from_linear(linear, axis).requires_grad_(False)
         layer = neuron.ParallelLinear(base, "default", R, 6, init_lora_weights=method)
         a, b = wholes(layer)
-        if method == "pissa":
-            u, s, v = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
-            first = (u[:, :R] * s[:R]) @ v[:R]
-        else:
-            q, r = torch.linalg.qr(linear.weight.detach())
-            first = q[:, :R] @ r[:R]
-        scale = 1 if method == "pissa" else 2.0
-        near(2.0 * b @ a, scale * first, f"{kind.__name__}: the delta that it starts with")
-        near(base.logical("weight"), linear.weight.detach() - scale * first, f"{kind.__name__}: what is left")
+        first = delta_of(linear.weight.detach(), method)
+        near(2.0 * b @ a, first, f"{kind.__name__}: the delta that it starts with")
+        near(base.logical("weight"), linear.weight.detach() - first, f"{kind.__name__}: what is left")
+    rows = [HEADS * HEAD, KV * HEAD, KV * HEAD]
+    linears = [nn.Linear(IN, length, bias=False) for length in rows]
+    wanted = [delta_of(linear.weight.detach(), method) for linear in linears]
+    for fuse in (False, True):
+        grouped = parallel.GQAQKVColumnParallelLinear.from_linears(*linears, axis, head_dim=HEAD, fuse_qkv=fuse)
+        made = neuron.GQAQKVColumnParallelLinear(
+            grouped.requires_grad_(False), "default", R, 6, init_lora_weights=method
+        )
+        inside = [wholes(module) for module in made.modules() if isinstance(module, neuron.ParallelLinear)]
+        parts = [*zip(inside[0][0].split(R), inside[0][1].split(rows), strict=True)] if fuse else inside
+        for (a, b), first in zip(parts, wanted, strict=True):
+            near(2.0 * b @ a, first, f"fuse_qkv={fuse}: the delta that it starts with")
+
+
+def delta_of(weight: Tensor, method: str) -> Tensor:
+    """``s·B·A`` at the start: PiSSA's has s in it, OLoRA's is multiplied by it."""
+    if method == "pissa":
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        return (u[:, :R] * s[:R]) @ v[:R]
+    q, r = torch.linalg.qr(weight)
+    return 2.0 * q[:, :R] @ r[:R]
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
