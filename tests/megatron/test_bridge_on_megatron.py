@@ -71,6 +71,23 @@ def lora(division: Division) -> None:
         assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
 
 
+@world.case(ranks=4, divisions=[Division(tp=4, sp=True)])
+def default_starts(division: Division) -> None:
+    """A is drawn for the whole layer, with the fans that it has there; B is zero, and its gradients alone say more."""
+    from lorica.compat.megatron_bridge import LoRA
+
+    found, whole = (bridged(place, LoRA(dim=4)) for place in (division, WHOLE))
+    torch.testing.assert_close(found.loss, whole.loss, rtol=1e-5, atol=0)
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in found.tensors.items())
+    told = {name: gradient for name, gradient in whole.gradients.items() if "lora_B" in name}
+    outcomes.close({name: found.gradients[name] for name in told}, told)
+    for name, tensor in whole.tensors.items():
+        fans = sum(tensor.shape)
+        assert tensor.any() == ("lora_A" in name)
+        if "lora_A" in name:
+            torch.testing.assert_close(tensor.std(), torch.tensor((2 / fans) ** 0.5), rtol=0.4, atol=0)
+
+
 @world.case(ranks=4, divisions=DENSE)
 def canonical(division: Division) -> None:
     """Each projection has its own pair, under its own name; one alone may be adapted."""

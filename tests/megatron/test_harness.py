@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import failing
 import pytest
 import torch
@@ -55,3 +58,19 @@ def test_a_case_that_fails_is_named_and_the_others_go_on() -> None:
     assert "==== third_fails" in message
     assert "==== first_passes" not in message
     world.run(failing.__name__, 2, words="first")
+
+
+def test_neither_megatron_nor_transformer_engine_is_imported_before_there_is_a_layer_of_theirs() -> None:
+    code = """
+import pkgutil, sys
+import lorica, lorica.parallel, lorica.compat.megatron_bridge
+import lorica.engines.megatron as engine
+for found in pkgutil.iter_modules(engine.__path__):
+    __import__(f"{engine.__name__}.{found.name}")
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+lorica.get_peft_model(model, lorica.LoraConfig(target_modules=["0"]))(torch.ones(1, 4)).sum().backward()
+print([name for name in sys.modules if name.partition(".")[0] in ("megatron", "transformer_engine")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
