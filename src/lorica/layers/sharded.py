@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.engines.megatron import checkpoint
+from lorica.errors import AdapterError
 from lorica.layout import Roles
 
 if TYPE_CHECKING:
@@ -27,17 +28,26 @@ class Sharded(nn.Module):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Return this module's part of a sharded state, by the names of the live tensors; those of the base layer
-        without the level that an adapter adds.
+        without the levels that adapters add.
 
         Args:
             prefix: of the names.
             sharded_offsets: how the modules around this one divide a list of such modules.
             metadata: handed on.
+
+        Raises:
+            AdapterError: one adapter is on several parameters of the base layer, which have one name in a checkpoint.
         """
-        base = self._modules[self.inner]
-        assert base is not None
-        state = checkpoint.state_of(base, prefix, sharded_offsets, metadata)
-        return state | self._own_state(prefix, sharded_offsets, metadata)
+        state: dict[str, Any] = {}
+        module: Any = self
+        live = prefix
+        while isinstance(module, Sharded):  # one around another: on several parameters, or in one pair and in parts
+            own = module._own_state(prefix, sharded_offsets, metadata)
+            _refuse_double(prefix, state, own)
+            state |= {live + name.removeprefix(prefix): value for name, value in own.items()}
+            live += f"{module.inner}."
+            module = module._modules[module.inner]
+        return checkpoint.state_of(module, prefix, sharded_offsets, metadata) | state
 
     def _own_state(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
         raise NotImplementedError
@@ -46,6 +56,16 @@ class Sharded(nn.Module):
         if checkpoint.is_there():
             checkpoint.under_old_names(state_dict, prefix, self.inner, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _refuse_double(prefix: str, state: dict[str, Any], more: dict[str, Any]) -> None:
+    keys, others = ({str(value.key) for value in held.values() if hasattr(value, "key")} for held in (state, more))
+    double = sorted(keys & others)
+    if double:
+        raise AdapterError(
+            f"{prefix[:-1]}: one adapter is on several parameters of this module, and {double[0]!r} would be two "
+            "tensors of a distributed checkpoint; write the adapter with save_pretrained"
+        )
 
 
 def state_of_factors(layer: LoraLayer, prefix: str, sharded_offsets: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from lorica.adapt import inject, merging, trainable
 from lorica.adapt.replicate import replicate_layers, restore_layers
 from lorica.adapt.tying import forget_tie
 from lorica.config import LoraConfig
-from lorica.engines.stages import axis_of_stages
+from lorica.engines.stages import axis_of_stages, has_others
+from lorica.engines.together import together
 from lorica.errors import AdapterError, LayoutError, suggest
+from lorica.init import subtracts
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.layers.gated import unfuse_mlps
 from lorica.layers.merging import inexact_message, requantised_message
@@ -24,6 +27,7 @@ from lorica.ranks import watch
 from lorica.targets import make_plan
 from lorica.targets.plan import config_of
 from lorica.targets.walk import targets_of_keys
+from lorica.variants import VARIANTS, variant_of
 from lorica.variants.losses import kasa_loss, monteclora_loss
 
 
@@ -121,6 +125,7 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: the name is taken or impossible, or two adapters would share the base model's biases.
             TargetError: the configuration does not fit the model. The model is then as it was.
+            RankError: it does not fit the layers of another rank, and the adapter starts from the base weights.
         """
         inject.check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
@@ -130,7 +135,9 @@ class LoraModel(nn.Module):
         trainable.check_one_base({**self.peft_config, adapter_name: config}, adapter_name)
         undo = replicate_layers(self.model, config.layer_replication) if config.layer_replication else None
         try:
-            plan = make_plan(self.model, config, exactly=None if state_dict is None else targets_of_keys(state_dict))
+            with self._agreeing(config, on_meta=low_cpu_mem_usage):
+                exactly = None if state_dict is None else targets_of_keys(state_dict)
+                plan = make_plan(self.model, config, exactly=exactly)
             inject.inject(
                 self.model,
                 plan,
@@ -156,6 +163,15 @@ class LoraModel(nn.Module):
         trainable.let_train(modules, {adapter_name: active})
         if active:
             trainable.train_biases(self.model, config)
+
+    def _agreeing(self, config: LoraConfig, *, on_meta: bool) -> AbstractContextManager[None]:
+        """Let all ranks find their targets, or none: starts from base weights are worked out together, and the layers
+        of one stage may refuse what those of the others do not.
+        """
+        starts = VARIANTS[variant_of(config)].subtracts or subtracts(config.init_lora_weights, lookup=False)
+        if on_meta or not starts or not has_others(self.model):
+            return nullcontext()
+        return together(self.model, "finding the targets")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If none is active then, the first of those left becomes active, with a warning.

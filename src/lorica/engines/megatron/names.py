@@ -14,7 +14,12 @@ from lorica.engines.registry import qualified_names
 
 _EXPERTS = {f"megatron.core.transformer.moe.experts.{name}" for name in ("SequentialMLP", "GroupedMLP", "TEGroupedMLP")}
 #: What only the first stage of a pipeline has, or only the last one.
-_ENDS = ("embedding", "output_layer", "decoder.final_layernorm")
+_ENDS = (
+    "embedding",
+    "output_layer",
+    *(f"{block}.{norm}" for block in ("decoder", "encoder") for norm in ("final_layernorm", "final_norm")),
+    *("lm_head", "pooler", "binary_head"),  # of BERT and T5
+)
 #: A numbered level of a logical name: of layers (the first there is) or of experts.
 _NUMBERED = re.compile(r"(?:^|\.)(?P<list>layers|local_experts)\.(?P<number>\d+)(?=\.|$)")
 
@@ -79,7 +84,7 @@ def lies_elsewhere(model: nn.Module, name: str) -> bool:
     config = getattr(chunks[0], "config", None) if chunks else None
     if config is None:
         return False
-    end = next((end for end in _ENDS if name.startswith(f"{end}.")), None)
+    end = next((end for end in _ENDS if f"{name}.".startswith(f"{end}.")), None)
     if end is not None and getattr(config, "pipeline_model_parallel_size", 1) > 1:
         return next(_there(model, end.split(".")), None) is None
     counts = {"layers": getattr(config, "num_layers", 0), "local_experts": getattr(config, "num_moe_experts", 0) or 0}
