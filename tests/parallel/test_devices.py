@@ -17,8 +17,10 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from divisions import DIVISIONS
 from safetensors.torch import load_file
 from subjects import SUBJECTS, batch, logits_of, loss_of
+from torch import nn
 
 import lorica
 import lorica.parallel
@@ -27,6 +29,8 @@ from lorica.engines.devices import backend_for
 from lorica.errors import ConfigError
 
 LLAMA = SUBJECTS["llama"]
+#: lorica's own layers, torch's ``parallelize_module``, and ``fully_shard``.
+CUT = ("native", "torch tp2", "torch fsdp2")
 
 
 def _register() -> None:
@@ -49,10 +53,18 @@ def _trains(folder: str) -> None:
     assert dist.get_backend() == "neuron"
     assert dist.get_backend(mesh.get_group("tp")) == "neuron"
     assert config.device() == torch.device("cpu")
+    _as_on_one_process(config.parallelize(LLAMA.build(), mesh), f"{folder}/{CUT[0]}")
+    for name in CUT[1:]:
+        _as_on_one_process(DIVISIONS[name].cut(LLAMA, folder), f"{folder}/{name}")
+    _starts_from_data()
+
+
+def _as_on_one_process(cut: nn.Module, folder: str) -> None:
+    whole = LLAMA.build()
     torch.manual_seed(0)
-    model = neuron.get_peft_model(config.parallelize(LLAMA.build(), mesh), lorica.LoraConfig(**LLAMA.fields))
+    model = neuron.get_peft_model(cut, lorica.LoraConfig(**LLAMA.fields))
     torch.manual_seed(0)
-    oracle = lorica.get_peft_model(LLAMA.build(), lorica.LoraConfig(**LLAMA.fields))
+    oracle = lorica.get_peft_model(whole, lorica.LoraConfig(**LLAMA.fields))
     ids = batch(1)
     for _ in range(2):
         losses = []
@@ -66,7 +78,6 @@ def _trains(folder: str) -> None:
             losses.append(loss.detach())
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
     model.save_pretrained(folder)
-    _starts_from_data()
 
 
 def _starts_from_data() -> None:
@@ -94,7 +105,11 @@ def test_a_model_trains_over_a_backend_of_another_name(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
     ranks.run(2, _trains, str(tmp_path))
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    first, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in CUT)
+    for other in others:
+        assert other.keys() == first.keys()
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, first[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def _divided(folder: str) -> tuple[list[tuple[str, ...] | None], list[str]]:
