@@ -15,6 +15,7 @@ import pytest
 import torch
 from conversions import assert_same, contents, move, save, words
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import TensorProperties
 from typer.testing import CliRunner
 
 from lorica.cli.app import app
@@ -64,6 +65,32 @@ def test_metadata_that_would_run_something_do_not(tmp_path: Path):
         with pytest.raises(CheckpointError, match="not the metadata of a distributed checkpoint"):
             Distributed(folder)
     assert not (tmp_path / "ran").exists()
+
+
+class _Member:
+    """A member of an enumeration, as some versions of Python store one: an attribute that is to be taken."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
+
+
+def test_attributes_in_metadata_are_records(tmp_path: Path):
+    folder = bridge(tmp_path / "there", factors("mlp.linear_fc2", 24, 16, 2))
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    wanted = Distributed(folder).tensors
+    metadata.planner_data = _Member(TensorProperties, "create_from_tensor")
+    path.write_bytes(pickle.dumps(metadata))
+    assert Distributed(folder).tensors == wanted
+    metadata.planner_data = _Member(_Member(TensorProperties, "__init__"), "__globals__")
+    path.write_bytes(pickle.dumps(metadata))
+    assert Distributed(folder).tensors == wanted, "nothing is looked up, so nothing is found"
+    path.write_bytes(pickle.dumps(_Member(pickle.PickleError, "mro")))
+    with pytest.raises(CheckpointError, match="which no checkpoint needs"):
+        Distributed(folder)
 
 
 def test_a_chunk_that_would_run_something_does_not(tmp_path: Path):

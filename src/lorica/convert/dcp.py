@@ -56,6 +56,11 @@ class _Inert:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
+def _member(owner: Any, name: str) -> _Inert:
+    """Record a member of an enumeration; some versions of Python store it as an attribute that is to be taken."""
+    return _Inert(owner, name)
+
+
 def _numbers(values: Sequence[int] = ()) -> tuple[int, ...]:
     return tuple(map(int, values))
 
@@ -68,6 +73,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): str,
     ("collections", "OrderedDict"): dict,
     ("collections", "defaultdict"): lambda *_: {},
+    ("builtins", "getattr"): _member,
     ("builtins", "list"): list,
     ("builtins", "dict"): dict,
     ("builtins", "tuple"): tuple,
