@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lorica.config import LoraConfig
 from lorica.engines.site import Site
 from lorica.errors import TargetError
@@ -20,21 +22,24 @@ from lorica.variants import variant_of
 if TYPE_CHECKING:
     from lorica.targets.plan import Target
 
+#: What configurations call the number of a layer's experts: Megatron-Core's, and those of transformers.
+_NUMBERS = ("num_moe_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-def share_among_experts(targets: Sequence[Target], config: LoraConfig, *, staged: bool) -> tuple[Target, ...]:
+
+def share_among_experts(targets: Sequence[Target], config: LoraConfig, *, elsewhere: bool) -> tuple[Target, ...]:
     """Return the targets with those tied that are layers of one stack, if the configuration shares adapters.
 
     Args:
         targets: all of them, with their sites.
         config: the configuration.
-        staged: whether other ranks have other layers.
+        elsewhere: whether stacks may lie on other ranks.
 
     Raises:
         TargetError: no target is one of a stack, or the adapter's start or variant looks at each weight.
     """
     if not config.share_expert_adapters:
         return tuple(targets)
-    if not any(_stack(target) or "expert" in target.op.roles_weight for target in targets) and not staged:
+    if not any(_stack(target) or "expert" in target.op.roles_weight for target in targets) and not elsewhere:
         raise TargetError(
             "share_expert_adapters=True: no target is a stack of experts (target_parameters), or a layer of one"
         )
@@ -52,6 +57,12 @@ def share_among_experts(targets: Sequence[Target], config: LoraConfig, *, staged
             sources[id(stack)] = target.name
             kept.append(shared)
     return (*kept, *tied)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model, of which this rank has a stage, is configured to have experts on one of its stages."""
+    configs = [getattr(part, "config", None) for part in (model, *model.children())]
+    return any(getattr(config, name, None) for config in configs for name in _NUMBERS)
 
 
 def _stack(target: Target) -> Any:

@@ -21,7 +21,7 @@ from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
 from lorica.storage import Packed, kind_of, stored_weight
 from lorica.targets.defaults import DEFAULT_TARGETS
 from lorica.targets.divided import check_experts_alike, is_routed_expert
-from lorica.targets.experts import share_among_experts
+from lorica.targets.experts import has_experts, share_among_experts
 from lorica.targets.explain import endings, explain_no_match, warn_of_idle_entries
 from lorica.targets.match import (
     Names,
@@ -128,7 +128,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     _check_copies(model, saved)
     _warn_of_no_megatron(config, targets)
     tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
-    placed = share_among_experts(_placed(model, targets), config, staged=staged)
+    placed = share_among_experts(_placed(model, targets), config, elsewhere=staged and has_experts(model))
     _check_unmergeable(config, placed)
     return Plan(names, placed, saved, _orientation(config, targets), tokens)
 
