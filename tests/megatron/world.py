@@ -50,8 +50,8 @@ from gpt import VOCABULARY, Division
 from stand_ins import of_this_rank
 from torch import Tensor, nn
 
-#: Seconds that a case may take, and those a start takes. A rank that hangs says where it is and leaves.
-PATIENCE, START = 40, 60
+#: Seconds after which a case, or a start, is taken to hang, many times what they need; it says where it is and leaves.
+PATIENCE, START = 180, 120
 #: So many failures are told, and the cases after them not tried.
 MOST = 4
 #: The cases of each file, by its module's name.
