@@ -1,4 +1,4 @@
-"""Cases that fail on purpose, for ``test_harness.py``."""
+"""Cases that fail on purpose, for ``test_world.py``."""
 
 from __future__ import annotations
 
