@@ -6,42 +6,20 @@ A key that is not known here is an error with a suggestion, never ignored. Paths
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lorica.errors import RecipeError, suggest, suggest_path
+from lorica.errors import RecipeError, suggest_path
+from lorica.train.mistakes import explain
 
 _Count = Annotated[int, Field(ge=1)]
 _Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 _Positive = Annotated[float, Field(gt=0.0)]
-
-# What other tools call a setting; only used to suggest ours.
-_ALIASES = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "lr": "learning_rate",
-    "max_steps": "steps",
-    "num_train_epochs": "epochs",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "max_seq_length": "max_length",
-    "save_steps": "every",
-    "save_total_limit": "keep",
-    "tensor_parallel": "tp",
-    "tp_size": "tp",
-    "sequence_parallel": "sp",
-    "pp_size": "pp",
-    "ep_size": "ep",
-    "fsdp_size": "fsdp",
-    "dp_size": "dp",
-    "async": "asynchronous",
-}
-
 
 _Validated = TypeVar("_Validated", bound=BaseModel)
 
@@ -395,7 +373,7 @@ def _validated(model: type[_Validated], values: Mapping[str, Any], source: str, 
         return model.model_validate(values)
     except ValidationError as error:
         items = [dict(item) | {"loc": (*section, *item["loc"])} for item in error.errors()]
-        lines = list(dict.fromkeys(map(_explain, items)))
+        lines = list(dict.fromkeys(explain(Recipe, item) for item in items))
         separator = f"\n  {source}: " if len(lines) > 1 else f"{source}: "
         head = f"{len(lines)} settings are wrong:" if len(lines) > 1 else ""
         raise RecipeError(head + "".join(separator + line for line in lines)) from None
@@ -449,52 +427,3 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"{key}: {section!r} is a value, not a section")
         target = inner
     target[last] = value
-
-
-def _explain(item: dict[str, Any]) -> str:
-    """One line per mistake: where, what, and the nearest thing that would be right."""
-    location = [part for part in item["loc"] if isinstance(part, str)]
-    fields: Mapping[str, Any] = Recipe.model_fields
-    known = list(fields)
-    path: list[str] = []
-    for part in location:
-        path.append(part)
-        if part not in fields:
-            break
-        inner = fields[part].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        fields = inner.model_fields
-        known = list(fields)
-    where = ".".join(path)
-    if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key.{_near(path, known)}"
-    if item["type"] == "missing":
-        return f"{where}: missing; it has no default"
-    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    expected = message if item["type"] == "value_error" else f"expected {message}, got {item['input']!r}"
-    return f"{where}: {expected}" if where else expected
-
-
-def _near(path: Sequence[str], known: Iterable[str]) -> str:
-    """The nearest key in the same section, else the same key in another section, else all keys there are."""
-    known = list(known)
-    if _ALIASES.get(path[-1]) in known:
-        return f" Did you mean {_ALIASES[path[-1]]!r}?"
-    if hint := suggest(path[-1], known):
-        return hint
-    elsewhere = [key for key in _all_keys() if key.endswith(f".{path[-1]}")]
-    if elsewhere:
-        return f" Did you mean {', '.join(map(repr, elsewhere))}?"
-    return f" Known here: {', '.join(known)}."
-
-
-def _all_keys() -> list[str]:
-    keys = []
-    for section, field in Recipe.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += [f"{section}.{name}" for name in inner.model_fields]
-        else:
-            keys.append(section)
-    return keys
