@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorica.engines.inside import Inside, InsideOpening
-from lorica.engines.registry import qualified_names
+from lorica.engines.placed import Kinds, Placed, describe_anew, describe_whole, described_once
 from lorica.engines.site import Axis, Site
 from lorica.errors import LayoutError
 from lorica.layout import Layout, Roles, even
@@ -37,8 +37,8 @@ QKV = f"{_PACKAGE}.modules.qkv_linear.GQAQKVColumnParallelLinear"
 #: Name of the one weight of a fused query, key and value layer.
 QKV_WEIGHT = "weight_qkv"
 TENSOR, DATA, STAGES = "tp", "dp", "pp"
-#: Where a layer keeps what the specifications around it say of its weight, and how it was described.
-_TOLD, _DESCRIBED = "lorica_told", "lorica_described"
+#: Where a layer keeps what the specifications around it say of its weight.
+_TOLD = "lorica_told"
 
 
 # ---- the way in ------------------------------------------------------------------------------------------------------
@@ -148,26 +148,8 @@ class _Embedding(Inside):
 # ---- where things lie ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Placed:
-    """How one layer lies.
-
-    Attributes:
-        module: it.
-        kind: which of the classes above it is, or is derived from.
-        layout: how its logical weight lies.
-        axes: the axes that concern it.
-    """
-
-    module: Any = field(repr=False)
-    kind: str
-    layout: Layout
-    axes: dict[str, Axis]
-
-    @property
-    def at(self) -> dict[str, int]:
-        """This rank's coordinates."""
-        return {name: axis.rank for name, axis in self.axes.items()}
+class NeuronxPlaced(Placed):
+    """How one of its layers lies."""
 
     @property
     def splits_tokens(self) -> bool:
@@ -186,6 +168,7 @@ class Placed:
 
 
 _INSIDE: dict[str, type[Inside]] = {COLUMN: _Linear, ROW: _Linear, EMBEDDING: _Embedding, QKV: _QKV}
+_KINDS = Kinds(_INSIDE)
 
 
 class NeuronxEngine:
@@ -193,20 +176,15 @@ class NeuronxEngine:
 
     def knows(self, cls: type[nn.Module]) -> bool:
         """Whether a class is one of its layers, or derived from one."""
-        return _kind_of(cls) is not None
+        return _KINDS.of(cls) is not None
 
-    def describe(self, module: nn.Module) -> Placed:
+    def describe(self, module: nn.Module) -> NeuronxPlaced:
         """Return how a layer lies; worked out once."""
-        found: Placed | None = module.__dict__.get(_DESCRIBED)
-        if found is None or found.module is not module:
-            found = module.__dict__[_DESCRIBED] = _described(module)
-        return found
+        return described_once(module, _described)
 
     def uncut(self, module: nn.Module) -> None:
         """Describe a copy as whole."""
-        found = self.describe(module)
-        layout = Layout(dict(found.layout.sizes), (), found.layout.parts)
-        module.__dict__[_DESCRIBED] = replace(found, module=module, layout=layout)
+        describe_whole(module, self.describe(module))
 
     def prepare(self, model: nn.Module) -> None:
         """Tell layers what the specifications of the modules around them say."""
@@ -260,12 +238,13 @@ def _tell(module: nn.Module) -> None:
             for found in spec_candidates(type(spec).__name__, dataclasses.asdict(spec), "", axis=TENSOR):
                 owner, _, leaf = found.local.rpartition(".")
                 if leaf in ("weight", QKV_WEIGHT) and "." not in owner and owner in module._modules:
-                    module.get_submodule(owner).__dict__[_TOLD] = found.layout
-                    module.get_submodule(owner).__dict__.pop(_DESCRIBED, None)
+                    layer = module.get_submodule(owner)
+                    layer.__dict__[_TOLD] = found.layout
+                    describe_anew(layer)
 
 
-def _described(module: Any) -> Placed:
-    kind = _kind_of(type(module))
+def _described(module: Any) -> NeuronxPlaced:
+    kind = _KINDS.of(type(module))
     assert kind is not None
     axis, data = _axis(TENSOR, _group_of(module)), _axis(DATA, _state("get_data_parallel_group"))
     layout = _layout(module, kind, axis)
@@ -276,7 +255,7 @@ def _described(module: Any) -> Placed:
                 f"a {type(module).__name__} of {dict(sizes)} is not what its specification says: {told.sizes}"
             )
         layout = replace(layout, cuts=told.cuts, parts=told.parts)
-    return Placed(module, kind, replace(layout, data=(DATA,)), {axis.name: axis, data.name: data})
+    return NeuronxPlaced(module, kind, replace(layout, data=(DATA,)), {axis.name: axis, data.name: data})
 
 
 def _layout(module: Any, kind: str, axis: Axis) -> Layout:
@@ -311,13 +290,4 @@ def _axis(name: str, group: Any) -> Axis:
     return Axis(name, 1, 0, None) if group is None else Axis(name, group.size(), group.rank(), group)
 
 
-def _kind_of(cls: type) -> str | None:
-    if cls not in _KINDS:
-        names = qualified_names(cls)
-        _KINDS[cls] = next((kind for kind in _INSIDE if kind in names), None)
-    return _KINDS[cls]
-
-
-_KINDS: dict[type, str | None] = {}
-
-__all__ = ["COLUMN", "EMBEDDING", "QKV", "QKV_WEIGHT", "ROW", "NeuronxEngine", "Placed"]
+__all__ = ["COLUMN", "EMBEDDING", "QKV", "QKV_WEIGHT", "ROW", "NeuronxEngine", "NeuronxPlaced"]

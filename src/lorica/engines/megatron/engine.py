@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from lorica.engines.megatron import te
 from lorica.engines.megatron.across import across
 from lorica.engines.megatron.experts import ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
-from lorica.engines.megatron.fused import DESCRIBED, tell, told
+from lorica.engines.megatron.fused import tell, told
 from lorica.engines.megatron.gradients import finish_with, mark, reduces
 from lorica.engines.megatron.grouped import ExpertColumn, ExpertRow, unpack
 from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tell_groups, tensor_axis
@@ -21,7 +21,7 @@ from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.megatron.recompute import let_inputs_need_gradients
 from lorica.engines.megatron.te import TE_BARE, TE_LINEARS, TE_ROW, TE_WHOLE, is_alone, logical_sizes, te_axis
 from lorica.engines.megatron.tied import tell_tied, unmergeable
-from lorica.engines.registry import qualified_names
+from lorica.engines.placed import Kinds, Placed, describe_whole, described_once
 from lorica.engines.site import Axis, Opening, Site
 from lorica.engines.stages import EXPERTS
 from lorica.errors import LayoutError
@@ -35,26 +35,8 @@ COLUMN, ROW, EMBEDDING = (
 EXPERT_COLUMN, EXPERT_ROW = (f"{cls.__module__}.{cls.__qualname__}" for cls in (ExpertColumn, ExpertRow))
 
 
-@dataclass
-class Placed:
-    """How one of Megatron's layers lies.
-
-    Attributes:
-        module: it.
-        kind: which of the classes above it is, or is derived from.
-        layout: how its logical weight lies.
-        axes: the axes that concern it.
-    """
-
-    module: Any = field(repr=False)
-    kind: str
-    layout: Layout
-    axes: dict[str, Axis]
-
-    @property
-    def at(self) -> dict[str, int]:
-        """This rank's coordinates."""
-        return {name: axis.rank for name, axis in self.axes.items()}
+class MegatronPlaced(Placed):
+    """How one of Megatron's layers lies."""
 
     @property
     def splits_tokens(self) -> bool:
@@ -93,24 +75,18 @@ class MegatronEngine:
 
     def knows(self, cls: type[nn.Module]) -> bool:
         """Whether a class is one of Megatron's layers, or derived from one."""
-        return _kind_of(cls) is not None
+        return _KINDS.of(cls) is not None
 
-    def describe(self, module: nn.Module) -> Placed | None:
+    def describe(self, module: nn.Module) -> MegatronPlaced | None:
         """Return how a layer lies; worked out once, since forwards ask."""
-        if _kind_of(type(module)) in TE_BARE and is_alone(module):
+        if _KINDS.of(type(module)) in TE_BARE and is_alone(module):
             return None
-        found: Placed | None = module.__dict__.get(DESCRIBED)
-        if found is None or found.module is not module:
-            found = module.__dict__[DESCRIBED] = _described(module)
-        return found
+        return described_once(module, _described)
 
     def uncut(self, module: nn.Module) -> None:
         """Describe a copy as whole."""
-        found = self.describe(module)
-        if found is None:
-            return
-        layout = Layout(dict(found.layout.sizes), (), found.layout.parts)
-        module.__dict__[DESCRIBED] = replace(found, module=module, layout=layout)
+        if (found := self.describe(module)) is not None:
+            describe_whole(module, found)
 
     def prepare(self, model: nn.Module) -> None:
         """Tell layers what is fused in them and which groups there are, part stacks, number layers and experts."""
@@ -150,16 +126,16 @@ class MegatronEngine:
         return lies_elsewhere(model, name)
 
 
-def _described(module: Any) -> Placed:
-    kind = _kind_of(type(module))
+def _described(module: Any) -> MegatronPlaced:
+    kind = _KINDS.of(type(module))
     assert kind is not None
     routed = is_expert(module)
     axis = expert_tensor_axis(module) if routed else tensor_axis(module)
     axis = te_axis(module) if kind in (*TE_LINEARS, *TE_BARE) else axis
     layout = _LAYOUTS[kind](module, axis)
     if routed:
-        return Placed(module, kind, as_expert(module, layout), {axis.name: axis, **expert_axes(module)})
-    return Placed(module, kind, replace(layout, data=(DATA,)), {axis.name: axis, DATA: data_axis(module)})
+        return MegatronPlaced(module, kind, as_expert(module, layout), {axis.name: axis, **expert_axes(module)})
+    return MegatronPlaced(module, kind, replace(layout, data=(DATA,)), {axis.name: axis, DATA: data_axis(module)})
 
 
 def _column(module: Any, axis: Axis) -> Layout:
@@ -203,15 +179,7 @@ _LAYOUTS: dict[str, Callable[[Any, Axis], Layout]] = {
     **dict.fromkeys((TE_WHOLE, *TE_BARE), _whole),
 }
 
-
-def _kind_of(cls: type) -> str | None:
-    if cls not in _KINDS:
-        names = qualified_names(cls)
-        _KINDS[cls] = next((kind for kind in _LAYOUTS if kind in names), None)
-    return _KINDS[cls]
-
-
-_KINDS: dict[type, str | None] = {}
+_KINDS = Kinds(_LAYOUTS)
 
 __all__ = [
     "COLUMN",
@@ -222,5 +190,5 @@ __all__ = [
     "ROW",
     "TE_LINEARS",
     "MegatronEngine",
-    "Placed",
+    "MegatronPlaced",
 ]

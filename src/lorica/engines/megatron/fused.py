@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lorica.engines.megatron.te import logical_sizes
+from lorica.engines.placed import Kinds, describe_anew
 from lorica.engines.registry import qualified_names
 from lorica.layout import Cut, fused
 from lorica.layout.cuts import Held, joined
@@ -22,10 +23,9 @@ ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 MLP = "megatron.core.transformer.mlp.MLP"
 #: It computes with the weights of its layers, and never calls them.
 TE_FUSED = "megatron.core.extensions.transformer_engine.TEFusedMLP"
+_KINDS = Kinds((ATTENTION, TE_FUSED, MLP))
 
 _MARK = "lorica_fused"
-#: Where a layer keeps what was described of it.
-DESCRIBED = "lorica_described"
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,8 @@ def gate_and_up(rows: int) -> Fused:
 
 def tell(block: nn.Module) -> None:
     """Tell the layers of a block what is fused in them, if it is one that knows."""
-    kind = _KINDS.get(type(block))
+    kind = _KINDS.of(type(block))
     if kind is None:
-        names = qualified_names(type(block))
-        kind = _KINDS[type(block)] = next((name for name in (ATTENTION, TE_FUSED, MLP) if name in names), "")
-    if not kind:
         return
     if kind == TE_FUSED:
         _refuse(block, "TEFusedMLP never calls its layers; build the model without use_te_op_fuser to adapt them")
@@ -107,9 +104,6 @@ def _refuse(block: nn.Module, why: str) -> None:
     for name in ("linear_fc1", "linear_fc2"):
         if (layer := _layer(block, name)) is not None:
             note(layer, Fused((), refusal=why))
-
-
-_KINDS: dict[type, str] = {}
 
 
 def tell_alone(layer: nn.Module, name: str) -> None:
@@ -128,7 +122,7 @@ def _tell(layer: Any, name: str, config: Any) -> None:
     if name == "linear_fc1" and not config.gated_linear_unit:
         return
     layer.__dict__[_MARK] = qkv(config) if name == "linear_qkv" else gate_and_up(logical_sizes(layer)[0])
-    layer.__dict__.pop(DESCRIBED, None)
+    describe_anew(layer)
 
 
 def note(layer: nn.Module, inside: Fused) -> None:
@@ -150,4 +144,4 @@ def _layer(block: nn.Module, name: str) -> Any:
     return found
 
 
-__all__ = ["DESCRIBED", "Fused", "gate_and_up", "note", "qkv", "tell", "tell_alone", "told"]
+__all__ = ["Fused", "gate_and_up", "note", "qkv", "tell", "tell_alone", "told"]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorica.engines.megatron.fused import gate_and_up, note
-from lorica.engines.registry import in_pieces, qualified_names
+from lorica.engines.placed import Kinds
+from lorica.engines.registry import in_pieces
 
 _EXPERTS = "megatron.core.transformer.moe.experts."
 GROUPED, TE_GROUPED = _EXPERTS + "GroupedMLP", _EXPERTS + "TEGroupedMLP"
@@ -238,11 +239,11 @@ class _State:
 
 def unpack(block: nn.Module) -> None:
     """Give experts whose weights are stacked layers of their own; what the block computes stays the same."""
-    if "local_experts" in block._modules or (make := _kind_of(type(block))) is None:
+    if "local_experts" in block._modules or (kind := _KINDS.of(type(block))) is None:
         return
     block.local_experts = nn.ModuleList()
     block.__dict__["sharded_state_dict"] = _State(block)
-    for first, second in make(block):
+    for first, second in _MADE_BY[kind](block):
         if block.config.gated_linear_unit:  # type: ignore[union-attr]
             note(first, gate_and_up(first.output_size))
         block.local_experts.append(_Expert(first, second))
@@ -266,18 +267,10 @@ def _of_layers(block: Any) -> Iterator[tuple[ExpertColumn, ExpertRow]]:
 
 
 #: How the experts of each class of blocks are made layers.
-_KINDS: dict[str, Callable[[Any], Iterator[tuple[ExpertColumn, ExpertRow]]]] = {
+_MADE_BY: dict[str, Callable[[Any], Iterator[tuple[ExpertColumn, ExpertRow]]]] = {
     GROUPED: _of_parameters,
     TE_GROUPED: _of_layers,
 }
-
-
-def _kind_of(cls: type) -> Callable[[Any], Iterator[tuple[ExpertColumn, ExpertRow]]] | None:
-    if cls not in _FOUND:
-        _FOUND[cls] = next((_KINDS[name] for name in qualified_names(cls) if name in _KINDS), None)
-    return _FOUND[cls]
-
-
-_FOUND: dict[type, Callable[[Any], Iterator[tuple[ExpertColumn, ExpertRow]]] | None] = {}
+_KINDS = Kinds(_MADE_BY)
 
 __all__ = ["GROUPED", "TE_GROUPED", "ExpertColumn", "ExpertLinear", "ExpertRow", "unpack"]
