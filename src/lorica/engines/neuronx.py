@@ -223,7 +223,7 @@ class NeuronxEngine:
         """Return the axis of pipeline stages, of a model with such layers."""
         if _PACKAGE not in sys.modules or not any(map(self.knows, {type(module) for module in model.modules()})):
             return None
-        return _axis(STAGES, _state("get_pipeline_model_parallel_group"))
+        return Axis.of_group(STAGES, _state("get_pipeline_model_parallel_group"))
 
     def lies_elsewhere(self, model: nn.Module, name: str) -> bool:
         """Whether a name is of another stage: not known, so no."""
@@ -246,7 +246,8 @@ def _tell(module: nn.Module) -> None:
 def _described(module: Any) -> NeuronxPlaced:
     kind = _KINDS.of(type(module))
     assert kind is not None
-    axis, data = _axis(TENSOR, _group_of(module)), _axis(DATA, _state("get_data_parallel_group"))
+    axis = Axis.of_group(TENSOR, _group_of(module))
+    data = Axis.of_group(DATA, _state("get_data_parallel_group"))
     layout = _layout(module, kind, axis)
     if (told := module.__dict__.get(_TOLD)) is not None:
         sizes: Mapping[str, int] = layout.sizes
@@ -284,10 +285,6 @@ def _state(getter: str) -> Any:
     """Return a group of neuronx-distributed's global state; None where it has none."""
     state: Any = sys.modules.get(f"{_PACKAGE}.parallel_layers.parallel_state")
     return None if state is None or not state.model_parallel_is_initialized() else getattr(state, getter)()
-
-
-def _axis(name: str, group: Any) -> Axis:
-    return Axis(name, 1, 0, None) if group is None else Axis(name, group.size(), group.rank(), group)
 
 
 __all__ = ["COLUMN", "EMBEDDING", "QKV", "QKV_WEIGHT", "ROW", "NeuronxEngine", "NeuronxPlaced"]

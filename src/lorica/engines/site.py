@@ -45,6 +45,11 @@ class Axis:
         name = names[dim] if names else f"dim{dim}"
         return cls(name, mesh.size(dim), mesh.get_local_rank(dim), mesh.get_group(dim))
 
+    @classmethod
+    def of_group(cls, name: str, group: Any) -> Axis:
+        """Return the axis of a process group; None, as without any process group, is one rank."""
+        return cls(name, 1, 0, None) if group is None else cls(name, group.size(), group.rank(), group)
+
 
 @dataclass(frozen=True)
 class Site:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorica.engines.megatron.groups import axis_of, data_axis, group_of
+from lorica.engines.megatron.groups import data_axis, group_of
 from lorica.engines.site import Axis
 from lorica.engines.stages import EXPERTS
 from lorica.layout import Layout
@@ -31,13 +31,13 @@ def is_expert(module: Any) -> bool:
 
 def expert_tensor_axis(module: Any) -> Axis:
     """Return the tensor-parallel axis of an expert's layer, which holds its group."""
-    return axis_of(EXPERT_TENSOR, getattr(module, "tp_group", None))
+    return Axis.of_group(EXPERT_TENSOR, getattr(module, "tp_group", None))
 
 
 def expert_axes(module: Any) -> dict[str, Axis]:
     """Return the axes of an expert's layer besides the tensor-parallel one."""
-    data = axis_of(EXPERT_DATA, group_of(module, "expt_dp", "get_expert_data_parallel_group"))
-    others = axis_of(EXPERTS, group_of(module, "ep", "get_expert_model_parallel_group"))
+    data = Axis.of_group(EXPERT_DATA, group_of(module, "expt_dp", "get_expert_data_parallel_group"))
+    others = Axis.of_group(EXPERTS, group_of(module, "ep", "get_expert_model_parallel_group"))
     return {data.name: data, others.name: others}
 
 

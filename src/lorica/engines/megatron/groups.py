@@ -28,14 +28,9 @@ class _Given:
         return self
 
 
-def axis_of(name: str, group: Any) -> Axis:
-    """Return the axis of a process group; None, as without any process group, is one rank."""
-    return Axis(name, 1, 0, None) if group is None else Axis(name, group.size(), group.rank(), group)
-
-
 def tensor_axis(module: Any) -> Axis:
     """Return the tensor-parallel axis of a layer, which holds its group."""
-    return axis_of(TENSOR, getattr(module, "tp_group", None))
+    return Axis.of_group(TENSOR, getattr(module, "tp_group", None))
 
 
 def tell_groups(model: nn.Module) -> None:
@@ -58,12 +53,12 @@ def data_axis(module: nn.Module) -> Axis:
 
     Megatron's loss functions are scaled so that the average over ranks of one sequence is the gradient of all of it.
     """
-    return axis_of(DATA, group_of(module, "dp_cp", "get_data_parallel_group", with_context_parallel=True))
+    return Axis.of_group(DATA, group_of(module, "dp_cp", "get_data_parallel_group", with_context_parallel=True))
 
 
 def stage_axis(model: nn.Module) -> Axis:
     """Return the axis of pipeline stages of a model."""
-    return axis_of(STAGES, group_of(model, "pp", "get_pipeline_model_parallel_group"))
+    return Axis.of_group(STAGES, group_of(model, "pp", "get_pipeline_model_parallel_group"))
 
 
 def group_of(module: nn.Module, name: str, getter: str, **options: Any) -> Any:
@@ -86,4 +81,4 @@ def group_of(module: nn.Module, name: str, getter: str, **options: Any) -> Any:
     return getattr(state, getter)(**options)
 
 
-__all__ = ["DATA", "STAGES", "TENSOR", "axis_of", "data_axis", "group_of", "stage_axis", "tell_groups", "tensor_axis"]
+__all__ = ["DATA", "STAGES", "TENSOR", "data_axis", "group_of", "stage_axis", "tell_groups", "tensor_axis"]

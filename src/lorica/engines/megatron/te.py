@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.engines.inside import Inside, InsideOpening
-from lorica.engines.megatron.groups import TENSOR, axis_of
+from lorica.engines.megatron.groups import TENSOR
 from lorica.engines.site import Axis
 from lorica.errors import LayoutError
 
@@ -158,7 +158,7 @@ def opening(module: Any, kind: str) -> InsideOpening:
 
 def te_axis(module: Any) -> Axis:
     """Return the tensor-parallel axis of a layer."""
-    return axis_of(TENSOR, getattr(module, "_tp_group", None))
+    return Axis.of_group(TENSOR, getattr(module, "_tp_group", None))
 
 
 def logical_sizes(module: Any) -> tuple[int, int]:
