@@ -11,8 +11,9 @@ from torch import nn
 
 from lorica.config import AdapterSpec, LoraConfig, TaskType
 from lorica.engines import Engines, Site, fsdp
+from lorica.engines.megatron.models import is_megatron
 from lorica.engines.names import submodule
-from lorica.engines.registry import is_in_pieces, prepare, qualified_names
+from lorica.engines.registry import is_in_pieces, prepare
 from lorica.engines.stages import has_others, is_elsewhere
 from lorica.errors import LayoutError, TargetError, suggest
 from lorica.init import find, subtracts
@@ -240,8 +241,7 @@ def _placed(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:
 
 
 def _warn_of_no_megatron(config: LoraConfig, targets: Iterable[Target]) -> None:
-    known = (name for target in targets for name in qualified_names(type(target.base)))
-    if config.megatron_config is not None and not any(name.startswith("megatron.core.") for name in known):
+    if config.megatron_config is not None and not any(is_megatron(target.base) for target in targets):
         warnings.warn("megatron_config changes nothing: no target is a layer of Megatron-Core", stacklevel=4)
 
 

@@ -16,7 +16,8 @@ from lorica.engines.megatron.fused import tell, told
 from lorica.engines.megatron.gradients import finish_with, mark, reduces
 from lorica.engines.megatron.grouped import ExpertColumn, ExpertRow, unpack
 from lorica.engines.megatron.groups import DATA, data_axis, stage_axis, tell_groups, tensor_axis
-from lorica.engines.megatron.names import chunks_of, lies_elsewhere, number_globally
+from lorica.engines.megatron.models import chunks_of
+from lorica.engines.megatron.names import lies_elsewhere, number_globally
 from lorica.engines.megatron.openings import MegatronOpening
 from lorica.engines.megatron.recompute import let_inputs_need_gradients
 from lorica.engines.megatron.te import TE_BARE, TE_LINEARS, TE_ROW, TE_WHOLE, is_alone, logical_sizes, te_axis

@@ -37,8 +37,15 @@ def expert_tensor_axis(module: Any) -> Axis:
 def expert_axes(module: Any) -> dict[str, Axis]:
     """Return the axes of an expert's layer besides the tensor-parallel one."""
     data = Axis.of_group(EXPERT_DATA, group_of(module, "expt_dp", "get_expert_data_parallel_group"))
-    others = Axis.of_group(EXPERTS, group_of(module, "ep", "get_expert_model_parallel_group"))
+    others = experts_axis(module)
     return {data.name: data, others.name: others}
+
+
+def experts_axis(module: Any) -> Axis:
+    """Return the axis of ranks with other experts, of a layer of one or of the block of those here, which holds its
+    group."""
+    own = getattr(module, "ep_group", None)
+    return Axis.of_group(EXPERTS, group_of(module, "ep", "get_expert_model_parallel_group") if own is None else own)
 
 
 def as_expert(module: Any, layout: Layout) -> Layout:
@@ -53,5 +60,6 @@ __all__ = [
     "as_expert",
     "expert_axes",
     "expert_tensor_axis",
+    "experts_axis",
     "is_expert",
 ]

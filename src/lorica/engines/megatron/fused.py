@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from lorica.engines.megatron.models import inside_adapters, is_megatron
 from lorica.engines.megatron.te import logical_sizes
 from lorica.engines.placed import Kinds, describe_anew
-from lorica.engines.registry import qualified_names
 from lorica.layout import Cut, fused
 from lorica.layout.cuts import Held, joined
 
@@ -95,14 +95,14 @@ def tell(block: nn.Module) -> None:
         return
     config: Any = getattr(block, "config", None)
     name = "linear_qkv" if kind == ATTENTION else "linear_fc1"
-    layer = _layer(block, name)
+    layer = inside_adapters(block._modules.get(name))
     if layer is not None and _MARK not in layer.__dict__:
         _tell(layer, name, config)
 
 
 def _refuse(block: nn.Module, why: str) -> None:
     for name in ("linear_fc1", "linear_fc2"):
-        if (layer := _layer(block, name)) is not None:
+        if (layer := inside_adapters(block._modules.get(name))) is not None:
             note(layer, Fused((), refusal=why))
 
 
@@ -113,8 +113,7 @@ def tell_alone(layer: nn.Module, name: str) -> None:
         layer: any module.
         name: the last word of its name.
     """
-    known = any(base.startswith("megatron.core.") for base in qualified_names(type(layer)))
-    if known and name in ("linear_qkv", "linear_fc1") and _MARK not in layer.__dict__:
+    if is_megatron(layer) and name in ("linear_qkv", "linear_fc1") and _MARK not in layer.__dict__:
         _tell(layer, name, layer.config)
 
 
@@ -133,14 +132,6 @@ def note(layer: nn.Module, inside: Fused) -> None:
 def told(module: nn.Module) -> Fused | None:
     """Return what is fused in a layer, if its block has told it."""
     found: Fused | None = module.__dict__.get(_MARK)
-    return found
-
-
-def _layer(block: nn.Module, name: str) -> Any:
-    """Return a layer of a block, inside whatever adapters stand around it."""
-    found = block._modules.get(name)
-    while found is not None and "base_layer" in found._modules:
-        found = found._modules["base_layer"]
     return found
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorica.engines.megatron.experts import EXPERT_DATA, EXPERT_TENSOR, is_expert
 from lorica.engines.megatron.groups import DATA, TENSOR
-from lorica.engines.megatron.names import chunks_of
+from lorica.engines.megatron.models import chunks_of
 from lorica.engines.site import Site
 from lorica.layout import Roles
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.engines.megatron.names import chunks_of
+from lorica.engines.megatron.models import chunks_of
 from lorica.engines.site import Axis
 
 #: The mesh axes that Megatron's groups are: tensor, data (with context parallelism) and pipeline.

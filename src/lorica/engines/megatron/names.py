@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from lorica.engines.megatron.experts import experts_axis
+from lorica.engines.megatron.models import chunks_of, is_megatron
 from lorica.engines.names import children_of, renumber
 from lorica.engines.registry import qualified_names
 
@@ -22,24 +23,6 @@ _ENDS = (
 )
 #: A numbered level of a logical name: of layers (the first there is) or of experts.
 _NUMBERED = re.compile(r"(?:^|\.)(?P<list>layers|local_experts)\.(?P<number>\d+)(?=\.|$)")
-
-
-def is_megatron(module: nn.Module) -> bool:
-    """Whether a module is of a class of Megatron-Core's, or derived from one."""
-    cls = type(module)
-    if cls not in _OURS:
-        _OURS[cls] = any(name.startswith("megatron.core.") for name in qualified_names(cls))
-    return _OURS[cls]
-
-
-_OURS: dict[type, bool] = {}
-
-
-def chunks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the chunks that a rank has of a model: itself, or the members of a list of chunks; none of others'."""
-    if isinstance(model, nn.ModuleList):
-        return [chunk for chunk in model if is_megatron(chunk)]
-    return [model] if is_megatron(model) else []
 
 
 def number_globally(model: nn.Module) -> None:
@@ -61,16 +44,8 @@ def _number_of(layer: Any) -> int:
 
 
 def _number_experts(model: nn.Module, block: Any) -> None:
-    experts, first = block.local_experts, _place(block) * block.num_local_experts
+    experts, first = block.local_experts, experts_axis(block).rank * block.num_local_experts
     renumber(model, experts, {name: str(first + int(name)) for name in experts._modules})
-
-
-def _place(block: Any) -> int:
-    group = getattr(block, "ep_group", None)
-    if group is None:
-        state: Any = sys.modules["megatron.core.parallel_state"]
-        return int(state.get_expert_model_parallel_rank()) if state.model_parallel_is_initialized() else 0
-    return int(group.rank())
 
 
 def lies_elsewhere(model: nn.Module, name: str) -> bool:
@@ -104,4 +79,4 @@ def _there(module: nn.Module, parts: list[str]) -> Iterator[nn.Module]:
             yield from _there(child, parts[1:] if name else parts)
 
 
-__all__ = ["chunks_of", "is_megatron", "lies_elsewhere", "number_globally"]
+__all__ = ["lies_elsewhere", "number_globally"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.engines.megatron.names import chunks_of
+from lorica.engines.megatron.models import chunks_of
 
 _HOOKED = "lorica_input_needs_gradient"
 

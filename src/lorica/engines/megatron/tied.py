@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.engines.megatron.names import chunks_of
+from lorica.engines.megatron.models import chunks_of, inside_adapters
 from lorica.engines.registry import lend
 
 _MARK = "lorica_tied"
@@ -26,8 +26,8 @@ def tell_tied(model: nn.Module) -> None:
         found: Any = chunk
         if not getattr(found, "share_embeddings_and_output_weights", False):
             continue
-        embedding = _bare(getattr(getattr(found, "embedding", None), "word_embeddings", None))
-        output = _bare(getattr(found, "output_layer", None))
+        embedding = inside_adapters(getattr(getattr(found, "embedding", None), "word_embeddings", None))
+        output = inside_adapters(getattr(found, "output_layer", None))
         for layer in (embedding, output):
             if layer is not None:
                 layer.__dict__[_MARK] = True
@@ -40,13 +40,6 @@ def unmergeable(module: nn.Module) -> str:
     if _MARK in module.__dict__:
         return "the embedding and the output layer share this weight, and a merge would change both"
     return ""
-
-
-def _bare(layer: Any) -> Any:
-    """Return a layer inside whatever adapters stand around it."""
-    while isinstance(layer, nn.Module) and "base_layer" in layer._modules:
-        layer = layer._modules["base_layer"]
-    return layer
 
 
 __all__ = ["tell_tied", "unmergeable"]
