@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -37,13 +36,34 @@ _WRAPPER = "lorica_peft_model"
 
 @dataclass
 class LowRank(PEFT, ModuleMatcher):
-    """A method that puts factors on linear layers."""
+    """A method that puts factors on linear layers.
+
+    Attributes:
+        dim: the rank.
+        alpha: the numerator of the scale ``alpha / dim``.
+        dropout: probability.
+        dropout_position: ``"pre"`` on the way into A, ``"post"`` after B, before the scale.
+        lora_A_init_method: how A starts: one of :data:`lorica.init.random.METHODS`.
+        lora_B_init_method: how B starts.
+    """
 
     _switch: Switch = field(default_factory=lambda: Switch(active=(ADAPTER,)), init=False, repr=False, compare=False)
+    dim: int = 32
+    alpha: int = 32
+    dropout: float = 0.0
+    dropout_position: Literal["pre", "post"] = "pre"
+    lora_A_init_method: str = "xavier"
+    lora_B_init_method: str = "zero"
 
-    @abstractmethod
     def lora_fields(self) -> dict[str, Any]:
         """Return the fields of ``LoraConfig`` that the method's own fields mean, whatever the model."""
+        return {
+            "r": self.dim,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "dropout_position": self.dropout_position,
+            "init_lora_weights": init_of(self.lora_A_init_method, self.lora_B_init_method),
+        }
 
     def named(self, modules: Mapping[str, nn.Module]) -> set[str]:
         """Return the names that the configuration has of what is adapted.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from lorica.compat.megatron_bridge._low_rank import LowRank, init_of
+from lorica.compat.megatron_bridge._low_rank import LowRank
 from lorica.compat.megatron_bridge.module_matcher import is_linear
 from lorica.errors import ConfigError
 from lorica.ops import part_names
@@ -49,12 +49,6 @@ class CanonicalLoRA(LowRank):
             *("linear_fc1_up", "linear_fc1_gate", "linear_fc2"),
         ]
     )
-    dim: int = 32
-    alpha: int = 32
-    dropout: float = 0.0
-    dropout_position: Literal["pre", "post"] = "pre"
-    lora_A_init_method: str = "xavier"
-    lora_B_init_method: str = "zero"
     normalize_moe_lora: bool = False
     share_expert_adapters: bool = True
 
@@ -75,12 +69,7 @@ class CanonicalLoRA(LowRank):
 
     def lora_fields(self) -> dict[str, Any]:
         """Return the fields of ``LoraConfig`` that these mean."""
-        return {
-            "r": self.dim,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "dropout_position": self.dropout_position,
-            "init_lora_weights": init_of(self.lora_A_init_method, self.lora_B_init_method),
+        return super().lora_fields() | {
             "normalize_moe_lora": self.normalize_moe_lora,
             "share_expert_adapters": self.share_expert_adapters,
         }

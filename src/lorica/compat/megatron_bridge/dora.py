@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from lorica.compat.megatron_bridge._low_rank import LowRank, init_of
+from lorica.compat.megatron_bridge._low_rank import LowRank
 from lorica.errors import ConfigError
 
 
@@ -27,12 +27,7 @@ class DoRA(LowRank):
         ConfigError: ``dropout_position`` is another.
     """
 
-    dim: int = 32
     alpha: int = 64
-    dropout: float = 0.0
-    dropout_position: Literal["pre", "post"] = "pre"
-    lora_A_init_method: str = "xavier"
-    lora_B_init_method: str = "zero"
 
     def __post_init__(self) -> None:
         if self.dropout_position != "pre":
@@ -43,11 +38,4 @@ class DoRA(LowRank):
 
     def lora_fields(self) -> dict[str, Any]:
         """Return the fields of ``LoraConfig`` that these mean."""
-        return {
-            "r": self.dim,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "init_lora_weights": init_of(self.lora_A_init_method, self.lora_B_init_method),
-            "use_dora": True,
-            "fused_as_one": True,
-        }
+        return super().lora_fields() | {"use_dora": True, "fused_as_one": True}

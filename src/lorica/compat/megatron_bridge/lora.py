@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorica.compat.megatron_bridge._chunks import chunks_of
-from lorica.compat.megatron_bridge._low_rank import LowRank, init_of
+from lorica.compat.megatron_bridge._low_rank import LowRank
 from lorica.compat.megatron_bridge.lora_merge import LoRAMerge
 from lorica.targets.roles import Role, check_sees, role_of
 
@@ -35,12 +35,6 @@ class LoRA(LowRank):
             each has its own.
     """
 
-    dim: int = 32
-    alpha: int = 32
-    dropout: float = 0.0
-    dropout_position: Literal["pre", "post"] = "pre"
-    lora_A_init_method: str = "xavier"
-    lora_B_init_method: str = "zero"
     a2a_experimental: bool = False
     lora_dtype: torch.dtype | None = None
     normalize_moe_lora: bool = False
@@ -48,12 +42,7 @@ class LoRA(LowRank):
 
     def lora_fields(self) -> dict[str, Any]:
         """Return the fields of ``LoraConfig`` that these mean."""
-        return {
-            "r": self.dim,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "dropout_position": self.dropout_position,
-            "init_lora_weights": init_of(self.lora_A_init_method, self.lora_B_init_method),
+        return super().lora_fields() | {
             "a2a_experimental": self.a2a_experimental,
             "lora_dtype": self.lora_dtype,
             "normalize_moe_lora": self.normalize_moe_lora,
