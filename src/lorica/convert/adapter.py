@@ -193,4 +193,25 @@ def is_same(one: Lazy, other: Lazy) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and same(one.read(), other.read())
 
 
-__all__ = ["Adapter", "Lazy", "Pair", "Tensors", "concatenated", "is_same", "tensors_of", "zeros"]
+def share_a(one: Pair, other: Pair) -> bool:
+    """Whether two pairs have one A, bit for bit, and one scale."""
+    return one.scale == other.scale and is_same(one.a, other.a)
+
+
+def is_alike(one: Pair, other: Pair) -> bool:
+    """Whether two pairs have the same factors, bit for bit, and one scale."""
+    return share_a(one, other) and is_same(one.b, other.b)
+
+
+__all__ = [
+    "Adapter",
+    "Lazy",
+    "Pair",
+    "Tensors",
+    "concatenated",
+    "is_alike",
+    "is_same",
+    "share_a",
+    "tensors_of",
+    "zeros",
+]

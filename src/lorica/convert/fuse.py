@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorica.convert.adapter import Lazy, Pair, concatenated, is_same
+from lorica.convert.adapter import Lazy, Pair, concatenated, share_a
+from lorica.convert.scales import is_close
 from lorica.errors import CheckpointError, ExportError
 from lorica.lowrank import cut, svd_of_product, wide
 
@@ -126,7 +127,7 @@ def _joined(layer: Layer, group: list[Pair], rounding: bool) -> tuple[Pair, list
     first = group[0]
     if first.names == layer.names:
         return first, [Block(first.names, first.rank, first.scale)]
-    if all(pair.scale == first.scale and is_same(pair.a, first.a) for pair in group[1:]):
+    if all(share_a(pair, first) for pair in group[1:]):
         names = tuple(name for pair in group for name in pair.names)
         rows = tuple(count for pair in group for count in pair.rows)
         b = concatenated([pair.b for pair in group])
@@ -182,7 +183,7 @@ def scaled(pair: Pair, scale: float, *, rounding: bool = False) -> Pair:
     Raises:
         ExportError: that would round, and ``rounding`` is false. Powers of two do not.
     """
-    if math.isclose(pair.scale, scale, rel_tol=1e-12):
+    if is_close(pair.scale, scale):
         return replace(pair, scale=scale)
     ratio = pair.scale / scale
     if abs(math.frexp(ratio)[0]) != 0.5 and not rounding:

@@ -18,7 +18,8 @@ from lorica.checkpoint.neuron import Stage, find_shards, read_stages
 from lorica.config import CONFIG_NAME
 from lorica.convert.adapter import Adapter, Lazy, Pair, concatenated
 from lorica.convert.fuse import apart
-from lorica.convert.record import read_record, scale_of
+from lorica.convert.record import read_record
+from lorica.convert.scales import scale_of
 from lorica.errors import CheckpointError
 from lorica.files.json import read_json_object
 from lorica.layout.specs import PREFIX, Spec

@@ -22,7 +22,8 @@ from lorica.convert import families
 from lorica.convert.adapter import Adapter, Lazy, Pair
 from lorica.convert.fuse import apart
 from lorica.convert.geometry import Geometry, known_geometry
-from lorica.convert.record import read_record, scale_of
+from lorica.convert.record import read_record
+from lorica.convert.scales import scale_of
 from lorica.errors import CheckpointError, ExportError
 from lorica.files.json import read_json_object
 from lorica.files.tensors import TensorReader

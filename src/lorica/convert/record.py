@@ -7,7 +7,6 @@ that was trained further in its fused form has numbers where there were zeros, a
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 from lorica.errors import CheckpointError
 from lorica.files.atomic import write_json
 from lorica.files.json import read_json_object
-from lorica.targets.match import pattern_value
 
 NAME = "conversion.json"
 _FORMAT = "lorica conversion"
@@ -54,22 +52,4 @@ def write_record(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> N
         write_json(Path(folder, NAME), {"format": _FORMAT, "version": _VERSION, **said})
 
 
-def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """Return the scale that a configuration gives a layer of this rank.
-
-    Args:
-        config: values of ``adapter_config.json``.
-        name: the layer's.
-        rank: rows of its A.
-
-    Raises:
-        CheckpointError: the configuration does not say.
-    """
-    try:
-        alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{name}: the configuration has no lora_alpha, so its scale is not known") from error
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-__all__ = ["NAME", "read_record", "scale_of", "write_record"]
+__all__ = ["NAME", "read_record", "write_record"]

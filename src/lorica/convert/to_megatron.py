@@ -7,7 +7,6 @@ padded with zeros, and fused exactly (:mod:`lorica.convert.fuse`); ``conversion.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorica.convert.adapter import Adapter, Lazy, Pair, is_same
+from lorica.convert.adapter import Adapter, Lazy, Pair, is_alike, share_a
 from lorica.convert.dcp import DistributedWriter
 from lorica.convert.families import Place, in_megatron, in_transformers, slot_named
 from lorica.convert.fuse import Fused, Layer, fuse, padded, scaled
 from lorica.convert.geometry import Geometry, as_megatron
 from lorica.convert.megatron import LATEST, RUN_CONFIG
+from lorica.convert.scales import plain
 from lorica.errors import ExportError
 from lorica.files.atomic import write_bytes
 
@@ -128,7 +128,7 @@ def _groups(adapter: Adapter, geometry: Geometry) -> dict[tuple[str, ...], list[
 def _share(names: tuple[str, ...], group: list[Pair]) -> bool:
     """Whether all projections of a layer have an adapter, with one A and one scale."""
     whole = sum(len(pair.names) for pair in group) == len(names)
-    return whole and all(pair.scale == group[0].scale and is_same(pair.a, group[0].a) for pair in group[1:])
+    return whole and all(share_a(pair, group[0]) for pair in group[1:])
 
 
 def _apart(adapter: Adapter, geometry: Geometry) -> tuple[list[Pair], Callable[[str], Layer]]:
@@ -169,7 +169,7 @@ def _one_configuration(done: Fused, geometry: Geometry, rounding: bool) -> dict[
     rank = max(pair.rank for pair in done.pairs)
     scale = Counter(pair.scale for pair in done.pairs).most_common(1)[0][0]
     done.pairs = [padded(scaled(pair, scale, rounding=rounding), rank) for pair in done.pairs]
-    return {"dim": rank, "alpha": _number(scale * rank), "normalize_moe_lora": False}
+    return {"dim": rank, "alpha": plain(scale * rank), "normalize_moe_lora": False}
 
 
 def _is_routed(pair: Pair, geometry: Geometry) -> bool:
@@ -177,12 +177,7 @@ def _is_routed(pair: Pair, geometry: Geometry) -> bool:
 
 
 def _alpha(pair: Pair) -> int | float:
-    return _number(pair.scale * pair.rank)
-
-
-def _number(value: float) -> int | float:
-    nearest = round(value)
-    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value
+    return plain(pair.scale * pair.rank)
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -296,7 +291,7 @@ def _experts_share(named: Sequence[Named]) -> bool:
     for place, part, pair in named:
         if place.expert is not None:
             other = first.setdefault((place.layer, place.module, part), pair)
-            if not (is_same(other.a, pair.a) and is_same(other.b, pair.b)):
+            if not is_alike(other, pair):
                 return False
     return True
 

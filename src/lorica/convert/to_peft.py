@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +14,11 @@ import torch
 from lorica.checkpoint.names import WEIGHTS_NAME
 from lorica.config import CONFIG_NAME
 from lorica.convert import families
-from lorica.convert.adapter import Adapter, Lazy, Pair, Tensors, is_same, tensors_of, zeros
+from lorica.convert.adapter import Adapter, Lazy, Pair, Tensors, is_alike, tensors_of, zeros
 from lorica.convert.fuse import Fused, Layer, fuse, padded, scaled
 from lorica.convert.geometry import Geometry
 from lorica.convert.peft import ROUTER, STACK, STACKED, WHOLE, without_names
-from lorica.convert.record import scale_of
+from lorica.convert.scales import is_close, plain, scale_of
 from lorica.errors import CheckpointError, ExportError
 from lorica.files.atomic import write_json
 from lorica.files.tensors import ORDER, Stored, TensorWriter
@@ -188,21 +187,14 @@ def _stacks(fused: Fused, geometry: Geometry | None, rounding: bool, *, shared: 
             there = parameters[parameter]
             inner = len(parameters) == 2 and parameter == "gate_up_proj"
             owner = f"{module}.base_layer" if inner else module
-            if shared and _alike([*there.values()]):
-                one = there[min(there)]
+            one = there[min(there)]
+            if shared and all(is_alike(pair, one) for pair in there.values()):
                 named = tensors_of(replace(one, names=(owner,), rows=(sum(one.rows),)))
                 fused.pairs += there.values()
                 targets.append(Target(f"{module}.{parameter}", one.rank, one.scale, named, bare=True, shared=True))
             else:
                 targets.append(_stack(module, parameter, owner, there, geometry, fused, rounding))
     return targets
-
-
-def _alike(pairs: Sequence[Pair]) -> bool:
-    first = pairs[0]
-    return all(
-        pair.scale == first.scale and is_same(pair.a, first.a) and is_same(pair.b, first.b) for pair in pairs[1:]
-    )
 
 
 def _stack(
@@ -252,9 +244,11 @@ def config_of(adapter: Adapter, targets: list[Target], geometry: Geometry | None
     if says(config, targets, geometry):
         return config
     (rank, scale), _ = Counter((target.rank, target.scale) for target in targets).most_common(1)[0]
-    alpha = _plain(scale * rank)
+    alpha = plain(scale * rank)
     ranks = {_exactly(t.name): t.rank for t in targets if t.rank != rank}
-    alphas = {_exactly(t.name): _plain(t.scale * t.rank) for t in targets if not _close(t.scale * t.rank, scale * rank)}
+    alphas = {
+        _exactly(t.name): plain(t.scale * t.rank) for t in targets if not is_close(t.scale * t.rank, scale * rank)
+    }
     bare = [target.name for target in targets if target.bare]
     modules = [target.name for target in targets if not target.bare]
     made: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": False}
@@ -288,16 +282,7 @@ def _says(config: Mapping[str, Any], target: Target, geometry: Geometry | None) 
         if bool(config.get("share_expert_adapters")) != target.shared:
             return False
         rank //= geometry.top_k if config.get("normalize_moe_lora") and geometry is not None else 1
-    return rank == target.rank and _close(scale_of(config, target.name, target.rank), target.scale)
-
-
-def _close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-12)
-
-
-def _plain(value: float) -> int | float:
-    nearest = round(value)
-    return nearest if _close(value, nearest) else value
+    return rank == target.rank and is_close(scale_of(config, target.name, target.rank), target.scale)
 
 
 def _exactly(name: str) -> str:
