@@ -36,6 +36,11 @@ COLUMN, ROW, EMBEDDING = (
 QKV = f"{_PACKAGE}.modules.qkv_linear.GQAQKVColumnParallelLinear"
 #: Name of the one weight of a fused query, key and value layer.
 QKV_WEIGHT = "weight_qkv"
+#: Where such a layer is adapted: only there its parts are known.
+QKV_NEEDS = (
+    "it has one weight (fuse_qkv=True) and is in a module whose specs have a GQAQKVColumnParallelLinearSpec, which "
+    "says the heads of a rank"
+)
 TENSOR, DATA, STAGES = "tp", "dp", "pp"
 #: Where a layer keeps what the specifications around it say of its weight.
 _TOLD = "lorica_told"
@@ -229,6 +234,9 @@ class NeuronxEngine:
         """Whether a name is of another stage: not known, so no."""
         return False
 
+    def checkpoints(self) -> None:
+        """None that ask modules."""
+
 
 def _tell(module: nn.Module) -> None:
     """Read the specifications of a module, and leave at its layers how their weights lie."""
@@ -287,4 +295,4 @@ def _state(getter: str) -> Any:
     return None if state is None or not state.model_parallel_is_initialized() else getattr(state, getter)()
 
 
-__all__ = ["COLUMN", "EMBEDDING", "QKV", "QKV_WEIGHT", "ROW", "NeuronxEngine", "NeuronxPlaced"]
+__all__ = ["COLUMN", "EMBEDDING", "QKV", "QKV_NEEDS", "QKV_WEIGHT", "ROW", "NeuronxEngine", "NeuronxPlaced"]

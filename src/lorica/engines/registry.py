@@ -6,10 +6,10 @@ its own recognises them and gives a :class:`Description` of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.engines.site import Axis, Site
 from lorica.layout import Layout, Roles
@@ -40,6 +40,41 @@ class Description(Protocol):
         Args:
             axes: those of the model.
             data: the names of those over which batches are divided.
+        """
+
+
+#: Offsets that enclosing modules put before the dimensions of a tensor: (axis, place, pieces).
+Offsets = Sequence[tuple[int, int, int]]
+#: End of the name of a logical tensor, and which part of the tensor of all projections it is; None: all.
+Windows = Sequence[tuple[str, tuple[slice, ...] | None]]
+
+
+class Checkpoints(Protocol):
+    """How the library of an engine writes distributed checkpoints, of which it asks each module of a model its part."""
+
+    def state_of(self, module: nn.Module, prefix: str, sharded_offsets: Offsets, metadata: Any) -> dict[str, Any]:
+        """Return the part of a module that is not adapted.
+
+        Args:
+            module: it.
+            prefix: of the names.
+            sharded_offsets: those of the modules around it.
+            metadata: what the library handed on.
+        """
+
+    def sharded(
+        self, tensor: Tensor, key: str, end: str, windows: Windows, roles: Roles, site: Site | None, offsets: Offsets
+    ) -> Any:
+        """Return a factor as the library wants it.
+
+        Args:
+            tensor: what this rank has.
+            key: its name; modules around it may change the beginning later.
+            end: the end of it that differs for each of the logical tensors.
+            windows: the ends of the names of the logical tensors it is made of.
+            roles: of its dimensions.
+            site: where it lies.
+            offsets: those of the modules around it.
         """
 
 
@@ -83,6 +118,9 @@ class Engine(Protocol):
 
     def lies_elsewhere(self, model: nn.Module, name: str) -> bool:
         """Whether what has a logical name lies on other ranks only, without anything in its place here."""
+
+    def checkpoints(self) -> Checkpoints | None:
+        """Return how its library writes distributed checkpoints; None where it is not loaded, or has none."""
 
 
 #: Engines in the order in which they are asked. Filled by :mod:`lorica.engines.describe`.
@@ -141,6 +179,11 @@ def lies_elsewhere(model: nn.Module, name: str) -> bool:
     return any(engine.lies_elsewhere(model, name) for engine in ENGINES)
 
 
+def checkpoints() -> Checkpoints | None:
+    """Return how the library that is loaded writes distributed checkpoints; None where none is that has some."""
+    return next((found for engine in ENGINES if (found := engine.checkpoints()) is not None), None)
+
+
 def layout_of(module: nn.Module) -> Layout | None:
     """Return the layout of an engine's own layer."""
     found = described(module)
@@ -175,8 +218,12 @@ def qualified_names(cls: type) -> list[str]:
 
 __all__ = [
     "ENGINES",
+    "Checkpoints",
     "Description",
     "Engine",
+    "Offsets",
+    "Windows",
+    "checkpoints",
     "described",
     "engine_of",
     "in_pieces",

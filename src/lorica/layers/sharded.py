@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorica.engines.megatron import checkpoint
+from lorica.engines.registry import Checkpoints, checkpoints
 from lorica.errors import AdapterError
 from lorica.layout import Roles
 
@@ -36,7 +36,8 @@ class Sharded(nn.Module):
             metadata: handed on.
 
         Raises:
-            AdapterError: one adapter is on several parameters of the base layer, which have one name in a checkpoint.
+            AdapterError: one adapter is on several parameters of the base layer, which have one name in a checkpoint,
+                or Megatron-Core is not loaded.
         """
         state: dict[str, Any] = {}
         module: Any = self
@@ -47,15 +48,31 @@ class Sharded(nn.Module):
             state |= {live + name.removeprefix(prefix): value for name, value in own.items()}
             live += f"{module.inner}."
             module = module._modules[module.inner]
-        return checkpoint.state_of(module, prefix, sharded_offsets, metadata) | state
+        return _checkpoints().state_of(module, prefix, sharded_offsets, metadata) | state
 
     def _own_state(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        if checkpoint.is_there():
-            checkpoint.under_old_names(state_dict, prefix, self.inner, self)
+        if checkpoints() is not None:
+            self._find_old_names(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _find_old_names(self, state: Any, prefix: str) -> None:
+        """Put what a state has of the base layer, under the names from before it was adapted, where it is now."""
+        for key in [key for key in state if key.startswith(prefix)]:
+            rest = key.removeprefix(prefix)
+            if rest.partition(".")[0] not in self._modules:
+                state[f"{prefix}{self.inner}.{rest}"] = state.pop(key)
+
+
+def _checkpoints() -> Checkpoints:
+    if (found := checkpoints()) is None:
+        raise AdapterError(
+            "sharded_state_dict is what Megatron-Core asks modules for, and it is not loaded; write the adapter with "
+            "save_pretrained, or import megatron.core first"
+        )
+    return found
 
 
 def _refuse_double(prefix: str, state: dict[str, Any], more: dict[str, Any]) -> None:
@@ -79,7 +96,7 @@ def state_of_factors(layer: LoraLayer, prefix: str, sharded_offsets: Any) -> dic
             windows = layer.op.windows(level, live, spec, layer.base_layer, shape, roles)
             ends = [(name.lstrip("."), window) for name, window in windows]
             end = f"{level}.{live}"
-            state[prefix + live] = checkpoint.sharded(
+            state[prefix + live] = _checkpoints().sharded(
                 tensor, prefix + live, end, ends, roles, layer.site, sharded_offsets
             )
     return state
@@ -99,7 +116,7 @@ def state_of_copies(wrapper: ModulesToSaveWrapper, prefix: str, sharded_offsets:
     """Return the copies that train fully for a sharded state."""
     state: dict[str, Any] = {}
     for adapter, copied in wrapper.modules_to_save.items():
-        state |= checkpoint.state_of(copied, f"{prefix}modules_to_save.{adapter}.", sharded_offsets, metadata)
+        state |= _checkpoints().state_of(copied, f"{prefix}modules_to_save.{adapter}.", sharded_offsets, metadata)
     return state
 
 

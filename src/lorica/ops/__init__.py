@@ -40,7 +40,7 @@ OPS: dict[type[nn.Module] | str, Op] = {
     neuronx.COLUMN: Linear(),
     neuronx.ROW: Linear(),
     neuronx.EMBEDDING: Embedding(),
-    neuronx.QKV: NotFused(),
+    neuronx.QKV: NotFused(neuronx.QKV_NEEDS),
     "transformer_engine.pytorch.module.linear.Linear": Linear(),
     "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": Beside(),
 }

@@ -81,14 +81,19 @@ class OneLinear(Linear):
 
 
 class NotFused(Linear):
-    """A query, key and value layer of neuronx-distributed of which the parts are not known: refused."""
+    """Projections in one layer of which the parts are not known: refused.
+
+    Args:
+        needs: where such a layer is adapted, as its engine says it.
+    """
+
+    def __init__(self, needs: str) -> None:
+        super().__init__()
+        self._needs = needs
 
     def check(self, base: Any, spec: AdapterSpec, where: str) -> None:
         """Refuse."""
-        raise TargetError(
-            f"{where}: a {type(base).__name__} is adapted where it has one weight (fuse_qkv=True) and is in a module "
-            "whose specs have a GQAQKVColumnParallelLinearSpec, which says the heads of a rank"
-        )
+        raise TargetError(f"{where}: a {type(base).__name__} is adapted where {self._needs}")
 
 
 def _as_one(site: Site | None) -> Site | None:

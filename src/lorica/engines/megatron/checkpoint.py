@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lorica.engines.registry import Offsets, Windows
 from lorica.engines.site import Site
 from lorica.layout import Roles
-
-#: Offsets that enclosing modules put before the dimensions of a tensor: (axis, place, pieces).
-Offsets = Sequence[tuple[int, int, int]]
-#: End of the name of a logical tensor, and which part of the tensor of all projections it is; None: all.
-Windows = Sequence[tuple[str, tuple[slice, ...] | None]]
 
 
 class _Piece(NamedTuple):
@@ -36,11 +31,6 @@ class _Piece(NamedTuple):
     end: str
     local: tuple[slice, ...]
     offsets: tuple[tuple[int, int, int], ...]
-
-
-def is_there() -> bool:
-    """Whether Megatron-Core is loaded, so that models may be its."""
-    return "megatron.core" in sys.modules
 
 
 def state_of(module: nn.Module, prefix: str, sharded_offsets: Offsets, metadata: Any) -> dict[str, Any]:
@@ -172,19 +162,4 @@ def _unit(role: str, wanted: slice, site: Site) -> int:
     return unit
 
 
-def under_old_names(state: dict[str, Any], prefix: str, inner: str, module: nn.Module) -> None:
-    """Put what a state has of a base layer, under the names from before it was adapted, where it is now.
-
-    Args:
-        state: of the model, about to be loaded.
-        prefix: of the adapted layer's names.
-        inner: name of the base layer in it.
-        module: the adapted layer.
-    """
-    for key in [key for key in state if key.startswith(prefix)]:
-        rest = key.removeprefix(prefix)
-        if rest.partition(".")[0] not in module._modules:
-            state[f"{prefix}{inner}.{rest}"] = state.pop(key)
-
-
-__all__ = ["is_there", "sharded", "state_of", "under_old_names"]
+__all__ = ["sharded", "state_of"]

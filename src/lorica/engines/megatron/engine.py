@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.engines.megatron import te
+from lorica.engines.megatron import checkpoint, te
 from lorica.engines.megatron.across import across
 from lorica.engines.megatron.experts import ROUTER, as_expert, expert_axes, expert_tensor_axis, is_expert
 from lorica.engines.megatron.fused import tell, told
@@ -23,6 +23,7 @@ from lorica.engines.megatron.recompute import let_inputs_need_gradients
 from lorica.engines.megatron.te import TE_BARE, TE_LINEARS, TE_ROW, TE_WHOLE, is_alone, logical_sizes, te_axis
 from lorica.engines.megatron.tied import tell_tied, unmergeable
 from lorica.engines.placed import Kinds, Placed, describe_whole, described_once
+from lorica.engines.registry import Checkpoints
 from lorica.engines.site import Axis, Opening, Site
 from lorica.engines.stages import EXPERTS
 from lorica.errors import LayoutError
@@ -91,7 +92,7 @@ class MegatronEngine:
 
     def prepare(self, model: nn.Module) -> None:
         """Tell layers what is fused in them and which groups there are, part stacks, number layers and experts."""
-        if "megatron.core" not in sys.modules:
+        if not _is_loaded():
             return  # no module is of its classes; a walk over all takes a tenth of an injection
         for module in [*model.modules()]:
             tell(module)
@@ -125,6 +126,14 @@ class MegatronEngine:
     def lies_elsewhere(self, model: nn.Module, name: str) -> bool:
         """Whether what has a logical name is on another stage, or among another rank's experts."""
         return lies_elsewhere(model, name)
+
+    def checkpoints(self) -> Checkpoints | None:
+        """Return how Megatron writes them, once it is loaded, so that models may be its."""
+        return checkpoint if _is_loaded() else None
+
+
+def _is_loaded() -> bool:
+    return "megatron.core" in sys.modules
 
 
 def _described(module: Any) -> MegatronPlaced:

@@ -178,6 +178,9 @@ class NativeEngine:
         """Whether a name is of another stage: no, something stands in the place of everything."""
         return False
 
+    def checkpoints(self) -> None:
+        """None of its own."""
+
 
 def need_plain(module: nn.Module, cls: type[nn.Module], where: str = "") -> None:
     """Refuse to cut a module that is not ``cls`` with an unquantised weight.
