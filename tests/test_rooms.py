@@ -103,3 +103,13 @@ def test_the_core_does_not_import_peft():
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert "peft" not in {name.partition(".")[0] for name in names}, path
+
+
+def test_names_of_test_files_are_unique():
+    """Test files and their helpers are imported by their last names: of two with one name the second is the first."""
+    folder = Path(__file__).parent
+    files: dict[str, list[str]] = {}
+    for path in folder.rglob("*.py"):
+        if path.name not in ("__init__.py", "conftest.py"):
+            files.setdefault(path.name, []).append(str(path.relative_to(folder)))
+    assert {name: places for name, places in files.items() if len(places) > 1} == {}
