@@ -8,11 +8,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,9 +21,11 @@ from lorica.engines.site import Site
 from lorica.errors import AdapterError, LayoutError
 from lorica.init import Factors
 from lorica.layers import lean
+from lorica.layers.across import Across, places
 from lorica.layers.holders import Container, Factor, Tensors
-from lorica.layers.merging import Merging
 from lorica.layers.mixed import add_by_rows, refuse_merged
+from lorica.layers.names import container_names, plain_names
+from lorica.layers.scaled import Scaled
 from lorica.layers.sharded import Sharded, state_of_factors
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
@@ -38,7 +37,7 @@ from lorica.variants import VARIANTS, Extra, Variant
 Running = list[tuple[Factors, AdapterSpec]]
 
 
-class LoraLayer(Sharded, Merging):
+class LoraLayer(Sharded, Scaled):
     """A base layer and the factors of any number of adapters.
 
     What is not found here is looked up in the base layer, so that code that asks an adapted layer for ``weight``,
@@ -68,7 +67,7 @@ class LoraLayer(Sharded, Merging):
         )
         # add_module would find the containers' names in a layer inside this one
         self._modules["base_layer"] = base_layer
-        for name in _container_names(op):
+        for name in container_names(op):
             self._modules[name] = nn.ParameterDict() if op.lookup else Container()
         if site is not None:
             self.settle(site)
@@ -79,12 +78,12 @@ class LoraLayer(Sharded, Merging):
         self.notes.clear()
         self.lean = None
         self.site = site
-        for place in _places(site):
+        for place in places(site):
             place.opening.put(partial(self._inside, place))
 
     def leave(self) -> None:
         """Give the base layer its own forward back, when it is about to stand alone again."""
-        for place in _places(self.site):
+        for place in places(self.site):
             place.opening.close()
         self.site = None
 
@@ -258,7 +257,7 @@ class LoraLayer(Sharded, Merging):
 
         A tied adapter has entries too; their parameters do not exist below this module.
         """
-        names = _plain_names(self.op.lookup, self.specs[name].bias, name)
+        names = plain_names(self.op.lookup, self.specs[name].bias, name)
         return (
             names | {key: extra.live(name) for key, extra in self.extras[name].items()}
             if name in self.extras
@@ -291,62 +290,8 @@ class LoraLayer(Sharded, Merging):
         return state_of_factors(self, prefix, sharded_offsets)
 
     def _containers(self) -> tuple[Any, Any]:
-        first, second = _container_names(self.op)
+        first, second = container_names(self.op)
         return self._modules[first], self._modules[second]
-
-    # ---- scale ------------------------------------------------------------------------------------------------------
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale to ``scale`` times what its rank and alpha give.
-
-        Raises:
-            AdapterError: the adapter is merged with its present scale.
-        """
-        if adapter in self.specs:
-            self._rescale(adapter, scale * self.specs[adapter].natural_scaling)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of every active adapter by ``scale``."""
-        for adapter in self.switch.active:
-            if adapter in self.specs:
-                self._rescale(adapter, scale * self.specs[adapter].scaling)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of every active adapter by ``scale``; without one, set it back to what it was."""
-        for adapter in self.switch.active:
-            if adapter in self.specs:
-                spec = self.specs[adapter]
-                self._rescale(adapter, spec.natural_scaling if scale is None else spec.scaling / scale)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters of the model."""
-        return list(self.switch.active)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the model's adapters are turned off."""
-        return not self.switch.enabled
-
-    @property
-    def r(self) -> Mapping[str, int]:
-        """The rank of each adapter."""
-        return MappingProxyType({name: spec.r for name, spec in self.specs.items()})
-
-    @property
-    def lora_alpha(self) -> Mapping[str, float]:
-        """The α of each adapter."""
-        return MappingProxyType({name: spec.alpha for name, spec in self.specs.items()})
-
-    @property
-    def scaling(self) -> Mapping[str, float]:
-        """The scale ``s`` of each adapter; :meth:`set_scale` changes it."""
-        return MappingProxyType({name: spec.scaling for name, spec in self.specs.items()})
-
-    def _rescale(self, adapter: str, scaling: float) -> None:
-        if adapter in self.merged_adapters:
-            raise AdapterError(f"{self.target_name}: adapter {adapter!r} is merged; unmerge it before scaling it")
-        self.specs[adapter] = replace(self.specs[adapter], scaling=scaling)
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
@@ -440,54 +385,9 @@ class LoraLayer(Sharded, Merging):
         return base.get_base_layer() if isinstance(base, LoraLayer) else base
 
 
-class Across:
-    """An adapted layer, as an op or a variant sees it where parts are added across the base layer's collectives."""
-
-    def __init__(self, layer: LoraLayer, site: Site) -> None:
-        self._layer = layer
-        self.site: Site | None = site
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def add(self, y: Tensor, x: Tensor, factors: Factors, spec: AdapterSpec) -> Tensor:
-        """Return the output with one adapter's part; both are this rank's."""
-        return VARIANTS[spec.variant].add(y, x, self, factors, spec)
-
-    def in_forward(self, factors: Factors, spec: AdapterSpec) -> Factors:
-        """Return the factors of plain LoRA that an adapter amounts to in this forward."""
-        return VARIANTS[spec.variant].in_forward(self, factors, spec)
-
-
-def _places(site: Site | None) -> Iterator[Any]:
-    """Yield a layer's sites that have an opening."""
-    if site is not None:
-        yield from (place for place in (site, site.across) if place is not None and place.opening is not None)
-
-
 def _weight_of(factor: Any) -> Tensor:
     """Return ``factor.weight``, past the questions that ``nn.Module`` asks first; and where it is no parameter now."""
     weight: Tensor | None = factor._parameters.get("weight")
     if weight is None:
         weight = factor.weight
     return weight
-
-
-def _container_names(op: Op) -> tuple[str, str]:
-    return _LOOKUP_NAMES if op.lookup else _PRODUCT_NAMES
-
-
-_LOOKUP_NAMES, _PRODUCT_NAMES = ("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B")
-
-
-@functools.lru_cache(maxsize=256)
-def _plain_names(lookup: bool, bias: bool, adapter: str) -> dict[str, str]:
-    """Return the names of an adapter's factors without extras; there are many layers, and few such tables."""
-    first, second = _LOOKUP_NAMES if lookup else _PRODUCT_NAMES
-    if lookup:
-        names = {first: f"{first}.{adapter}", second: f"{second}.{adapter}"}
-    else:
-        names = {f"{first}.weight": f"{first}.{adapter}.weight", f"{second}.weight": f"{second}.{adapter}.weight"}
-    if bias:
-        names[f"{second}.bias"] = f"{second}.{adapter}.bias"
-    return names
