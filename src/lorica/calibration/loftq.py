@@ -17,7 +17,7 @@ from lorica.files.tensors import TensorReader
 from lorica.init.loftq import leading
 from lorica.layers import LoraLayer
 from lorica.storage import Packed
-from lorica.targets.plan import config_of
+from lorica.targets.resolve import config_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_BYTES = 512 * 1024 * 1024

@@ -25,7 +25,7 @@ from lorica.layers.merging import inexact_message, requantised_message
 from lorica.model.rows import has_rows, rows_of_call
 from lorica.ranks import watch
 from lorica.targets import make_plan
-from lorica.targets.plan import config_of
+from lorica.targets.resolve import config_of
 from lorica.targets.walk import targets_of_keys
 from lorica.variants import VARIANTS, variant_of
 from lorica.variants.losses import kasa_loss, monteclora_loss

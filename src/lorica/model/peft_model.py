@@ -26,7 +26,8 @@ from lorica.model.status import (
     get_layer_status,
     get_model_status,
 )
-from lorica.targets.plan import TASK_HEADS, config_of
+from lorica.targets.resolve import config_of
+from lorica.targets.saved import TASK_HEADS
 
 
 class PeftModel(nn.Module):

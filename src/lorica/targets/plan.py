@@ -5,49 +5,31 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
-from lorica.config import AdapterSpec, LoraConfig, TaskType
-from lorica.engines import Engines, Site, fsdp
+from lorica.config import AdapterSpec, LoraConfig
+from lorica.engines import Engines, Site
 from lorica.engines.megatron.models import is_megatron
-from lorica.engines.names import submodule
 from lorica.engines.registry import is_in_pieces, prepare
 from lorica.engines.stages import has_others, is_elsewhere
-from lorica.errors import LayoutError, TargetError, suggest
+from lorica.errors import TargetError
 from lorica.init import find, subtracts
-from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+from lorica.layers import ModulesToSaveWrapper
 from lorica.ops import Op, op_of, op_of_parameter, part_names, supported_layers
-from lorica.storage import Packed, kind_of, stored_weight
-from lorica.targets.defaults import DEFAULT_TARGETS
+from lorica.storage import Packed, stored_weight
 from lorica.targets.divided import check_experts_alike, is_routed_expert
 from lorica.targets.experts import has_experts, share_among_experts
-from lorica.targets.explain import endings, explain_no_match, warn_of_idle_entries
-from lorica.targets.match import (
-    Names,
-    excluded,
-    excluding,
-    matches,
-    selected,
-    selecting,
-    shortest_names,
-)
+from lorica.targets.explain import explain_no_match, warn_of_idle_entries
+from lorica.targets.match import Names, excluded, excluding, selected, selecting
 from lorica.targets.parameters import Found, find_parameters, spec_per_expert
+from lorica.targets.resolve import resolve_names
+from lorica.targets.saved import check_copies
 from lorica.targets.specs import Specs
+from lorica.targets.tied import tying
 from lorica.targets.tokens import Tokens, plan_tokens, refuse_factors
-from lorica.targets.walk import bare, base_modules, tied_with_embedding
+from lorica.targets.walk import bare, base_modules, op_at, tied_with_embedding
 from lorica.variants import VARIANTS, variant_of
-
-#: Heads that a task trains fully; a model has one of them.
-TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-
-
-_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @dataclass(frozen=True)
@@ -108,7 +90,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
     names = set(exactly) if exactly is not None else resolve_names(model, modules, config)
     group = tied_with_embedding(model, modules)
     staged = has_others(model)  # then what is named may lie on another rank
-    saved, names, tied = _tying(group, modules, config, names, staged=staged)
+    saved, names, tied = tying(group, modules, config, names, staged=staged)
     fused = {} if config.fused_as_one else _parts(modules)
     chosen = _chosen(config, names, modules, fused)
     whole = tuple(f"{name}." for name in saved)
@@ -126,23 +108,12 @@ def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] 
         targets.append(_tied_target(key, modules[key], by_name[source]))
     _check_variant(targets)
     _check_start(group, config, targets)
-    _check_copies(model, saved)
+    check_copies(model, saved)
     _warn_of_no_megatron(config, targets)
     tokens = plan_tokens(model, modules, config, saved, {target.name: target.spec.variant for target in targets})
     placed = share_among_experts(_placed(model, targets), config, elsewhere=staged and has_experts(model))
     _check_unmergeable(config, placed)
     return Plan(names, placed, saved, _orientation(config, targets), tokens)
-
-
-def _check_copies(model: nn.Module, saved: Iterable[str]) -> None:
-    saved = list(saved)
-    sharded = fsdp.managed(model) if saved else set()
-    for name in saved:
-        if any(id(parameter) in sharded for parameter in submodule(model, name).parameters()):
-            raise LayoutError(
-                f"{name}: modules_to_save trains a copy, and what fully_shard manages cannot be copied; add the "
-                "adapter first and call fully_shard then"
-            )
 
 
 def _check_variant(targets: Iterable[Target]) -> None:
@@ -287,71 +258,13 @@ def _parameter_target(found: Found, config: LoraConfig, specs: Specs) -> Target:
     return Target(found.owner if own else found.key, found.module, op, spec)
 
 
-def resolve_names(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> Names:
-    """Return the target names with "all-linear" and the architecture's defaults filled in.
-
-    Raises:
-        TargetError: the configuration names none and the architecture is not known.
-    """
-    names = config.target_modules
-    if names is None:
-        model_type = config_of(model).get("model_type")
-        if model_type not in DEFAULT_TARGETS and config.target_parameters:
-            return set()
-        if model_type not in DEFAULT_TARGETS:
-            raise TargetError(
-                "Please specify `target_modules` or `target_parameters` in `peft_config`: there is no default for "
-                f"model type {model_type!r}.{suggest(str(model_type), DEFAULT_TARGETS)}"
-            )
-        default = DEFAULT_TARGETS[model_type]
-        return default if isinstance(default, str) else set(default)
-    if isinstance(names, str) and names.lower() == "all-linear":
-        return _all_linear(model, modules, config)
-    return names
-
-
-def config_of(model: nn.Module) -> dict[str, Any]:
-    """Return the model's configuration as a dictionary; an empty one where it has none."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return {}
-    if hasattr(config, "to_dict"):
-        return dict(config.to_dict())
-    return dict(config) if isinstance(config, dict) else dict(vars(config))
-
-
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> set[str]:
-    linear = {name for name, module in modules.items() if getattr(_op(module), "kind", None) == "Linear"}
-    inside_attention = {
-        name for name in linear if isinstance(bare(modules[name.rpartition(".")[0]]), nn.MultiheadAttention)
-    }
-    output = _output_layer(model, config)
-    chosen = {name for name in linear - inside_attention if modules[name] is not output}
-    return shortest_names(chosen, modules.keys() - chosen)
-
-
-def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    output: nn.Module | None = get() if get is not None else None
-    if output is None and config.task_type == TaskType.SEQ_CLS:
-        heads = (getattr(model, name, None) for name in ("score", "classifier"))
-        output = next((head for head in heads if head is not None), None)
-    return output
-
-
-def _op(module: nn.Module) -> Op | None:
-    if isinstance(module, TrainableTokensWrapper):
-        return _op(module.original_module)
-    return module.op if isinstance(module, LoraLayer) else op_of(module)
-
-
 def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names, specs: Specs) -> list[Target]:
     if isinstance(module, ModulesToSaveWrapper):
         raise TargetError(
             f"{key}: already trained fully by another adapter (modules_to_save); it cannot be adapted too"
         )
     base = bare(module)
-    op = op_of(base, fused_as_one=config.fused_as_one) if part_names(key, base) else _op(module)
+    op = op_of(base, fused_as_one=config.fused_as_one) if part_names(key, base) else op_at(module)
     if op is None:
         raise TargetError(
             f"Target module {str(module).splitlines()[0]} is not supported. Currently, only the following modules are "
@@ -365,7 +278,7 @@ def _targets_at(key: str, module: nn.Module, config: LoraConfig, names: Names, s
     targets = [Target(key, base, op, spec)]
     for child_name in op.children:
         child = getattr(base, child_name)
-        child_op = _op(child)
+        child_op = op_at(child)
         assert child_op is not None
         targets.append(Target(f"{key}.{child_name}", bare(child), child_op, spec))
     if op.children and config.lora_dropout:
@@ -389,96 +302,13 @@ def _orientation(config: LoraConfig, targets: list[Target]) -> bool:
     return found
 
 
-# ---- tied embeddings ------------------------------------------------------------------------------------------------
-
-_TIED_WARNING = (
-    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not "
-    "set to True. The adapted layer then differs from the one it shares its weight with, and merging has to untie them."
-)
-
-
-def _tying(
-    group: tuple[str, list[str]] | None,
-    modules: dict[str, nn.Module],
-    config: LoraConfig,
-    names: Names,
-    *,
-    staged: bool,
-) -> tuple[dict[str, str | None], Names, dict[str, str]]:
-    """Return the modules to save, the target names and the tied targets, with ``ensure_weight_tying`` carried out."""
-    saved: dict[str, str | None] = dict.fromkeys(_saved_modules(config, modules, staged=staged))
-    if group is None:
-        if config.ensure_weight_tying:
-            warnings.warn(
-                "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=4
-            )
-        return saved, names, {}
-    source, others = group
-    members = {source, *others}
-    in_saved = members & saved.keys()
-    in_targets = {key for key in members if matches(names, key) and not excluded(config, key)}
-    if not config.ensure_weight_tying:
-        if in_saved or in_targets:
-            warnings.warn(_TIED_WARNING, stacklevel=4)
-        return saved, names, {}
-    if in_saved:
-        return {**saved, source: None, **dict.fromkeys(others, source)}, names, {}
-    if in_targets:
-        return saved, _with_name(names, source), dict.fromkeys(others, source)
-    if config.trainable_token_indices is None:
-        warnings.warn(
-            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
-            "`target_modules`",
-            stacklevel=4,
-        )
-    return saved, names, {}
-
-
-def _with_name(names: Names, name: str) -> Names:
-    if matches(names, name):
-        return names
-    return f"(?:{names}|{name.replace('.', '[.]')})" if isinstance(names, str) else {*names, name}
-
-
 def _tied_target(key: str, module: nn.Module, source: Target) -> Target:
-    op = _op(module)
+    op = op_at(module)
     if op is None or op.kind != "Linear":
         raise TargetError(
             f"{key}: shares its weight with {source.name} but is no linear layer; it cannot be tied to it"
         )
     return Target(key, bare(module), op, source.spec, tied_to=source.name)
-
-
-def _saved_modules(config: LoraConfig, modules: dict[str, nn.Module], *, staged: bool) -> list[str]:
-    wanted = tuple(config.modules_to_save or ())
-    if not wanted:
-        return []
-    # Without a dot, as PEFT has it: "norm" means "input_layernorm" too. Files name what was saved, so both must agree.
-    named = [key for key in modules if key.endswith(wanted)]
-    heads = {head for heads in TASK_HEADS.values() for head in heads}
-    for name in wanted:
-        if name not in heads and not staged and not any(key.endswith(name) for key in named):
-            raise TargetError(f"modules_to_save: no module is named {name!r}.{suggest(name, endings(modules))}")
-    found = [key for key in named if not is_elsewhere(modules[key])]
-    for key in found:
-        if isinstance(modules[key], (*_CONTAINERS, LoraLayer, TrainableTokensWrapper)):
-            raise TargetError(
-                f"{key}: modules_to_save cannot be applied to modules of type {type(modules[key])}; name modules that "
-                "have a forward and that no adapter is on"
-            )
-        _refuse_quantised(key, bare(modules[key]))
-    return found
-
-
-def _refuse_quantised(key: str, module: nn.Module) -> None:
-    """Numbers that stand for a weight in another form cannot be trained."""
-    for inner in module.modules():
-        names = [name for name, parameter in inner._parameters.items() if parameter is not None]
-        if kind_of(type(inner)) or any(isinstance(stored_weight(inner, name), Packed) for name in names):
-            raise TargetError(
-                f"{key}: modules_to_save trains a whole module, and this one's weights are quantised "
-                f"({type(inner).__name__}); adapt it with target_modules, or load it without quantisation"
-            )
 
 
 def _without_attention_inside(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorica.engines.names import below, children_of
 from lorica.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+from lorica.ops import Op, op_of
 
 _ADAPTED = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 
@@ -65,6 +66,13 @@ def bare(module: nn.Module) -> nn.Module:
     if isinstance(module, LoraLayer):
         return module.get_base_layer()
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def op_at(module: nn.Module) -> Op | None:
+    """Return the op of a module, adapted or not; None where it cannot be adapted."""
+    if isinstance(module, TrainableTokensWrapper):
+        return op_at(module.original_module)
+    return module.op if isinstance(module, LoraLayer) else op_of(module)
 
 
 def tied_with_embedding(
