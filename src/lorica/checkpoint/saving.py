@@ -17,6 +17,7 @@ from lorica.checkpoint.names import WEIGHTS_NAME, saved_entries
 from lorica.checkpoint.pieces import collect, here, lie_over_ranks, pieces
 from lorica.config import LoraConfig
 from lorica.engines import Engines
+from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError, suggest
 from lorica.files.atomic import at_once, write_tensors
 
@@ -91,9 +92,8 @@ def save_adapters(
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are {known} - "
                 f"got {names}.{suggest(name, known)}"
             )
-    together = bool(Engines(base_of(model)).axes)
-    write = write and (not together or dist.get_rank() == 0)
-    with at_once():
+    write = write and (not Engines(base_of(model)).axes or dist.get_rank() == 0)
+    with together(base_of(model), f"writing {directory}"), at_once():  # no rank goes on to read what is being written
         for name in names:
             tensors = get_peft_model_state_dict(
                 model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
@@ -109,8 +109,6 @@ def save_adapters(
         if write:
             directory.mkdir(parents=True, exist_ok=True)
             write_model_card(model, directory)
-    if together:
-        dist.barrier()  # no rank goes on to read what is still being written
 
 
 def _write_config(model: PeftModel, config: LoraConfig, folder: Path) -> None:

@@ -32,16 +32,17 @@ def consolidate(
     from lorica.checkpoint.shards import read_index
     from lorica.checkpoint.whole import FACTORS
     from lorica.checkpoint.whole import consolidate as write
+    from lorica.files import atomic
 
     checkpoint = find_checkpoint(directory)
     output = output or (directory / "adapter" if checkpoint != directory else directory)
     output.mkdir(parents=True, exist_ok=True)
     total = sum(name.startswith(FACTORS) for name in read_index(checkpoint / "state"))
-    with tqdm(total=total, unit="tensor", disable=quietly) as bar:
-        write(checkpoint / "state", output, each=lambda _: bar.update())
     config = checkpoint / "adapter_config.json"
-    if config.is_file() and output.resolve() != checkpoint.resolve():
-        shutil.copyfile(config, output / config.name)
+    with tqdm(total=total, unit="tensor", disable=quietly) as bar, atomic.at_once():
+        write(checkpoint / "state", output, each=lambda _: bar.update())
+        if config.is_file() and output.resolve() != checkpoint.resolve():
+            atomic.write_bytes(output / config.name, config.read_bytes())
     print(f"adapter        {output}")
 
 

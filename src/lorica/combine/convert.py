@@ -23,7 +23,7 @@ from lorica.combine.logical import Unit, joined
 from lorica.config import LoraConfig
 from lorica.engines import Engines, fsdp
 from lorica.errors import AdapterError
-from lorica.files.atomic import write_tensors
+from lorica.files.atomic import at_once, write_tensors
 from lorica.init import Factors
 from lorica.layers import LoraLayer
 from lorica.lowrank import Pair, Svd, cut, exact_svd, padded, rank_of_energy, svd_of_product, wide
@@ -124,8 +124,9 @@ def save_as_lora(
     if not several or dist.get_rank() == 0:
         Path(path).mkdir(parents=True, exist_ok=True)
         plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_tensors(Path(path) / WEIGHTS_NAME, plain, {"format": "pt"})
-        config.save_pretrained(path)
+        with at_once():
+            write_tensors(Path(path) / WEIGHTS_NAME, plain, {"format": "pt"})
+            config.save_pretrained(path)
     if several:
         dist.barrier()
 

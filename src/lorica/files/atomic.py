@@ -1,8 +1,9 @@
 """Writing so that a crash at any moment leaves either the old file or the new one, never a half.
 
 A file is written under a temporary name in the same directory, flushed to the disk, and renamed over the old one
-(``rename`` is atomic on POSIX file systems). A directory of several files is complete only once its marker is there:
-it is filled under a temporary name, the marker is written last, and then the directory gets its final name.
+(``rename`` is atomic on POSIX file systems); several that belong together are renamed by a journal. A directory of
+several files is complete only once its marker is there: it is filled under a temporary name, the marker is written
+last, and then the directory gets its final name.
 """
 
 from __future__ import annotations
@@ -10,29 +11,50 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from lorica.errors import CheckpointError
+from lorica.files import journal, marker
 from lorica.files import tensors as safetensors
 
-MARKER = "COMPLETE"
+MARKER = marker.NAME
 _TEMPORARY = ".partial-"
+_THREADS = 16
+_T = TypeVar("_T")
 
 
 def sync(path: Path) -> None:
     """Flush a file's or directory's data to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error of the system that names no file name this one: writes and flushes know only descriptors."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_file(path: str | os.PathLike[str], writer: Callable[[Path], None]) -> None:
@@ -45,7 +67,8 @@ def write_file(path: str | os.PathLike[str], writer: Callable[[Path], None]) -> 
         path = Path(path)
         temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix}"
         _OPEN.get().append((temporary, path))
-        writer(temporary)
+        with naming(temporary):
+            writer(temporary)
 
 
 #: Temporary files that are to be flushed and renamed at the end of the outermost :func:`at_once`, and their names then.
@@ -58,6 +81,7 @@ def at_once() -> Iterator[None]:
     if it or a flush fails, none.
 
     All are flushed at the same time, which costs the disk little more than one of them does, and before any is renamed.
+    Files of one directory that replace others are renamed by a journal: see :mod:`lorica.files.journal`.
 
     Raises:
         OSError: a directory is not writable or the disk is full.
@@ -69,22 +93,80 @@ def at_once() -> Iterator[None]:
     token = _OPEN.set(files)
     try:
         yield
-        _sync_all([temporary for temporary, _ in files])
-        for temporary, path in files:
-            temporary.replace(path)
-        _sync_all({path.parent: None for _, path in files})
+        _at_the_same_time(sync, [temporary for temporary, _ in files])
+        _put(files)
     finally:
         _OPEN.reset(token)
-        for temporary, _ in files:
+        for temporary, path in files:
+            with contextlib.suppress(OSError, CheckpointError):
+                if journal.read(path.parent).get(path.name) != temporary.name:
+                    temporary.unlink(missing_ok=True)
+
+
+def _put(files: list[tuple[Path, Path]]) -> None:
+    folders: dict[Path, dict[str, str]] = {}
+    for temporary, path in files:
+        folders.setdefault(path.parent, {})[path.name] = temporary.name
+    announced: list[Path] = []
+    try:
+        for folder, names in folders.items():
+            finish_files(folder)
+            if journal.is_needed(folder, names):
+                announced.append(folder)
+                _announce(folder, names)
+    except BaseException:
+        for folder in announced:
+            (folder / journal.NAME).unlink(missing_ok=True)
+        raise
+    for folder, names in folders.items():
+        if folder in announced:
+            _finish_announced(folder)
+            continue
+        for name, temporary in names.items():
+            (folder / temporary).replace(folder / name)
+    _at_the_same_time(sync, folders)
+
+
+def _announce(folder: Path, names: Mapping[str, str]) -> None:
+    temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}.json"
+    try:
+        with naming(temporary):
+            temporary.write_text(json.dumps(journal.content(names)), encoding="utf-8")
+        sync(temporary)
+        temporary.replace(folder / journal.NAME)
+        sync(folder)
+    finally:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _sync_all(paths: Collection[Path]) -> None:
-    if len(paths) == 1:
-        sync(*paths)
-    elif paths:
-        with ThreadPoolExecutor(len(paths)) as pool:
-            list(pool.map(sync, paths))
+def _finish_announced(folder: Path) -> None:
+    try:
+        finish_files(folder)
+    except BaseException:  # also an interruption: what is announced is done, as far as it can be
+        with contextlib.suppress(OSError):
+            finish_files(folder)
+        raise
+
+
+def finish_files(folder: Path) -> None:
+    """Do what a writer of several files announced, and died before it could.
+
+    Raises:
+        OSError: a file cannot be renamed.
+        CheckpointError: what should be a journal is none.
+    """
+    if names := journal.read(folder):
+        journal.rename(folder, names)
+        sync(folder)
+        (folder / journal.NAME).unlink(missing_ok=True)
+
+
+def _at_the_same_time(work: Callable[[Path], _T], paths: Collection[Path]) -> list[_T]:
+    if len(paths) < 2:
+        return [work(path) for path in paths]
+    with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
+        return list(pool.map(work, paths))
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -106,15 +188,18 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     write_file(path, lambda temporary: safetensors.write_tensors(temporary, tensors, metadata))
 
 
+# ---- directories -----------------------------------------------------------------------------------------------------
+
+
 def begin_directory(final: str | os.PathLike[str]) -> Path:
     """Make the temporary sibling in which ``final`` is to be filled, with a name that follows from its own.
+
+    Nobody else may be doing the same: what an earlier attempt left is removed.
 
     Raises:
         FileExistsError: ``final`` is already there.
     """
-    final = Path(final)
-    if final.exists():
-        raise FileExistsError(f"{final} already exists; a complete checkpoint is never overwritten")
+    _refuse_existing(Path(final))
     temporary = temporary_of(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -126,17 +211,23 @@ def temporary_of(final: str | os.PathLike[str]) -> Path:
     return Path(final).parent / f"{_TEMPORARY}{Path(final).name}"
 
 
-def finish_directory(final: str | os.PathLike[str], *, marker: bool = True) -> None:
-    """Flush what ``final`` was filled with to the disk, and give it its name and its marker."""
-    temporary = temporary_of(final)
-    for directory, _, files in os.walk(temporary):
-        for name in files:
-            sync(Path(directory, name))
-        sync(Path(directory))
-    if marker:
-        write_bytes(temporary / MARKER, b"")
+def finish_directory(final: str | os.PathLike[str]) -> None:
+    """Flush what ``final`` was filled with to the disk, and give it its marker and its name."""
+    _finish(temporary_of(final), Path(final), with_marker=True)
+
+
+def _finish(temporary: Path, final: Path, *, with_marker: bool) -> None:
+    found = [(Path(directory), names) for directory, _, names in os.walk(temporary)]
+    files = [directory / name for directory, names in found for name in names]
+    _at_the_same_time(sync, files)
+    _at_the_same_time(sync, [directory for directory, _ in found])
+    if with_marker:
+        facts = _at_the_same_time(marker.facts_of, files)
+        names = [path.relative_to(temporary).as_posix() for path in files]
+        write_bytes(temporary / MARKER, marker.content(dict(zip(names, facts, strict=True))))
+    _refuse_existing(final)
     temporary.rename(final)
-    sync(temporary.parent)
+    sync(final.parent)
 
 
 @contextlib.contextmanager
@@ -144,25 +235,68 @@ def complete_directory(final: str | os.PathLike[str], *, marker: bool = True) ->
     """Yield a temporary sibling of ``final`` to fill; give it its name, with the marker, once the block succeeds.
 
     Without ``marker`` the directory holds nothing but what it was filled with; its name alone says it is whole.
+    Of two processes that make the same directory the second one to finish is refused.
 
     Raises:
         FileExistsError: ``final`` is already there.
     """
-    temporary = begin_directory(final)
+    final = Path(final)
+    _refuse_existing(final)
+    _remove_abandoned(final)
+    owner = f"{os.getpid()}@{socket.gethostname()}"
+    temporary = final.parent / f"{_TEMPORARY}{final.name}.{uuid.uuid4().hex[:8]}.{owner}"
     try:
+        temporary.mkdir(parents=True)
         yield temporary
-        finish_directory(final, marker=marker)
+        _finish(temporary, final, with_marker=marker)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _refuse_existing(final: Path) -> None:
+    if final.exists():
+        raise FileExistsError(f"{final} already exists; a complete directory is never overwritten")
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove what processes of this machine that are gone left of the same directory."""
+    named = rf"{re.escape(_TEMPORARY + final.name)}\.[0-9a-f]{{8}}\.(\d+)@{re.escape(socket.gethostname())}"
+    for entry in final.parent.glob(f"{_TEMPORARY}*@*"):
+        match = re.fullmatch(named, entry.name)
+        if match and not _is_alive(int(match.group(1))):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 def is_complete(directory: str | os.PathLike[str]) -> bool:
     """Whether ``directory`` was finished by :func:`complete_directory`."""
-    return (Path(directory) / MARKER).is_file()
+    return marker.is_there(directory)
+
+
+def remove_directory(path: str | os.PathLike[str]) -> None:
+    """Delete a directory, if it is there; from the first moment on nothing of it is found under its name.
+
+    Raises:
+        OSError: it cannot be moved away.
+    """
+    if Path(path).is_dir() and not Path(path).is_symlink():
+        doomed = Path(path).parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        Path(path).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_partial(parent: str | os.PathLike[str]) -> None:
-    """Delete what interrupted writes left in ``parent``."""
+    """Delete what interrupted writes left in ``parent``; those that were announced are finished."""
+    finish_files(Path(parent))
     for entry in Path(parent).glob(f"{_TEMPORARY}*"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)

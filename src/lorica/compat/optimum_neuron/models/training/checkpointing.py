@@ -16,7 +16,7 @@ from torch import Tensor
 from lorica.checkpoint.names import WEIGHTS_NAME
 from lorica.checkpoint.neuron import find_shards, read_config, read_shards
 from lorica.errors import CheckpointError
-from lorica.files.atomic import write_json, write_tensors
+from lorica.files.atomic import at_once, write_json, write_tensors
 
 
 def consolidate_model_parallel_checkpoints(
@@ -84,8 +84,9 @@ def consolidate_adapter(
     config = read_config(shards, tensors, adapter)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    config.save_pretrained(folder)
+    with at_once():
+        write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
+        config.save_pretrained(folder)
 
 
 def _write_model(tensors: dict[str, Tensor], folder: Path) -> None:
