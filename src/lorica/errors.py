@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,9 +74,25 @@ def require_extra(module: str, extra: str) -> ModuleType:
         ) from error
 
 
+#: Looking for what is near takes a time that grows with the square of the words' lengths.
+_NEAR_LENGTH, _NEAR_WORDS = 200, 5_000
+
+
+def shown(value: object, most: int = 160) -> str:
+    """Return a stranger's word for a message: short, and without characters that would do something to a terminal."""
+    if isinstance(value, int) and value.bit_length() > 512:
+        return "a number of many digits"
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= most else f"{text[:most]}…"
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def suggest(wrong: str, known: Iterable[str], *, limit: int = 5) -> str:
-    """Return ``" Did you mean …?"`` with the nearest of ``known``, or an empty string."""
-    near = difflib.get_close_matches(wrong, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
+    """Return ``" Did you mean …?"`` with the nearest of ``known``, or an empty string; long words are near to none."""
+    if len(wrong) > _NEAR_LENGTH:
+        return ""
+    words = [word for word in dict.fromkeys(itertools.islice(known, _NEAR_WORDS)) if len(word) <= _NEAR_LENGTH]
+    near = difflib.get_close_matches(wrong, words, n=limit, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorica.checkpoint import bulk
 from lorica.errors import CheckpointError
+from lorica.files import tensors
 from lorica.files.tensors import DTYPES, OpenTensors, TensorReader, write_tensors
 
 META = {"format": "pt"}
@@ -155,22 +158,45 @@ def test_a_file_that_became_shorter_is_refused(tmp_path):
         bulk.read_whole(reader, dict.fromkeys(several()))
 
 
-def test_a_file_that_changes_under_its_reader_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_grows_keeps_what_was_checked(tmp_path):
     path = written(tmp_path, several())
-    good = path.read_bytes()
-    monkeypatch.setattr("lorica.files.tensors.safe_open", lambda *_, **__: _Swapping(path, good + b"more"))
-    with pytest.raises(CheckpointError, match="changed while it was read"):
-        TensorReader(path)
+    reader = TensorReader(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert all(equal(bulk.read_all(reader)[name], tensor) for name, tensor in several().items())
 
 
-class _Swapping:
-    """Stands for the format's library having checked a file that somebody replaces right after."""
+# ---- rectangles -----------------------------------------------------------------------------------------------------
 
-    def __init__(self, path: Path, content: bytes) -> None:
-        self._path, self._content = path, content
 
-    def __enter__(self) -> _Swapping:
-        return self
+@pytest.fixture(params=[0, 2**20], ids=["some rows at a time", "kept"])
+def kept(request, monkeypatch):
+    monkeypatch.setattr(tensors, "_KEPT_BYTES", request.param)
+    monkeypatch.setattr(tensors, "_COPY_BYTES", 64)
 
-    def __exit__(self, *_: object) -> None:
-        self._path.write_bytes(self._content)
+
+@pytest.mark.usefixtures("kept")
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_rectangle_is_that_of_the_tensor(data, tmp_path):
+    shape = data.draw(st.lists(st.integers(0, 5), max_size=4))
+    whole = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+    path = tmp_path / "file"
+    save_file({"before": torch.ones(3), "it": whole}, path)
+    with TensorReader(path).opened() as file:
+        part = file.slices("it")
+        for _ in range(3):
+            sides = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+            index = tuple(slice(*side) for side in sides)[: data.draw(st.integers(0, len(shape)))]
+            assert equal(part[index], whole[index])
+        assert equal(part[...], whole)
+        assert part.shape == whole.shape
+        assert part.dtype is torch.int32
+
+
+def test_a_rectangle_of_a_file_that_became_shorter_is_refused(tmp_path):
+    path = written(tmp_path, {"a": numbers(8, 4)})
+    with TensorReader(path).opened() as file:
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(CheckpointError, match="end too early"):
+            file.slices("a")[6:]

@@ -43,6 +43,11 @@ def read_whole(reader: TensorReader, wanted: Mapping[str, torch.dtype | None]) -
     return found
 
 
+def read_all(reader: TensorReader) -> dict[str, Tensor]:
+    """Return all tensors of a file as they are stored; see :func:`read_whole`."""
+    return read_whole(reader, dict.fromkeys(reader.tensors))
+
+
 def _runs(reader: TensorReader, wanted: Mapping[str, torch.dtype | None]) -> list[list[str]]:
     """Return names of tensors that lie one behind the other and are alike in their dtypes, in the file's order."""
     runs: list[list[str]] = []

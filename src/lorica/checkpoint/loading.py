@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lorica.adapt import inject
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 
 def load_first(
-    wrap: Callable[[], PeftModel],
+    wrap: Callable[[LoraConfig], PeftModel],
     model: nn.Module,
     model_id: str | os.PathLike[str],
     adapter: str,
     *,
+    config: LoraConfig | None,
+    is_trainable: bool,
     key_mapping: Mapping[str, str] | None,
     strict: bool,
     source: Mapping[str, Any],
@@ -42,8 +45,9 @@ def load_first(
     """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`."""
     flags = model.parameters() if inject.switch_of(model) is not None else base_parameters(model)
     with _as_it_was(model, adapter, flags), together(model, f"loading {model_id}"):
-        loaded = wrap()
+        found = read_config(model_id, config, source, is_trainable=is_trainable)
         file = TensorReader(reading.find_weights(model_id, **source))
+        loaded = wrap(found)
         _fill(loaded, adapter, file, key_mapping, strict=strict)
     return loaded
 
@@ -162,7 +166,7 @@ def _fill(
     }
     whole = read_whole(file, dtypes)
     pieces = [piece_of(name, known[name]) for name, place in places.items() if place is Place.IN_PIECES]
-    parts = reading.read_pieces(file.path, stored, pieces)
+    parts = reading.read_pieces(file, stored, pieces)
     inject.prepare_to_fill(model, adapter, config)  # base weights may come from the file too
     for name, place in places.items():
         if place is Place.TAKES_OVER:
@@ -184,9 +188,11 @@ def _as_it_was(model: nn.Module, adapter: str, parameters: Iterable[nn.Parameter
     known = None if configs is None else dict(configs)
     switch = inject.switch_of(model)
     active = None if switch is None else switch.active
+    random = torch.get_rng_state()
     try:
         yield
-    except Exception:
+    except BaseException:
+        torch.set_rng_state(random)
         if known is None or adapter not in known:
             inject.take_out(model, adapter)
             if not any(config.layer_replication for config in (known or {}).values()):

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorica.checkpoint.names import WEIGHTS_NAME, Entry
 from lorica.checkpoint.pieces import Piece
-from lorica.errors import CheckpointError, suggest
+from lorica.config import CONFIG_NAME
+from lorica.errors import CheckpointError, shown, suggest
 from lorica.files.hub import find_file
+from lorica.files.tensors import TensorReader
 
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
@@ -51,42 +52,25 @@ def find_weights(source: str | os.PathLike[str], **hub: Any) -> Path:
         raise
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor in a safetensors file, from its header.
-
-    Raises:
-        CheckpointError: the file is not a whole safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-
-
-def opened(path: Path) -> Any:
-    """Return a safetensors file whose tensors can be sliced, to be used in a ``with`` block."""
-    return safe_open(path, framework="pt", device="cpu")
-
-
-def read_pieces(path: Path, stored: Mapping[str, str], wanted: Iterable[Piece]) -> dict[str, list[Tensor]]:
-    """Return this rank's parts of tensors in a safetensors file, on the CPU; the rest of the file is not read.
+def read_pieces(reader: TensorReader, stored: Mapping[str, str], wanted: Iterable[Piece]) -> dict[str, list[Tensor]]:
+    """Return this rank's parts of tensors in a safetensors file, on the CPU.
 
     Args:
-        path: the file.
+        reader: the file.
         stored: name → name in the file.
         wanted: which parts; those that the file lacks are left out.
 
     Raises:
-        CheckpointError: one of them is not finite; it is named.
+        CheckpointError: one of them is not finite, or has a dtype that cannot be computed with; it is named. Or the
+            file became shorter.
     """
     there = [piece for piece in wanted if piece.name in stored]
     if not there:
         return {}
-    with safe_open(path, framework="pt", device="cpu") as file:
-        parts = {piece.name: piece.read(file.get_slice(stored[piece.name])) for piece in there}
+    with reader.opened() as file:
+        parts = {piece.name: piece.read(file.slices(stored[piece.name])) for piece in there}
     for number in range(max(map(len, parts.values()), default=0)):
-        check_finite({name: read[number] for name, read in parts.items() if number < len(read)}, str(path))
+        check_finite({name: read[number] for name, read in parts.items() if number < len(read)}, str(reader.path))
     return parts
 
 
@@ -145,8 +129,8 @@ def check_names(
     needed = {name: known[name].shape for name in found if name in known}
     wrong = {name: (found[name], tuple(need)) for name, need in needed.items() if found[name] != need}
     if wrong and not ignore_mismatched_sizes:
-        shown = "; ".join(f"{name} is {got}, the model needs {need}" for name, (got, need) in [*wrong.items()][:5])
-        raise CheckpointError(f"{where}: {len(wrong)} tensor(s) of the wrong shape: {shown}")
+        said = "; ".join(f"{name} is {got}, the model needs {need}" for name, (got, need) in [*wrong.items()][:5])
+        raise CheckpointError(f"{where}: {len(wrong)} tensor(s) of the wrong shape: {said}{_rank_hint(wrong, known)}")
     missing += [name for name in wrong if name in wanted]
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
@@ -157,10 +141,18 @@ def check_names(
     return LoadResult(missing, unexpected)
 
 
+def _rank_hint(wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], known: Mapping[str, Entry]) -> str:
+    """Name the field where the first tensor that is wrong has another rank than the configuration says."""
+    name, (got, _) = next(iter(wrong.items()))
+    roles, shape = known[name].roles, known[name].tensor.shape
+    rank = shape[roles.index("rank")] if "rank" in roles else 0
+    return f"; {CONFIG_NAME} says r={rank} of it (r or rank_pattern)" if rank and rank not in got else ""
+
+
 def _shorten(names: list[str], found: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    said = ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     pool = known if names[0] in found else found
-    return shown + suggest(names[0], pool, limit=1)
+    return said + suggest(names[0], pool, limit=1)
 
 
 def map_keys(names: Mapping[str, Any], mapping: Mapping[str, str] | None) -> dict[str, str]:

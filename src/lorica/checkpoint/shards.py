@@ -11,11 +11,11 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -31,6 +31,7 @@ from torch.futures import Future
 from lorica.errors import CheckpointError
 from lorica.files import atomic
 from lorica.files.json import read_json_object
+from lorica.files.tensors import OpenTensors, SlicedTensor, TensorReader
 
 INDEX = "index.json"
 _FORMAT = "lorica.shards.1"
@@ -250,35 +251,32 @@ def _metadata(stored: Stored) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks)
 
 
-def opened(path: Path) -> Any:
+def opened(path: Path) -> AbstractContextManager[OpenTensors]:
     """Open a file of shards.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return TensorReader(path).opened()
 
 
-def find_shard(source: Any, path: Path, name: str, shard: Shard) -> Any:
+def find_shard(source: OpenTensors, path: Path, name: str, shard: Shard) -> SlicedTensor:
     """Return a shard that can be indexed by slices, and is not read yet.
 
     Raises:
         CheckpointError: the file lacks it, or has it in another shape than the index says.
     """
-    try:
-        part = source.get_slice(shard.key(name))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if tuple(part.get_shape()) != shard.sizes:
-        raise CheckpointError(f"{path}: {shard.key(name)} has shape {part.get_shape()}, the index says {shard.sizes}")
+    key = shard.key(name)
+    if key not in source.reader.tensors:
+        raise CheckpointError(f"{path}: it lacks {key}, which the index says it has")
+    part = source.slices(key)
+    if part.shape != shard.sizes:
+        raise CheckpointError(f"{path}: {key} has shape {part.shape}, the index says {shard.sizes}")
     return part
 
 
 def read_shard(
-    source: Any, path: Path, name: str, shard: Shard, stored: Stored, window: tuple[slice, ...] | None = None
+    source: OpenTensors, path: Path, name: str, shard: Shard, stored: Stored, window: tuple[slice, ...] | None = None
 ) -> Tensor:
     """Return a shard, or the ``window`` of it.
 
@@ -286,7 +284,7 @@ def read_shard(
         CheckpointError: the file holds something else than the index says.
     """
     part = find_shard(source, path, name, shard)
-    value: Tensor = part[window] if window else part[...]
+    value = part[window or ...]
     if value.dtype != stored.dtype:
         raise CheckpointError(f"{path}: {shard.key(name)} is {value.dtype}, the index says {stored.dtype}")
     return value

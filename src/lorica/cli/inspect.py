@@ -47,22 +47,18 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show each target's rank, scale, norms and effective rank."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from lorica.files.json import read_json_object
+    from lorica.checkpoint.bulk import read_all
+    from lorica.checkpoint.loading import read_config
+    from lorica.checkpoint.reading import find_weights
+    from lorica.files.tensors import TensorReader
     from lorica.train.models import check_adapter
 
     directory = check_adapter(adapter)
-    config = read_json_object(directory / "adapter_config.json")
-    file = directory / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    found = measure(tensors, config)
+    config = read_config(directory, None, {}, is_trainable=False).to_dict()
+    file = TensorReader(find_weights(directory))
+    found = measure(read_all(file), config)
     if not found:
-        raise CheckpointError(f"{file} holds no LoRA factors")
+        raise CheckpointError(f"{file.path} holds no LoRA factors")
     if as_json:
         print(json.dumps([asdict(delta) for delta in found]))
     else:

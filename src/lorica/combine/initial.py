@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorica.adapt.inject import base_of
 from lorica.checkpoint import reading
+from lorica.checkpoint.bulk import read_all
 from lorica.checkpoint.names import adapter_entries, config_of_adapter
 from lorica.checkpoint.saving import get_peft_model_state_dict
 from lorica.combine.place import replace_config
@@ -26,6 +26,7 @@ from lorica.config import LoraConfig
 from lorica.engines.stages import axis_of_stages
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError
+from lorica.files.tensors import TensorReader
 from lorica.layout import Roles
 from lorica.variants import VARIANTS, Variant, variant_of
 
@@ -157,10 +158,7 @@ def read_initial(path: str | os.PathLike[str], config: LoraConfig) -> dict[str, 
             "to a LoRA adapter",
             stacklevel=4,
         )
-    weights = reading.find_weights(path)
-    reading.read_shapes(weights)  # checks the file
-    found: dict[str, Tensor] = load_file(weights)
-    return found
+    return read_all(TensorReader(reading.find_weights(path)))
 
 
 def subtract_mutated_init(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.checkpoint import reading
-from lorica.config import CONFIG_NAME
+from lorica.config import CONFIG_NAME, LoraConfig
 from lorica.convert import families
 from lorica.convert.adapter import Adapter, Lazy, Pair
 from lorica.convert.fuse import apart
@@ -25,6 +26,7 @@ from lorica.convert.geometry import Geometry, known_geometry
 from lorica.convert.record import read_record
 from lorica.convert.scales import scale_of
 from lorica.errors import CheckpointError, ExportError
+from lorica.files.hub import find_file
 from lorica.files.json import read_json_object
 from lorica.files.tensors import TensorReader
 from lorica.layout.specs import PREFIX
@@ -72,9 +74,7 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
         ExportError: the configuration says what pairs cannot hold; all such fields are named.
     """
     folder = Path(path)
-    config = read_json_object(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    if not config:
-        raise CheckpointError(f"{folder}: no {CONFIG_NAME}")
+    config = read_json_object(find_file(folder, CONFIG_NAME))
     _check(folder, config)
     reader = TensorReader(reading.find_weights(folder))
     found = _tensors(reader)
@@ -98,6 +98,9 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise CheckpointError(f"{folder}: an adapter of the kind {config['peft_type']!r}; LORA is converted")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fields that nobody here knows; they are carried along
+        LoraConfig.from_peft_type(**config)
     beyond = [f"{name}={config[name]!r}" for name, nothing in _BEYOND.items() if config.get(name) not in nothing]
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
@@ -135,6 +138,8 @@ def _pair(
     a, b = (parts.get(f"embedding_{letter}" if lookup else letter) for letter in "AB")
     if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
         raise CheckpointError(f"{name}: no pair of two matrices; there is {sorted(parts)}")
+    if a.shape[0] != b.shape[1]:
+        raise CheckpointError(f"{name}: A {a.shape} and B {b.shape} are no pair of one rank")
     names, rows = _names(name, b.shape[0], geometry, on_megatron)
     bare = matches(config.get("target_parameters"), f"{name}.weight")
     scale = scale_of(config, f"{name}.weight" if bare else name, a.shape[0])

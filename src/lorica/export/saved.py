@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorica.adapt.inject import lora_layers
@@ -20,7 +19,7 @@ from lorica.checkpoint.pieces import piece_of
 from lorica.config import LoraConfig
 from lorica.config.spec import AdapterSpec
 from lorica.errors import ExportError
-from lorica.files.tensors import DTYPES
+from lorica.files.tensors import OpenTensors, TensorReader
 from lorica.init import Factors, find
 from lorica.layers import LoraLayer
 from lorica.model import get_peft_model
@@ -137,24 +136,27 @@ def read(path: str | os.PathLike[str], base: Any) -> Saved:
         TargetError: the configuration does not.
     """
     config = loading.read_config(path, None, {}, is_trainable=False)
-    file = reading.find_weights(path)
-    shapes = reading.read_shapes(file)
+    reader = TensorReader(reading.find_weights(path))
+    shapes = reader.shapes
     names = {id(module): name for name, module in base.named_modules()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the start of factors that are not started here
         wrapped = get_peft_model(base, config, low_cpu_mem_usage=True)
     wanted, extra = adapter_entries(wrapped, _ADAPTER, wrapped.peft_config[_ADAPTER]), embedding_entries(wrapped)
-    reading.check_names(shapes, wanted, extra, where=str(file), strict=True)
+    reading.check_names(shapes, wanted, extra, where=str(reader.path), strict=True)
     stored: dict[int, list[tuple[str, Entry]]] = defaultdict(list)
     for key, entry in wanted.items():
         if entry.owner is not None and not entry.tied and key in shapes:
             stored[id(entry.tensor)].append((key, entry))
-    weights = [_weight(file, layer, names, stored) for layer in lora_layers(wrapped)]
+    with reader.opened() as file:
+        weights = [_weight(file, layer, names, stored) for layer in lora_layers(wrapped)]
     others = [key for key, entry in wanted.items() if entry.owner is None and not entry.tied]
     return Saved(Path(path), config, wrapped.unload(), tuple(weights), tuple(others))
 
 
-def _weight(file: Path, layer: LoraLayer, names: dict[int, str], stored: dict[int, list[tuple[str, Entry]]]) -> Weight:
+def _weight(
+    file: OpenTensors, layer: LoraLayer, names: dict[int, str], stored: dict[int, list[tuple[str, Entry]]]
+) -> Weight:
     owner = layer.get_base_layer()
     source = layer.tied.get(_ADAPTER)
     live = (layer if source is None else source).factors(_ADAPTER)
@@ -166,16 +168,14 @@ def _weight(file: Path, layer: LoraLayer, names: dict[int, str], stored: dict[in
 
 
 @torch.no_grad()
-def _read(file: Path, factor: Tensor, stored: dict[int, list[tuple[str, Entry]]]) -> Tensor:
+def _read(file: OpenTensors, factor: Tensor, stored: dict[int, list[tuple[str, Entry]]]) -> Tensor:
     found = stored[id(factor)]
-    with safe_open(file, framework="pt") as opened:
-        slices = [opened.get_slice(key) for key, _ in found]
-        dtypes = [DTYPES.get(part.get_dtype(), factor.dtype) for part in slices]
-        result = torch.zeros(factor.shape, dtype=dtypes[0] if dtypes else factor.dtype)
-        for (key, entry), part in zip(found, slices, strict=True):
-            piece = piece_of(key, replace(entry, tensor=result))
-            piece.write(piece.read(part))
-    reading.check_finite({found[0][0] if found else "a factor": result}, str(file))
+    slices = [file.slices(key) for key, _ in found]
+    result = torch.zeros(factor.shape, dtype=slices[0].dtype if slices else factor.dtype)
+    for (key, entry), part in zip(found, slices, strict=True):
+        piece = piece_of(key, replace(entry, tensor=result))
+        piece.write(piece.read(part))
+    reading.check_finite({found[0][0] if found else "a factor": result}, str(file.reader.path))
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import CheckpointError
+from lorica.files.opening import refuse_links_out
 
 
 def find_file(source: str | os.PathLike[str], name: str, *, subfolder: str | None = None, **hub: Any) -> Path:
@@ -16,15 +17,23 @@ def find_file(source: str | os.PathLike[str], name: str, *, subfolder: str | Non
     Args:
         source: a directory, or a repository id such as ``"user/adapter"``.
         name: the file's name.
-        subfolder: folder of ``source`` to look in.
+        subfolder: folder of ``source`` to look in, inside of it.
         hub: arguments of ``huggingface_hub.hf_hub_download`` (``revision``, ``token``, ``cache_dir`` …).
 
     Raises:
-        CheckpointError: neither the directory nor the hub has the file.
+        CheckpointError: neither the directory nor the hub has the file, or it lies elsewhere: a link leads out of the
+            directory, or the subfolder does.
     """
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise CheckpointError(f"subfolder={os.fspath(subfolder)!r} is not inside of {source}")
     directory = Path(source, subfolder or "")
-    if (directory / name).is_file():
-        return directory / name
+    path = directory / name
+    if path.is_file():
+        if subfolder or path.is_symlink():
+            refuse_links_out(path, source)
+        return path
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: not a regular file, or a link that leads nowhere")
     if Path(source).exists() or not _is_repository_id(os.fspath(source)):
         raise CheckpointError(f"Can't find '{name}' at '{directory}'")
     from huggingface_hub import hf_hub_download

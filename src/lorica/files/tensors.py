@@ -1,51 +1,29 @@
 """Safetensors files tensor by tensor: what is read or written is never more than one tensor in memory.
 
-``safetensors`` maps a file as a whole and writes a file as a whole. Its format is simple: eight bytes with the length
-of a JSON header, the header, then the tensors one after the other (https://github.com/huggingface/safetensors#format).
+``safetensors`` maps a file as a whole and writes a file as a whole. A mapped file that somebody truncates ends the
+process, and one that is written over changes what was checked already; so files are opened and read here. Headers are
+read and checked by :mod:`lorica.files.header`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import Self
 
 from lorica.errors import CheckpointError
+from lorica.files.header import DTYPES, WORDS, Stored, read_header
+from lorica.files.opening import open_regular
 
-#: The format's word for each dtype that tensors are computed with here; others are only copied.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_WORDS = {dtype: word for word, dtype in DTYPES.items()} | {
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.complex64: "C64",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-}
 #: The order in which safetensors' own writer lays tensors out: the most demanding in alignment first.
 ORDER = (
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
@@ -54,27 +32,11 @@ ORDER = (
 _RANK = {word: rank for rank, word in enumerate(ORDER)}
 _ALIGNMENT = 8
 _COPY_BYTES = 4 * 1024 * 1024
+#: A tensor of which columns are read is kept, if it is no larger: stacks of factors are read column by column.
+_KEPT_BYTES = 256 * 1024 * 1024
 _BUFFER_BYTES = 1024 * 1024
 # NumPy knows these: they are written as they are, without a view as bytes.
 _OF_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8}
-
-
-class Stored(NamedTuple):
-    """A tensor in a file: the format's word for its dtype, its shape, and its bytes in the file."""
-
-    word: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Its dtype, if it is one that torch computes with."""
-        return DTYPES.get(self.word)
-
-    def of(self, dtype: torch.dtype) -> Stored:
-        """Return what the tensor would be in another dtype; its place is not known then."""
-        return Stored(_WORDS[dtype], self.shape, 0, math.prod(self.shape) * dtype.itemsize)
 
 
 class TensorReader:
@@ -93,24 +55,13 @@ class TensorReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
-            with safe_open(self.path, framework="pt"):  # checks sizes, offsets, dtypes and names
-                pass
-            with self.path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                size = os.fstat(file.fileno()).st_size
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: not a readable safetensors file: {error}") from error
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        first = 8 + length
-        found = {}
-        for name, value in header.items():
-            start, stop = value["data_offsets"]
-            found[name] = Stored(value["dtype"], tuple(value["shape"]), first + start, first + stop)
-        self.tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
-        if size != max((stored.stop for stored in found.values()), default=first):
-            raise CheckpointError(f"{self.path} was changed while it was read")
+        with open_regular(self.path) as file:
+            self.tensors, self.metadata = read_header(file, self.path)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return a tensor's dtype.
@@ -126,7 +77,7 @@ class TensorReader:
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
         """Open the file, to read many tensors."""
-        with self.path.open("rb", buffering=0) as file:
+        with open_regular(self.path) as file:
             yield OpenTensors(self, file)
 
     def read(self, name: str) -> Tensor:
@@ -161,6 +112,68 @@ class OpenTensors(NamedTuple):
         if len(rest):
             raise CheckpointError(f"{self.reader.path}: the tensors end too early")
 
+    def slices(self, name: str) -> SlicedTensor:
+        """Return a tensor of which rectangles can be read.
+
+        Raises:
+            CheckpointError: torch has no such dtype.
+        """
+        return SlicedTensor(self, self.reader.tensors[name], self.reader.dtype_of(name))
+
+
+class SlicedTensor:
+    """A tensor in an open file, which is indexed by slices as a tensor is; only then something is read.
+
+    Whole rows are read as they lie. Of others the tensor is read once and kept, as long as this object is, or where
+    it is large, a few rows at a time.
+
+    Args:
+        file: the open file.
+        stored: where the tensor is.
+        dtype: its dtype.
+    """
+
+    def __init__(self, file: OpenTensors, stored: Stored, dtype: torch.dtype) -> None:
+        self._file, self._stored, self.dtype = file, stored, dtype
+        self._kept: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self._stored.shape
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return a rectangle, in memory of its own.
+
+        Args:
+            index: a slice, or a tuple of them, or an ellipsis for everything.
+
+        Raises:
+            CheckpointError: the file became shorter.
+        """
+        given = () if index is ... else index if isinstance(index, tuple) else (index,)
+        sides = [range(*side.indices(size)) for side, size in zip(given, self.shape, strict=False)]
+        sides += [range(size) for size in self.shape[len(given) :]]
+        if not sides or all(len(side) == size for side, size in zip(sides[1:], self.shape[1:], strict=True)):
+            return self._rows(sides[0] if sides else range(1))
+        rows, inner = sides[0], tuple(slice(side.start, side.stop) for side in sides[1:])
+        if self._stored.stop - self._stored.start <= _KEPT_BYTES:
+            if self._kept is None:
+                self._kept = self._rows(range(self.shape[0]))
+            return self._kept[(slice(rows.start, rows.stop), *inner)].clone()
+        result = torch.empty([len(side) for side in sides], dtype=self.dtype)
+        step = max(1, _COPY_BYTES * self.shape[0] // (self._stored.stop - self._stored.start))
+        for start in range(0, len(rows), step):
+            part = self._rows(rows[start : start + step])
+            result[start : start + step] = part[(slice(None), *inner)]
+        return result
+
+    def _rows(self, rows: range) -> Tensor:
+        result = torch.empty((len(rows), *self.shape[1:]) if self.shape else (), dtype=self.dtype)
+        if result.numel():
+            self._file.read_into(result, self._stored.start + rows.start * (result.nbytes // len(rows)))
+        return result
+
 
 class TensorWriter:
     """Writes a safetensors file tensor by tensor, in an order that is known from the start.
@@ -189,14 +202,14 @@ class TensorWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor."""
         stored = self._next(name)
-        assert (stored.word, stored.shape) == (_WORDS[tensor.dtype], tensor.shape)
+        assert (stored.word, stored.shape) == (WORDS[tensor.dtype], tensor.shape)
         tensor = tensor.contiguous()
         self._file.write(tensor.numpy() if tensor.dtype in _OF_NUMPY else _bytes_of(tensor))  # type: ignore[arg-type]
 
     def copy(self, name: str, source: TensorReader, as_stored: str) -> None:
         """Write the next tensor as another one is in another file."""
         stored = self._next(name)
-        with source.path.open("rb", buffering=0) as file:
+        with open_regular(source.path) as file:
             file.seek(source.tensors[as_stored].start)
             left = stored.stop - stored.start
             while left:
@@ -233,7 +246,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     """
     placed: list[tuple[int, str, Stored]] = []
     for name, tensor in tensors.items():
-        if (word := _WORDS.get(tensor.dtype)) is None:
+        if (word := WORDS.get(tensor.dtype)) is None:
             raise CheckpointError(f"{path}: {name} has the dtype {tensor.dtype}, which is not written")
         placed.append((_RANK[word], name, Stored(word, tuple(tensor.shape), 0, tensor.nbytes)))
     placed.sort()
@@ -248,4 +261,4 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-__all__ = ["DTYPES", "ORDER", "OpenTensors", "Stored", "TensorReader", "TensorWriter", "write_tensors"]
+__all__ = ["DTYPES", "ORDER", "OpenTensors", "SlicedTensor", "Stored", "TensorReader", "TensorWriter", "write_tensors"]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorica.adapt.inject import lora_layers, prepare_to_fill, token_layers, unload
@@ -19,6 +18,7 @@ from lorica.checkpoint import loading, reading
 from lorica.checkpoint.names import Entry, adapter_entries, embedding_entries
 from lorica.checkpoint.pieces import piece_of
 from lorica.errors import AdapterError
+from lorica.files.tensors import TensorReader
 from lorica.init import Factors
 from lorica.layers import LoraLayer, Switch
 from lorica.layout import Roles
@@ -67,12 +67,12 @@ class Changes:
                 f"{adapter}: layer_replication={config.layer_replication} makes new layers, which the model's files "
                 "have no tensors for; load the adapter and call merge_and_unload"
             )
-        self._path = reading.find_weights(adapter)
-        shapes = reading.read_shapes(self._path)
+        self._file = TensorReader(reading.find_weights(adapter))
+        shapes = self._file.shapes
         wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
         self._config = wrapped.peft_config[ADAPTER]
         wanted, extra = adapter_entries(wrapped, ADAPTER, self._config), embedding_entries(wrapped)
-        reading.check_names(shapes, wanted, extra, where=str(self._path), strict=True)
+        reading.check_names(shapes, wanted, extra, where=str(self._file.path), strict=True)
         self._check_finite()
         self.replaced: dict[str, str] = {}
         self._stored: dict[int, list[tuple[str, Entry]]] = defaultdict(list)
@@ -113,9 +113,9 @@ class Changes:
             self.biases[prefix + layer.op.bias_name] = layer
 
     def _check_finite(self) -> None:
-        with safe_open(self._path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                reading.check_finite({key: file.get_tensor(key)}, str(self._path))
+        with self._file.opened() as file:
+            for key in self._file.tensors:
+                reading.check_finite({key: file.slices(key)[...]}, str(self._file.path))
 
     @property
     def names(self) -> set[str]:
@@ -153,9 +153,8 @@ class Changes:
             box: which piece.
         """
         if name in self.replaced:
-            with safe_open(self._path, framework="pt") as file:
-                value = file.get_slice(self.replaced[name])
-                weight.copy_(value[box] if box else value[:])
+            with self._file.opened() as file:
+                weight.copy_(file.slices(self.replaced[name])[box])
         if name in self.rows:
             self._put_rows(*self.rows[name], weight, box)
         if name in self.layers:
@@ -167,8 +166,7 @@ class Changes:
             weight.add_(bias[box].to(weight), alpha=layer.specs[ADAPTER].scaling)
 
     def _put_rows(self, key: str, indices: tuple[int, ...], weight: Tensor, box: tuple[slice, ...]) -> None:
-        with safe_open(self._path, framework="pt") as file:
-            rows = file.get_tensor(key)
+        rows = self._file.read(key)
         for slot, token in enumerate(indices):
             if box[0].start <= token < box[0].stop:
                 weight[token - box[0].start] = rows[slot, box[1]].to(weight)
@@ -213,10 +211,10 @@ class Changes:
     @torch.no_grad()
     def _read(self, factor: Tensor) -> Tensor:
         result = torch.zeros(factor.shape, dtype=factor.dtype)
-        with safe_open(self._path, framework="pt") as file:
+        with self._file.opened() as file:
             for key, entry in self._stored[id(factor)]:
                 piece = piece_of(key, replace(entry, tensor=result))
-                piece.write(piece.read(file.get_slice(key)))
+                piece.write(piece.read(file.slices(key)))
         return result
 
 

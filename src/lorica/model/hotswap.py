@@ -26,6 +26,7 @@ from lorica.checkpoint.placing import write_pieces
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError, SwapError
+from lorica.files.tensors import TensorReader
 from lorica.layers import LoraLayer
 from lorica.model.padding import Padded, blocks_of, check_growth, grow, is_b, rank_dim
 from lorica.targets.match import pattern_value
@@ -137,11 +138,10 @@ def hotswap_adapter(
     with together(inject.base_of(plain), f"swapping in {model_name_or_path}"):
         config = read_config(model_name_or_path, None, kwargs, is_trainable=False)
         check_hotswap_configs_compatible(old, config)
-        path = reading.find_weights(model_name_or_path, **kwargs)
-        shapes = reading.read_shapes(path)
-        with reading.opened(path) as file:
-            swap = _Swap(plain, adapter_name, config, shapes, str(path))
-            parts = swap.read({name: file.get_slice(name) for name in shapes})
+        reader = TensorReader(reading.find_weights(model_name_or_path, **kwargs))
+        swap = _Swap(plain, adapter_name, config, reader.shapes, str(reader.path))
+        with reader.opened() as file:
+            parts = swap.read({name: file.slices(name) for name in reader.tensors})
     swap.write(parts)
 
 

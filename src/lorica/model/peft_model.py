@@ -315,8 +315,7 @@ class PeftModel(nn.Module):
             TargetError: the configuration does not fit the model. The model is then as it was.
         """
 
-        def wrap() -> PeftModel:
-            found = loading.read_config(model_id, config, kwargs, is_trainable=is_trainable)
+        def wrap(found: LoraConfig) -> PeftModel:
             found.runtime_config = replace(found.runtime_config, ephemeral_gpu_offload=ephemeral_gpu_offload)
             by_task = "by_task" in vars(cls) and found.task_type is not None
             kind = cls.by_task[TaskType(found.task_type)] if by_task else cls
@@ -327,6 +326,8 @@ class PeftModel(nn.Module):
             model,
             model_id,
             adapter_name,
+            config=config,
+            is_trainable=is_trainable,
             key_mapping=key_mapping,
             strict=strict,
             source=kwargs,

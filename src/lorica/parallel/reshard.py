@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lorica.checkpoint.names import WEIGHTS_NAME, adapter_entries
 from lorica.checkpoint.pieces import piece_of
-from lorica.checkpoint.reading import read_shapes
 from lorica.checkpoint.shards import Shard, Stored, file_of, key_of, opened, read_index, read_shard, write_index
 from lorica.checkpoint.whole import FACTORS
 from lorica.config import LoraConfig
 from lorica.errors import CheckpointError, suggest
 from lorica.files import atomic
+from lorica.files.tensors import TensorReader
 from lorica.model import get_peft_model
 from lorica.parallel.plan import Division, divide, empty_model, fake_ranks
 
@@ -64,18 +63,15 @@ class OneFile:
     """An adapter's file as a source."""
 
     def __init__(self, file: Path, files: ExitStack) -> None:
-        shapes = read_shapes(file)
-        self._source = files.enter_context(safe_open(file, framework="pt", device="cpu"))
-        parts = {FACTORS + name: (shape, self._source.get_slice(name)) for name, shape in shapes.items()}
+        reader = TensorReader(file)
+        self._source = files.enter_context(reader.opened())
         self.index: Mapping[str, Stored] = {
-            name: Stored(shape, part[tuple(slice(0, 0) for _ in shape)].dtype, ())
-            for name, (shape, part) in parts.items()
+            FACTORS + name: Stored(shape, reader.dtype_of(name), ()) for name, shape in reader.shapes.items()
         }
 
     def read(self, name: str, rectangle: Rectangle) -> Tensor:
-        """Return a rectangle straight from the mapped file."""
-        part: Tensor = self._source.get_slice(name.removeprefix(FACTORS))[rectangle if rectangle else ...]
-        return part
+        """Return a rectangle straight from the file."""
+        return self._source.slices(name.removeprefix(FACTORS))[rectangle if rectangle else ...]
 
 
 @contextmanager

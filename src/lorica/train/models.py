@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorica.errors import RecipeError, suggest_path
-from lorica.files.hub import find_folder
+from lorica.files.hub import find_file, find_folder
 from lorica.files.json import read_json_object
 from lorica.train.paths import meant_as_path
 
@@ -164,7 +164,7 @@ def base_of(adapter: str) -> tuple[str, str | None]:
         RecipeError: the config does not say.
         CheckpointError: it is not a JSON object.
     """
-    file = check_adapter(adapter) / _CONFIG
+    file = find_file(check_adapter(adapter), _CONFIG)
     values = read_json_object(file)
     name, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not name:

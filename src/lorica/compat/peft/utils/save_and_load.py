@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorica.adapt.inject import adapter_modules, base_of
+from lorica.checkpoint.bulk import read_all
 from lorica.checkpoint.loading import set_peft_model_state_dict
 from lorica.checkpoint.reading import find_weights, map_keys
 from lorica.checkpoint.saving import get_peft_model_state_dict
+from lorica.files.tensors import TensorReader
 from lorica.layers import LoraLayer, TrainableTokensWrapper
 
 
@@ -39,12 +40,14 @@ def load_peft_weights(
         hf_hub_download_kwargs: ``subfolder``, ``revision``, ``token`` …, for the hub.
 
     Raises:
-        CheckpointError: there are no weights, or only a pickle, which could run code and is not read.
+        CheckpointError: there are no weights, or only a pickle, which could run code and is not read; the file is
+            broken, or holds NaN or infinity.
     """
     from lorica.compat.peft.utils.other import infer_device
 
-    found = load_file(find_weights(model_id, **hf_hub_download_kwargs), device=str(device or infer_device()))
-    return {new: found[old] for new, old in map_keys(found, key_mapping).items()}
+    found = read_all(TensorReader(find_weights(model_id, **hf_hub_download_kwargs)))
+    place = device or infer_device()
+    return {new: found[old].to(place) for new, old in map_keys(found, key_mapping).items()}
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
