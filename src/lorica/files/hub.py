@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import CheckpointError
+from lorica.files import journal
 from lorica.files.opening import refuse_links_out
 
 
@@ -27,7 +28,7 @@ def find_file(source: str | os.PathLike[str], name: str, *, subfolder: str | Non
     if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise CheckpointError(f"subfolder={os.fspath(subfolder)!r} is not inside of {source}")
     directory = Path(source, subfolder or "")
-    path = directory / name
+    path = journal.resolve(directory, name)
     if path.is_file():
         if subfolder or path.is_symlink():
             refuse_links_out(path, source)
