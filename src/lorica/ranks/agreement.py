@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,37 +13,66 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorica._version import __version__
-from lorica.adapt.inject import base_of, switch_of
+from lorica.adapt.inject import base_of, lora_layers, switch_of
 from lorica.checkpoint.names import Entry, adapter_entries
 from lorica.engines import Engines
 from lorica.engines.describe import DATA_AXES
 from lorica.engines.rest import at_rest
+from lorica.engines.site import Axis
+from lorica.engines.stages import STAGES
 from lorica.errors import RankError
 from lorica.variants import VARIANTS, variant_of
 
 #: Seconds within which every rank must have come to the comparison.
 TIMEOUT = 300.0
 
+_ABSENT = "nothing"
 
-def verify(model: nn.Module, *, timeout: float = TIMEOUT) -> None:
+
+def verify(model: nn.Module, *, timeout: float = TIMEOUT, also: Mapping[str, Any] | None = None) -> None:
     """Compare configurations, names, shapes, placements and values of all adapters over all ranks.
 
     Args:
         model: the adapted model.
         timeout: seconds after which a rank that did not come is an error on the others.
+        also: what else has to be equal on all ranks, by name: a hash of the data, how many batches there are.
 
     Raises:
-        RankError: on every rank: which rank differs in what, or which one did not answer.
+        RankError: on every rank: which rank differs in what, could not say what it has, or did not answer.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     _wait_for_all(timeout)
-    mine = _description(model)
+    mine: dict[str, Any] = {"also": dict(also or {})}
+    error: Exception | None = None
+    try:
+        mine |= _description(model)
+    except Exception as caught:
+        error, mine = caught, {"error": f"{type(caught).__name__}: {caught}"}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
+    if error is not None:
+        raise error
     _compare(everyone)
     if (switch := switch_of(model)) is not None:
         switch.agreed = True
+
+
+def compare(everyone: Sequence[Mapping[str, Any]]) -> None:
+    """See that all ranks have the same values by the same names.
+
+    Args:
+        everyone: what each rank has.
+
+    Raises:
+        RankError: names the first rank that differs from rank 0, and in what.
+    """
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        for field in sorted(first.keys() | other.keys()):
+            wanted, got = first.get(field, _ABSENT), other.get(field, _ABSENT)
+            if wanted != got:
+                _refuse(rank, field, wanted, got)
 
 
 def _wait_for_all(timeout: float) -> None:
@@ -61,8 +90,9 @@ def _description(model: nn.Module) -> dict[str, Any]:
     axes = Engines(base_of(model)).axes
     return {
         "lorica": __version__,
-        "configuration": {name: _text(config.to_dict()) for name, config in configs.items()},
+        "configuration": {name: _fields(config) for name, config in configs.items()},
         "batch": [axes[name].rank for name in sorted(axes) if name in DATA_AXES],
+        "layers": _layers(model, axes),
         "random state": _digest(torch.get_rng_state()) if drawing else "",
         "tensors": {
             f"{adapter}/{name}": _tensor(entry)
@@ -71,6 +101,16 @@ def _description(model: nn.Module) -> dict[str, Any]:
             if not entry.tied
         },
     }
+
+
+def _layers(model: nn.Module, axes: Mapping[str, Axis]) -> dict[str, int]:
+    """Return which of the model's layers are here: its coordinates on axes whose ranks have different ones."""
+    apart = {name: site.axes[name].rank for layer in lora_layers(model) if (site := layer.site) for name in site.apart}
+    return {name: axis.rank for name, axis in axes.items() if name == STAGES} | apart
+
+
+def _fields(config: Any) -> dict[str, str]:
+    return {field: _text(value) for field, value in config.to_dict().items()}
 
 
 def _tensor(entry: Entry) -> dict[str, Any]:
@@ -87,12 +127,32 @@ def _tensor(entry: Entry) -> dict[str, Any]:
 
 
 def _compare(everyone: list[Mapping[str, Any]]) -> None:
-    first = everyone[0]
-    for rank, other in enumerate(everyone):
-        for field in ("lorica", "configuration"):
-            if other[field] != first[field]:
-                _refuse(rank, field, first[field], other[field])
+    broken = [f"rank {rank}: {other['error']}" for rank, other in enumerate(everyone) if "error" in other]
+    if broken:
+        raise RankError(f"what ranks are about to train cannot be compared: {'; '.join(broken[:4])}")
+    compare([{"version of lorica": other["lorica"]} for other in everyone])
+    compare([{"names of the adapters": sorted(other["configuration"])} for other in everyone])
+    for adapter in everyone[0]["configuration"]:
+        named = f"of the configuration of adapter {adapter!r}"
+        compare([{f"{k} {named}": v for k, v in other["configuration"][adapter].items()} for other in everyone])
+    compare([other["also"] for other in everyone])
     _compare_random_states(everyone)
+    _compare_names(everyone)
+    _compare_tensors(everyone)
+
+
+def _compare_names(everyone: list[Mapping[str, Any]]) -> None:
+    """See that ranks with the same layers train tensors of the same names."""
+    known: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    for rank, other in enumerate(everyone):
+        of, tensors = known.setdefault(str(other["layers"]), (rank, other["tensors"]))
+        if more := sorted(other["tensors"].keys() - tensors.keys()):
+            _refuse(rank, "names of what trains", _ABSENT, more[0], of)
+        if less := sorted(tensors.keys() - other["tensors"].keys()):
+            _refuse(rank, "names of what trains", less[0], _ABSENT, of)
+
+
+def _compare_tensors(everyone: list[Mapping[str, Any]]) -> None:
     seen: dict[str, tuple[int, dict[str, Any]]] = {}
     values: dict[tuple[str, str], tuple[int, str]] = {}
     for rank, other in enumerate(everyone):

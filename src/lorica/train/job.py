@@ -28,7 +28,7 @@ from lorica.train.data import fingerprint
 from lorica.train.loop import Schedule, Trainer, train
 from lorica.train.metrics import Metrics, Record
 from lorica.train.ranks import Ranks
-from lorica.train.recipe import LoraSection, Recipe, check_rows, dump_yaml
+from lorica.train.recipe import LoraSection, Recipe, check_rows, dump_yaml, flatten
 from lorica.train.signals import Interrupted, StopRequest
 
 # What a run writes into its output directory, and all that --overwrite removes from it.
@@ -85,14 +85,15 @@ def run(
         LostRankError: another rank died, or did not answer within ``parallel.timeout``.
     """
     metrics.require(recipe.log)
-    with ranks.answered():
-        joined = ranks.join(recipe.parallel, ranks.device(recipe.training.device))
+    where = ranks.device(recipe.training.device)
+    with ranks.together(recipe.parallel, where, _wanted(recipe, resume=resume, overwrite=overwrite)) as joined:
         check_rows(recipe.training.batch_size, joined.share[1])
         if not joined.first:
             progress, notify = False, _say_nothing
         if ranks.restarted() and state.launched_by(recipe.output) == ranks.launch():
             resume, overwrite = True, False
         checkpoint = _place(recipe.output, resume=resume, overwrite=overwrite, notify=notify)
+        joined.compare({"checkpoint to go on from": "none" if checkpoint is None else checkpoint.name})
         if checkpoint is not None:
             state.check_recipe(state.read_numbers(checkpoint).get("recipe", {}), recipe)
         prepared = _prepare(recipe, joined)
@@ -100,7 +101,7 @@ def run(
             notify(note)
         if checkpoint is not None:
             _continue(checkpoint, prepared, notify)
-        parallel.verify(prepared.trainer.live.model, timeout=recipe.parallel.timeout)
+        parallel.verify(prepared.trainer.live.model, timeout=recipe.parallel.timeout, also=_place_in_run(prepared))
         joined.wait()
         if joined.first:
             _open_output(recipe, fresh=checkpoint is None, step=prepared.trainer.live.progress.step)
@@ -114,6 +115,23 @@ def run(
 
 def _say_nothing(message: str) -> None:
     pass
+
+
+def _wanted(recipe: Recipe, **options: bool) -> dict[str, Any]:
+    """What every rank has to be asked for, by name; each may have the data at a place of its own."""
+    asked = flatten(recipe.model_dump(mode="json")) | {f"--{name}": value for name, value in options.items()}
+    return {name: value for name, value in asked.items() if name not in ("data.train", "data.eval")}
+
+
+def _place_in_run(prepared: _Run) -> dict[str, Any]:
+    """Where a rank stands before its first step, by name."""
+    live = prepared.trainer.live
+    return {
+        "steps that are done": live.progress.step,
+        "number of steps": prepared.schedule.steps,
+        "place in the data": live.batches.state_dict(),
+        "learning rates": live.scheduler.get_last_lr(),
+    }
 
 
 def adapt(base: nn.Module, section: LoraSection, data: calibrate.Data | None = None, *, progress: bool = False) -> Any:
@@ -171,6 +189,8 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
         with joined.first_goes_first():  # it may fill a cache on the disk that the others then find
             sources.check(recipe.data)
     loaded = sources.load(recipe.data, tokenizer, length, training.seed, sight)
+    hashed = fingerprint([*loaded.training, *loaded.held_out])
+    joined.compare({"tokens of the data": hashed, "number of rows": [len(loaded.training), len(loaded.held_out)]})
     base = layouts.load_base(
         recipe.parallel,
         joined,
@@ -204,7 +224,6 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     optimizer = optim.optimizer(adapted, training)
     live = state.Live(adapted, optimizer, optim.schedule(optimizer, training, steps), batches, state.Progress())
     schedule = Schedule(steps, recipe.log.every, training.eval_every, recipe.checkpoint.every)
-    hashed = fingerprint([*loaded.training, *loaded.held_out])
     trainer = Trainer(live, training, loaded.held_out, pad, joined, sight)
     return _Run(recipe, trainer, schedule, hashed, loaded.notes)
 

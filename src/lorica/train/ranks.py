@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lorica.engines.devices import backend_for
-from lorica.errors import LostRankError, RankError, RecipeError
-from lorica.train import models
+from lorica.errors import RankError, RecipeError
+from lorica.ranks.agreement import compare
+from lorica.train import lost, models
 from lorica.train.recipe import ParallelSection
 
 _DATA = ("dp", "fsdp")
@@ -82,6 +83,17 @@ class Ranks:
         dist.all_gather_object(everyone, found, group=self.control)
         return {key: value for other in everyone for key, value in other.items()}
 
+    def compare(self, fields: Mapping[str, Any]) -> None:
+        """See that all ranks have the same values, by name.
+
+        Raises:
+            RankError: on every rank: which one differs in what.
+        """
+        if self.size > 1:
+            everyone: list[Mapping[str, Any]] = [{}] * self.size
+            dist.all_gather_object(everyone, dict(fields), group=self.control)
+            compare(everyone)
+
     def most(self, number: int) -> int:
         """The largest of all ranks' numbers."""
         return self._agreed(torch.tensor(number), dist.ReduceOp.MAX)
@@ -105,6 +117,24 @@ class Ranks:
     def group(self) -> Any:
         """A new group of all ranks for tensors on the CPU, which nothing else uses; all ranks ask together."""
         return dist.new_group(backend="gloo") if self.size > 1 else None
+
+    def first_does(self, act: Callable[[], object]) -> None:
+        """Let the first rank do something while the others wait; where it fails, all fail.
+
+        Raises:
+            RankError: it failed on the first rank, and this is another; with its message. The first has its own error.
+        """
+        error: Exception | None = None
+        if self.first:
+            try:
+                act()
+            except Exception as caught:
+                error = caught
+        said = self.merged({0: str(error)} if error is not None else {})
+        if error is not None:
+            raise error
+        if said:
+            raise RankError(f"rank 0: {said[0]}")
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
@@ -148,19 +178,47 @@ def device(name: str) -> torch.device:
     return torch.device(chosen.type, index)
 
 
-def join(section: ParallelSection, device: torch.device) -> Ranks:
-    """Meet the other ranks that torchrun started.
+@contextmanager
+def together(section: ParallelSection, device: torch.device, agreed: Mapping[str, Any]) -> Iterator[Ranks]:
+    """Meet the other ranks for the length of a block, in which the error of a rank is told by the others too.
+
+    Args:
+        agreed: see :func:`join`.
 
     Raises:
         RecipeError: they are not as many as the recipe asks for.
+        RankError: they differ in what has to be equal.
+        LostRankError: another rank died or did not answer; says which and why, as far as that can be known.
+    """
+    with lost.answered() as company:
+        yield join(section, device, agreed, met=company.met)
+
+
+def join(
+    section: ParallelSection,
+    device: torch.device,
+    agreed: Mapping[str, Any] | None = None,
+    *,
+    met: Callable[[], None] = lambda: None,
+) -> Ranks:
+    """Meet the other ranks that torchrun started.
+
+    Args:
+        agreed: values that have to be equal on all ranks, by name. They are compared before the ranks are laid out,
+            which ranks that disagree on ``section`` would do in different ways.
+        met: called once the ranks know of each other.
+
+    Raises:
+        RecipeError: they are not as many as the recipe asks for.
+        RankError: they differ in a value.
     """
     if not started():
         if section.ranks > 1:
             raise RecipeError(f"parallel asks for {section.ranks} processes; this is one. Start it with torchrun")
         return Ranks()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    section = fill(section, size)
     if size == 1:
+        fill(section, size)
         return Ranks()
     backend = section.backend if section.backend != "auto" else backend_for(device.type) or "gloo"
     limit = timedelta(seconds=section.timeout)
@@ -168,11 +226,12 @@ def join(section: ParallelSection, device: torch.device) -> Ranks:
         # The CPU's own backend carries what ranks agree on, without waiting for an accelerator.
         both = "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}"
         dist.init_process_group(both, timeout=limit)
-    axes = {name: count for name, count in section.axes.items() if count > 1}
+    met()
+    ranks = Ranks(rank, size, control=dist.new_group(backend="gloo", timeout=limit))
+    ranks.compare(agreed or {})
+    axes = {name: count for name, count in fill(section, size).axes.items() if count > 1}
     mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    control = dist.new_group(backend="gloo", timeout=limit)
-    at = {name: mesh.get_local_rank(name) for name in axes}
-    return Ranks(rank, size, axes, at, mesh, control)
+    return replace(ranks, axes=axes, at={name: mesh.get_local_rank(name) for name in axes}, mesh=mesh)
 
 
 def fill(section: ParallelSection, size: int) -> ParallelSection:
@@ -197,32 +256,3 @@ def limit_waiting(limit: timedelta) -> None:
 
     for group in list(_world.pg_map):
         _set_pg_timeout(limit, group)
-
-
-@contextmanager
-def answered() -> Iterator[None]:
-    """Turn what the backends raise when a rank is lost or silent into an error with this rank's number.
-
-    Raises:
-        LostRankError: a collective failed.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, RankError) or not is_lost(error):
-            raise
-        raise LostRankError(said_of_lost(error)) from error
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether an error means that another rank died or did not answer in time."""
-    said = str(error)
-    return isinstance(error, dist.DistError) or any(sign in said for sign in _SIGNS)
-
-
-def said_of_lost(error: BaseException) -> str:
-    """That another rank did not answer, and to whom."""
-    return f"rank {os.environ.get('RANK', '0')} got no answer from another rank: {str(error).splitlines()[0]}"
-
-
-_SIGNS = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo/transport", "NCCL", "Broken pipe")

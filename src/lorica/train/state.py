@@ -25,7 +25,8 @@ from lorica.errors import CheckpointError, RecipeError
 from lorica.files import atomic
 from lorica.train import optim, tensors
 from lorica.train.collate import Batches
-from lorica.train.ranks import Ranks, is_lost
+from lorica.train.lost import is_lost
+from lorica.train.ranks import Ranks
 from lorica.train.recipe import Recipe, flatten
 
 ADAPTER = "adapter_model.safetensors"
