@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,18 +34,21 @@ class Metrics:
                 self._close.append(close)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with atomic.naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for sink in self._sinks:
             sink(record)
 
     def sync(self) -> None:
         """Put the records on the disk; a checkpoint must not be ahead of them."""
-        os.fsync(self._file.fileno())
+        with atomic.naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        for close in reversed(self._close):
-            close()
+        with atomic.naming(self._path), ExitStack() as last:
+            for close in self._close:
+                last.callback(close)
 
 
 def require(settings: LogSection) -> None:
