@@ -9,7 +9,7 @@
 
 A base model's folder is called ``shards``. With ``use_xser`` a rank's file only names its tensors by number; they lie
 one by one in ``….pt.tensors/tensor_{number}.pt``. Nothing that is loaded can run code: only tensors, plain values and
-those numbers are taken from pickles.
+those numbers are taken from pickles (:mod:`lorica.files.torch_files`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,9 @@ from lorica.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lorica.errors import CheckpointError, LayoutError
 from lorica.files.atomic import complete_directory, write_json
 from lorica.files.json import read_json_object
+from lorica.files.opening import refuse_links_out
+from lorica.files.pickles import Record
+from lorica.files.torch_files import read_torch_file
 from lorica.layout.layout import At
 from lorica.layout.neuron import specs_from_neuron, specs_to_neuron
 from lorica.layout.specs import PREFIX, WeightSpecs
@@ -39,7 +41,10 @@ MODEL_SHARDS = "shards"
 AXIS = "tp"
 _FILE = re.compile(r"dp_rank_(\d+)_tp_rank_(\d+)_pp_rank_(\d+)(?:\.pt)?")
 _DONE = "done"
-_MAX_METADATA = 256 * 1024 * 1024
+_MAX_METADATA = 64 * 1024 * 1024
+_MAX_NUMBER = 10**9
+#: What torch_xla writes in a tensor's place when tensors are files of their own.
+_REFERENCE = "torch_xla.utils.serialization.TensorReference"
 
 
 class Stage(NamedTuple):
@@ -120,7 +125,9 @@ def read_stages(shards: str | os.PathLike[str], adapter: str | None = None) -> I
     files = _files(place)
     for stage, ranks in enumerate(files):
         metadata = _read_metadata(place, stage)
-        held: list[tuple[At, dict[str, Tensor]]] = [({AXIS: rank}, _load(file)) for rank, file in enumerate(ranks)]
+        held: list[tuple[At, dict[str, Tensor]]] = [
+            ({AXIS: rank}, _load(file, place)) for rank, file in enumerate(ranks)
+        ]
         shapes = {name: tensor.shape for name, tensor in held[0][1].items()}
         try:
             specs = specs_from_neuron(metadata, shapes, axis=AXIS, adapter=adapter, ranks=len(ranks))
@@ -259,55 +266,41 @@ def _read_metadata(place: Path, stage: int) -> Mapping[str, Any]:
     pickled = place / f"mp_metadata_pp_rank_{stage}.pt"
     if not pickled.is_file():
         raise CheckpointError(f"{pickled.with_suffix('.json')} is missing: how the shards lie is not known")
-    metadata = _unpickled(pickled)
+    metadata = _unpickled(pickled, place)
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{pickled}: expected a dictionary, found {type(metadata).__name__}")
     return metadata
 
 
-# ---- pickles ---------------------------------------------------------------------------------------------------------
+# ---- files of torch --------------------------------------------------------------------------------------------------
 
 
-def _set_number(reference: Any, state: Any) -> None:
-    values = state[1] if isinstance(state, tuple) else state  # the original has slots
-    reference.tid = values["tid"]
-
-
-# What torch_xla writes in a tensor's place when tensors are files of their own; only this name is let through.
-_Reference = type(
-    "TensorReference", (), {"__module__": "torch_xla.utils.serialization", "__setstate__": _set_number, "tid": -1}
-)
-
-
-def _unpickled(path: Path) -> Any:
+def _unpickled(path: Path, place: Path) -> Any:
+    refuse_links_out(path, place)
     try:
-        with torch.serialization.safe_globals([_Reference]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a file of tensors and plain values: {_short(error)}") from error
+        return read_torch_file(path, also=(_REFERENCE,))
+    except CheckpointError as error:
+        raise CheckpointError(f"not a file of tensors and plain values: {error}") from error
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    state = _unpickled(path)
+def _load(path: Path, place: Path) -> dict[str, Tensor]:
+    state = _unpickled(path, place)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
     found: dict[str, Tensor] = {}
     for name, value in state.items():
-        tensor = _referred(path, value) if isinstance(value, _Reference) else value
+        tensor = _referred(path, value, place) if isinstance(value, Record) else value
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
         found[name] = tensor
     return found
 
 
-def _referred(path: Path, reference: Any) -> Any:
-    if not isinstance(reference.tid, int) or reference.tid < 0:
-        raise CheckpointError(f"{path}: {reference.tid!r} is no number of a tensor")
-    return _unpickled(path.with_name(f"{path.name}.tensors") / f"tensor_{reference.tid}.pt")
-
-
-def _short(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def _referred(path: Path, reference: Record, place: Path) -> Any:
+    number = reference.fields.get("tid")
+    if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+        raise CheckpointError(f"{path}: {number!r} is no number of a tensor")
+    return _unpickled(path.with_name(f"{path.name}.tensors") / f"tensor_{number}.pt", place)
 
 
 __all__ = [

@@ -7,20 +7,19 @@
     metadata.json      Megatron's word for the format
     common.pt          what is no tensor; not read
 
-The pickle is read by an unpickler that makes inert records of whatever torch's and Megatron's checkpointing wrote: none
-of their classes is looked up, nothing is imported, nothing of theirs is called, and any other name is an error. Chunks
-are read with ``weights_only``. Where they lie and how large they are is checked against the file before they are read.
+The pickle is read by a machine that can call nothing (:mod:`lorica.files.pickles`): torch's and Megatron's objects are
+records, and any name that no checkpoint needs is an error. Chunks are read likewise (:mod:`lorica.files.torch_files`).
+Where they lie and how large they are is checked against the files before they are read.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import pickle
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,70 +31,38 @@ from typing_extensions import Self
 
 from lorica.convert.adapter import Lazy
 from lorica.errors import CheckpointError
+from lorica.files.opening import open_regular, read_fully, refuse_links_out
+from lorica.files.pickles import Record, read_pickle
+from lorica.files.torch_files import read_saved
+from lorica.layout.tiling import tiles
 
 METADATA = ".metadata"
-_MAX_METADATA = 1024 * 1024 * 1024
+_MAX_METADATA = 16 * 1024 * 1024
+_MAX_DIMENSIONS = 8
 #: What a chunk's file has besides its numbers (names, a directory, padding).
 _MAX_OVERHEAD = 1024 * 1024
 _DTYPES = {
-    name: getattr(torch, name)
+    f"torch.{name}": getattr(torch, name)
     for name in (
         *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
         *("int64", "int32", "int16", "int8", "uint8", "bool"),
     )
 }
+#: Modules whose objects are in metadata: of torch's checkpoints, and of what Megatron adds to them.
+_MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
+_SIZE = "torch.Size"
+_NAMES = frozenset(
+    {
+        *_DTYPES,
+        *(_SIZE, "torch.serialization._get_layout", "collections.OrderedDict", "collections.defaultdict"),
+        *(f"builtins.{name}" for name in ("getattr", "list", "dict", "tuple", "set")),
+        *("pathlib.PosixPath", "pathlib._local.PosixPath"),
+    }
+)
 
 
-class _Inert:
-    """A record of whatever the pickle says of an object: arguments and attributes."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
-
-
-def _member(owner: Any, name: str) -> _Inert:
-    """Record a member of an enumeration; some versions of Python store it as an attribute that is to be taken."""
-    return _Inert(owner, name)
-
-
-def _numbers(values: Sequence[int] = ()) -> tuple[int, ...]:
-    return tuple(map(int, values))
-
-
-#: Modules whose objects become records: of torch's checkpoints, and of what Megatron adds to them.
-_RECORDED = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
-#: What is built in place of other names.
-_KNOWN: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): _numbers,
-    ("torch.serialization", "_get_layout"): str,
-    ("collections", "OrderedDict"): dict,
-    ("collections", "defaultdict"): lambda *_: {},
-    ("builtins", "getattr"): _member,
-    ("builtins", "list"): list,
-    ("builtins", "dict"): dict,
-    ("builtins", "tuple"): tuple,
-    ("builtins", "set"): set,
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
-    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes inert records; any name that no checkpoint needs is an error."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN:
-            return _KNOWN[module, name]
-        if f"{module}.".startswith(_RECORDED):
-            return type(name.rpartition(".")[2], (_Inert,), {})
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(f"it refers to something outside ({pid!r})")
+def _is_known(name: str) -> bool:
+    return name in _NAMES or name.startswith(_MODULES)
 
 
 class Chunk(NamedTuple):
@@ -146,23 +113,59 @@ class Distributed:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / METADATA
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no distributed checkpoint is here")
+        refuse_links_out(path, self.folder)
+        with open_regular(path) as file:
+            data = read_fully(file, _MAX_METADATA + 1)
+        if len(data) > _MAX_METADATA:
+            raise CheckpointError(f"{path}: more than {_MAX_METADATA:,} bytes are too many")
+        where = f"{path}: not the metadata of a distributed checkpoint"
+        metadata = read_pickle(data, where, _is_known)
         try:
-            if path.stat().st_size > _MAX_METADATA:
-                raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are too many")
-            with path.open("rb") as file:
-                metadata = _Unpickler(file).load()
             self.tensors = dict(_stored(metadata))
-        except OSError as error:
-            raise CheckpointError(f"{path}: no distributed checkpoint is here ({error.strerror})") from error
-        except CheckpointError:
-            raise
-        except Exception as error:  # an unpickler that is fed nonsense complains in any way
-            raise CheckpointError(f"{path}: not the metadata of a distributed checkpoint: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{where}: {str(error)[:500]}") from error
+        self._check_files()
+        self._slices: dict[str, dict[int, list[Chunk]]] = {}
+
+    def _check_files(self) -> None:
+        """Refuse chunks that are not inside of their files, or lie on one another there.
+
+        Afterwards there are no more numbers in all tensors than there are in the files.
+        """
+        files: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        for key, stored in self.tensors.items():
+            for chunk in stored.chunks:
+                files[chunk.file].append((chunk.start, chunk.start + chunk.length, key))
+        for name, places in files.items():
+            path, end, before = self.folder / name, 0, ""
+            if not path.is_file():
+                raise CheckpointError(f"{path}: not readable: there is no such file, and {places[0][2]} is to be in it")
+            refuse_links_out(path, self.folder)
+            size = path.stat().st_size
+            for start, stop, key in sorted(places):
+                if start < end:
+                    raise CheckpointError(f"{path}: chunks of {before} and {key} cannot be in one place")
+                if stop > size:
+                    raise CheckpointError(f"{path}: ends within {key}")
+                end, before = stop, key
 
     def there(self, key: str, lead: Sequence[int] = ()) -> bool:
         """Whether there are elements of a tensor whose first indices are ``lead``."""
+        return bool(self._within(key, lead))
+
+    def _within(self, key: str, lead: Sequence[int]) -> list[Chunk]:
+        """Return the chunks of a tensor that have elements whose first indices are ``lead``."""
         stored = self.tensors.get(key)
-        return stored is not None and any(chunk.within(lead) for chunk in stored.chunks)
+        if stored is None or not lead:
+            return [] if stored is None else [*stored.chunks]
+        if key not in self._slices:
+            found = self._slices[key] = defaultdict(list)
+            for chunk in stored.chunks:
+                for index in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if chunk.offsets else ():
+                    found[index].append(chunk)
+        return [chunk for chunk in self._slices[key].get(lead[0], ()) if chunk.within(lead)]
 
     def lazy(self, key: str, lead: Sequence[int] = ()) -> Lazy:
         """Return the part of a tensor whose first indices are ``lead``, of the other dimensions only.
@@ -172,11 +175,13 @@ class Distributed:
         """
         stored = self.tensors[key]
         shape = stored.shape[len(lead) :]
-        mine = [chunk for chunk in stored.chunks if chunk.within(lead)]
+        mine = self._within(key, lead)
+        which = f"{key}{list(lead) if lead else ''}"
         counted = sum(math.prod(chunk.sizes[len(lead) :]) for chunk in mine)
         if counted != math.prod(shape):
-            which = f"{key}{list(lead) if lead else ''}"
             raise CheckpointError(f"{self.folder}: of {which} {counted} elements are stored, not {math.prod(shape)}")
+        if not tiles(shape, ((chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]) for chunk in mine)):
+            raise CheckpointError(f"{self.folder}: of {which} some elements are stored twice, and others not at all")
         return Lazy(shape, stored.dtype, lambda: self._read(key, stored, tuple(lead), mine))
 
     def _read(self, key: str, stored: Stored, lead: tuple[int, ...], chunks: list[Chunk]) -> Tensor:
@@ -189,65 +194,71 @@ class Distributed:
 
     def _chunk(self, key: str, stored: Stored, chunk: Chunk) -> Tensor:
         path = self.folder / chunk.file
-        wanted = math.prod(chunk.sizes) * stored.dtype.itemsize
-        if not wanted <= chunk.length <= wanted + _MAX_OVERHEAD:
-            raise CheckpointError(f"{path}: {chunk.length} bytes of {key} cannot be {chunk.sizes} of {stored.dtype}")
-        try:
-            with path.open("rb") as file:
-                file.seek(chunk.start)
-                data = file.read(chunk.length)
-            if len(data) < chunk.length:
-                raise CheckpointError(f"{path}: ends within {key}")
-            _check_archive(data, wanted)
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{path}: a chunk of {key} is not readable without running it: {error}") from error
+        with open_regular(path) as file:
+            file.seek(chunk.start)
+            data = read_fully(file, chunk.length)
+        if len(data) < chunk.length:
+            raise CheckpointError(f"{path}: ends within {key}")
+        tensor = read_saved(bytearray(data), f"{path}: a chunk of {key} is not readable without running it")
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != stored.dtype:
             raise CheckpointError(f"{path}: a chunk of {key} is none of {chunk.sizes} {stored.dtype}")
         return tensor
 
 
-def _check_archive(data: bytes, wanted: int) -> None:
-    """Refuse a chunk that would unpack to more than it should have."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        whole = sum(member.file_size for member in archive.infolist())
-    if whole > wanted + _MAX_OVERHEAD:
-        raise ValueError(f"it unpacks to {whole} bytes in place of {wanted}")
-
-
 def _stored(metadata: Any) -> Iterator[tuple[str, Stored]]:
     """Yield key and tensor; what is no tensor is left out."""
-    places = {
-        (index.fqn, _numbers(getattr(index, "offset", None) or ())): info
-        for index, info in metadata.storage_data.items()
-    }
-    for key, about in metadata.state_dict_metadata.items():
-        if not hasattr(about, "chunks"):
+    if not isinstance(metadata, Record):
+        raise CheckpointError(f"a {type(metadata).__name__}")
+    places = {}
+    for index, info in _items(metadata.fields["storage_data"]):
+        places[index.fields["fqn"], _numbers(index.fields.get("offset") or ())] = info.fields
+    for key, about in _items(metadata.fields["state_dict_metadata"]):
+        if "chunks" not in about.fields:
             continue
-        shape, properties = _numbers(about.size), about.properties
-        dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
-        if not isinstance(key, str) or not isinstance(dtype, torch.dtype) or min(shape, default=1) < 0:
-            raise CheckpointError(f"{key!r}: {dtype} {shape} is no tensor that can be read")
+        shape, properties = _numbers(about.fields["size"]), about.fields["properties"]
+        named = properties.state[0] if isinstance(properties.state, tuple) else properties.fields["dtype"]
+        dtype = _DTYPES.get(named.name)
+        if type(key) is not str or dtype is None:
+            raise CheckpointError(f"{key!r}: {named.name} {shape} is no tensor that can be read")
         chunks = []
-        for chunk in about.chunks:
-            offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
+        for chunk in about.fields["chunks"]:
+            offsets, sizes = _numbers(chunk.fields["offsets"]), _numbers(chunk.fields["sizes"])
             info = places.get((key, offsets))
-            if info is None or getattr(info, "transform_descriptors", None):
+            if info is None or info.get("transform_descriptors"):
                 raise CheckpointError(f"{key}: where the chunk at {offsets} lies is not said, or it is compressed")
-            chunks.append(Chunk(offsets, sizes, str(info.relative_path), int(info.offset), int(info.length)))
+            file, start, length = (info[name] for name in ("relative_path", "offset", "length"))
+            if type(file) is not str or type(start) is not int or type(length) is not int:
+                raise CheckpointError(f"{key}: {start!r} and {length!r} are no place in {file!r}")
+            chunks.append(Chunk(offsets, sizes, file, start, length))
         yield key, _checked(key, Stored(shape, dtype, tuple(chunks)))
+
+
+def _items(value: Mapping[Any, Any] | Record) -> Iterator[tuple[Any, Any]]:
+    yield from (value.items if isinstance(value, Record) else value).items()
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Record) and value.name == _SIZE:
+        value = value.args[0] if value.args else ()
+    if not isinstance(value, (tuple, list)) or not all(type(one) is int and one >= 0 for one in value):
+        raise ValueError(f"{value!r} is no shape")
+    if len(value) > _MAX_DIMENSIONS:
+        raise ValueError(f"{len(value)} dimensions are too many")
+    return tuple(value)
 
 
 def _checked(key: str, stored: Stored) -> Stored:
     for chunk in stored.chunks:
         inside = len(chunk.offsets) == len(chunk.sizes) == len(stored.shape) and all(
-            min(start, size) >= 0 and start + size <= length
-            for start, size, length in zip(chunk.offsets, chunk.sizes, stored.shape, strict=True)
+            start + size <= length for start, size, length in zip(chunk.offsets, chunk.sizes, stored.shape, strict=True)
         )
         if not inside or min(chunk.start, chunk.length) < 0:
             raise CheckpointError(f"{key}: a chunk {chunk.sizes} at {chunk.offsets} is not inside of {stored.shape}")
         if chunk.file in ("", ".", "..") or Path(chunk.file).name != chunk.file or "\\" in chunk.file:
             raise CheckpointError(f"{key}: {chunk.file!r} is no name of a file beside the metadata")
+        wanted = math.prod(chunk.sizes) * stored.dtype.itemsize
+        if not wanted <= chunk.length <= wanted + _MAX_OVERHEAD:
+            raise CheckpointError(f"{chunk.file}: {chunk.length} bytes of {key} cannot be {chunk.sizes} {stored.dtype}")
     return stored
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.errors import ExportError
+from lorica.errors import ExportError, LoricaError
 from lorica.files.json import read_json_object
 
+#: No model has more layers, heads, experts or ranks, or a larger head: what files say is counted through.
+_MOST = 65536
 #: Model types whose MLP has no gate.
 _WITHOUT_GATE = frozenset({"nemotron", "starcoder2", "gpt_neox", "falcon", "phi", "opt", "gpt2"})
 
@@ -51,13 +54,10 @@ class Geometry:
     name: str = ""
 
     def __post_init__(self) -> None:
-        sizes = (self.layers, self.heads, self.kv_heads, self.head_dim, self.top_k)
-        if (
-            min(*sizes, self.ranks, self.expert_ranks, self.stages) < 1
-            or self.experts < 0
-            or self.heads % self.kv_heads
-        ):
-            raise ExportError(f"no model has these sizes: {self}")
+        of_model = (self.layers, self.heads, self.kv_heads, self.head_dim, self.top_k)
+        sizes = (*of_model, self.ranks, self.expert_ranks, self.stages)
+        if min(sizes) < 1 or self.experts < 0 or max(*sizes, self.experts) > _MOST or self.heads % self.kv_heads:
+            raise ExportError(f"no model has these sizes: {self}"[:1000])
 
     @property
     def qkv(self) -> tuple[int, int, int]:
@@ -86,9 +86,21 @@ def geometry_of(model: Any) -> Geometry:
         ExportError: something is missing.
     """
     values = _values(model)
-    name = str(values.get("_name_or_path") or (model if isinstance(model, str | os.PathLike) else ""))
-    values = {**values, **(values.get("text_config") or {})}
-    return _of_megatron(values) if "num_layers" in values and "num_query_groups" in values else _of_hf(values, name)
+    with _says_sizes("the model's configuration"):
+        name = str(values.get("_name_or_path") or (model if isinstance(model, str | os.PathLike) else ""))
+        values = {**values, **(values.get("text_config") or {})}
+        return _of_megatron(values) if "num_layers" in values and "num_query_groups" in values else _of_hf(values, name)
+
+
+@contextmanager
+def _says_sizes(where: str) -> Iterator[None]:
+    """Turn whatever goes wrong with values that are none of sizes into one error."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, LoricaError):
+            raise
+        raise ExportError(f"{where} does not say its sizes: {type(error).__name__}: {error}"[:500]) from error
 
 
 def known_geometry(model: Any, kept: Mapping[str, Any], config: Mapping[str, Any]) -> Geometry | None:
@@ -98,21 +110,25 @@ def known_geometry(model: Any, kept: Mapping[str, Any], config: Mapping[str, Any
         model: as in :func:`geometry_of`; None: not given.
         kept: what the adapter's files say.
         config: its configuration.
+
+    Raises:
+        ExportError: what is said is none of sizes.
     """
-    said = kept.get("bridge", {}).get("model", {})
-    said = said if said.get("num_layers") else kept.get("model", {})
-    base = config.get("base_model_name_or_path")
-    if model is not None:
-        found = geometry_of(model)
-    elif said.get("num_layers") and said.get("num_attention_heads"):
-        return geometry_of(said)
-    elif base and Path(base, "config.json").is_file():
-        found = geometry_of(base)
-    else:
-        return None
-    words = ("tensor_model", "expert_tensor", "pipeline_model")
-    ranks, expert_ranks, stages = (int(said.get(f"{word}_parallel_size") or 1) for word in words)
-    return replace(found, ranks=ranks, expert_ranks=expert_ranks, stages=stages)
+    with _says_sizes("what the adapter's files keep of its model"):
+        said = kept.get("bridge", {}).get("model", {})
+        said = said if said.get("num_layers") else kept.get("model", {})
+        base = config.get("base_model_name_or_path")
+        if model is not None:
+            found = geometry_of(model)
+        elif said.get("num_layers") and said.get("num_attention_heads"):
+            return geometry_of(said)
+        elif base and Path(base, "config.json").is_file():
+            found = geometry_of(base)
+        else:
+            return None
+        words = ("tensor_model", "expert_tensor", "pipeline_model")
+        ranks, expert_ranks, stages = (int(said.get(f"{word}_parallel_size") or 1) for word in words)
+        return replace(found, ranks=ranks, expert_ranks=expert_ranks, stages=stages)
 
 
 def _values(model: Any) -> Mapping[str, Any]:
@@ -131,43 +147,37 @@ def _values(model: Any) -> Mapping[str, Any]:
 
 
 def _of_hf(values: Mapping[str, Any], name: str) -> Geometry:
-    try:
-        heads = int(values["num_attention_heads"])
-        head_dim = values.get("head_dim") or int(values["hidden_size"]) // heads
-        counts = (values.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
-        return Geometry(
-            layers=int(values["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(head_dim),
-            gated=values.get("model_type") not in _WITHOUT_GATE,
-            experts=int(next((count for count in counts if count), 0)),
-            top_k=int(values.get("num_experts_per_tok") or 1),
-            model_type=str(values.get("model_type") or ""),
-            name=name,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"the model's configuration does not say its sizes: {error!r}") from error
+    heads = int(values["num_attention_heads"])
+    head_dim = values.get("head_dim") or int(values["hidden_size"]) // heads
+    counts = (values.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return Geometry(
+        layers=int(values["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(values.get("num_key_value_heads") or heads),
+        head_dim=int(head_dim),
+        gated=values.get("model_type") not in _WITHOUT_GATE,
+        experts=int(next((count for count in counts if count), 0)),
+        top_k=int(values.get("num_experts_per_tok") or 1),
+        model_type=str(values.get("model_type") or ""),
+        name=name,
+    )
 
 
 def _of_megatron(values: Mapping[str, Any]) -> Geometry:
-    try:
-        heads = int(values["num_attention_heads"])
-        return Geometry(
-            layers=int(values["num_layers"]),
-            heads=heads,
-            kv_heads=int(values["num_query_groups"] or heads),
-            head_dim=int(values.get("kv_channels") or int(values["hidden_size"]) // heads),
-            gated=bool(values.get("gated_linear_unit", False)),
-            experts=int(values.get("num_moe_experts") or 0),
-            top_k=int(values.get("moe_router_topk") or 1),
-            ranks=int(values.get("tensor_model_parallel_size") or 1),
-            expert_ranks=int(values.get("expert_tensor_parallel_size") or 1),
-            stages=int(values.get("pipeline_model_parallel_size") or 1),
-            name=str(values.get("hf_model_id") or ""),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"the run's configuration does not say the model's sizes: {error!r}") from error
+    heads = int(values["num_attention_heads"])
+    return Geometry(
+        layers=int(values["num_layers"]),
+        heads=heads,
+        kv_heads=int(values["num_query_groups"] or heads),
+        head_dim=int(values.get("kv_channels") or int(values["hidden_size"]) // heads),
+        gated=bool(values.get("gated_linear_unit", False)),
+        experts=int(values.get("num_moe_experts") or 0),
+        top_k=int(values.get("moe_router_topk") or 1),
+        ranks=int(values.get("tensor_model_parallel_size") or 1),
+        expert_ranks=int(values.get("expert_tensor_parallel_size") or 1),
+        stages=int(values.get("pipeline_model_parallel_size") or 1),
+        name=str(values.get("hf_model_id") or ""),
+    )
 
 
 def as_megatron(geometry: Geometry) -> dict[str, Any]:

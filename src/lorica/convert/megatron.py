@@ -49,7 +49,6 @@ _KEY = re.compile(
 _EXPERTS = re.compile(r"mlp\.experts\.(?:(?:local_)?experts\.)?(?:(?P<expert>\d+)\.)?(?P<leaf>linear_fc[12])")
 _LEAVES = {"linear_in.weight": "A", "linear_out.weight": "B", "weight_magnitude": "m"}
 _OPTIMISER = ("optimizer.", "chained_")
-_MAX_CONFIG = 16 * 1024 * 1024
 
 
 class Key(NamedTuple):
@@ -136,16 +135,14 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not readable as plain YAML.
     """
-    import yaml
+    from lorica.files.yaml import read_yaml
 
     for path in (folder / RUN_CONFIG, folder.parent / RUN_CONFIG):
         if not path.is_file():
             continue
-        if path.stat().st_size > _MAX_CONFIG:
-            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are too many for a configuration")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            values = read_yaml(path)
+        except ValueError as error:
             raise CheckpointError(f"{path}: not plain YAML: {error}") from error
         if not isinstance(values, dict) or not all(isinstance(values.get(k) or {}, dict) for k in ("peft", "model")):
             raise CheckpointError(f"{path}: expected sections, found {type(values).__name__}")

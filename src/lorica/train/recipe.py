@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorica.errors import RecipeError, suggest_path
+from lorica.files.yaml import parse_yaml, read_yaml, to_yaml
 from lorica.train.mistakes import explain
 
 _Count = Annotated[int, Field(ge=1)]
@@ -381,7 +381,7 @@ def _validated(model: type[_Validated], values: Mapping[str, Any], source: str, 
 
 def dump_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(recipe.model_dump(mode="json"))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -399,9 +399,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"There is no recipe file {path}.{suggest_path(path)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(path)
+    except ValueError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -414,9 +414,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise RecipeError(f"{override!r} is neither a recipe file nor an override; write section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The value of {key} is not YAML: {' '.join(str(error).split())}") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"The value of {key} is not YAML: {error}") from None
     *sections, last = key.strip().split(".")
     target = values
     for section in sections:
