@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from lorica.adapt.found import (
     tuner_of,
 )
 from lorica.adapt.parts import each_part, left_of_parts, taken_of_parts
-from lorica.adapt.places import Places
+from lorica.adapt.places import Places, keep_from_fast_path
+from lorica.adapt.removal import take_out, unload
 from lorica.adapt.rows import first_rows, train_rows
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
@@ -49,14 +50,13 @@ from lorica.init import (
 from lorica.init.borrow import borrowing, there
 from lorica.init.statistics import Found, forget, kept
 from lorica.kernels import draw_seed
-from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch, TrainableTokensLayer, TrainableTokensWrapper
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.layers.merging import warn_of_starts
 from lorica.layers.sharing import introduce
 from lorica.ops import FactorShapes, Op
 from lorica.storage import Packed, stored_weight
 from lorica.targets.plan import Plan, Target, changes_base
 from lorica.targets.tokens import Tokens
-from lorica.targets.walk import bare
 from lorica.variants import VARIANTS
 
 
@@ -108,6 +108,32 @@ def _inject(
         for target in plan.targets
         if VARIANTS[target.spec.variant].subtracts and not factors[target.name].b.is_meta
     }
+    made = _Made(seed, factors, rows, taken)
+    with switch.turns.writing():  # all that others must not see half done
+        layers = _put_in(model, plan, config, adapter, switch, made)
+    warn_of_starts(layers.values())
+
+
+class _Made(NamedTuple):
+    """What an adapter starts from, made before anything changes.
+
+    Attributes:
+        seed: of what variants draw.
+        factors: target → its factors.
+        rows: module → the rows of it that train.
+        taken: target → what a variant takes out of its base weight.
+    """
+
+    seed: int
+    factors: dict[str, Factors]
+    rows: dict[str, Tensor]
+    taken: dict[str, Factors]
+
+
+def _put_in(
+    model: nn.Module, plan: Plan, config: LoraConfig, adapter: str, switch: Switch, made: _Made
+) -> dict[str, LoraLayer]:
+    """Put layers around the targets, and the adapter into them; return them by the targets' names."""
     layers: dict[str, LoraLayer] = {}
     places = Places(model)
     _refuse_merged(places, plan, config)
@@ -117,25 +143,30 @@ def _inject(
             layer.start_error = None
         layers[target.name] = layer
         if target.tied_to is None:
-            made = factors[target.name]
-            starts = subtracts(config.init_lora_weights, lookup=target.op.lookup)
-            left = _left(target, config) if starts and not made.b.is_meta else None
-            if left is not None:
-                layer.rewrite(adapter, left)
-            layer.add_adapter(adapter, target.spec, made, subtract=starts and left is None, seed=seed)
-            if target.name in taken:
-                layer.subtract(adapter, taken[target.name], 1.0)
-            elif VARIANTS[target.spec.variant].subtracts:
-                layer.owed.add(adapter)
-            _used_up(target, config, made)
+            _fill_layer(layer, target, config, adapter, made)
         else:
             layer.tie_adapter(adapter, target.spec, layers[target.tied_to])
     _mark(layers.values(), adapter)
     _save_whole(model, plan, adapter, switch, places)
-    train_rows(model, plan.tokens, rows, adapter, switch, places)
-    _keep_from_fast_path(places)
+    train_rows(model, plan.tokens, made.rows, adapter, switch, places)
+    keep_from_fast_path(places)
     introduce(layers.values())
-    warn_of_starts(layers.values())
+    return layers
+
+
+def _fill_layer(layer: LoraLayer, target: Target, config: LoraConfig, adapter: str, made: _Made) -> None:
+    """Give a layer its factors, and take out of the base weight what they start from."""
+    factors = made.factors[target.name]
+    starts = subtracts(config.init_lora_weights, lookup=target.op.lookup)
+    left = _left(target, config) if starts and not factors.b.is_meta else None
+    if left is not None:
+        layer.rewrite(adapter, left)
+    layer.add_adapter(adapter, target.spec, factors, subtract=starts and left is None, seed=made.seed)
+    if target.name in made.taken:
+        layer.subtract(adapter, made.taken[target.name], 1.0)
+    elif VARIANTS[target.spec.variant].subtracts:
+        layer.owed.add(adapter)
+    _used_up(target, config, factors)
 
 
 def _mark(layers: Iterable[LoraLayer], adapter: str) -> None:
@@ -240,58 +271,6 @@ def _refuse_merged(places: Places, plan: Plan, config: LoraConfig) -> None:
                 f"{target.name}: {cause} changes the base weight, which has {layer.merged_adapters} merged into it; "
                 "unmerge first"
             )
-
-
-def take_out(model: nn.Module, adapter: str) -> None:
-    """Remove an adapter; a layer that has none left gives its place back to the base layer.
-
-    Raises:
-        AdapterError: the adapter is merged somewhere. Nothing was changed.
-    """
-    modules = adapted(model)
-    for module in modules:
-        if adapter in merged_into(module):
-            raise AdapterError(f"{module.target_name}: adapter {adapter!r} is merged; unmerge it before deleting it")
-    for module in modules:
-        module.remove_adapter(adapter)
-    if left := [module for module in modules if not adapters_of(module)]:
-        _give_places_back(model, left, ())
-
-
-def unload(model: nn.Module, merged: Sequence[str]) -> None:
-    """Give every base layer its place back.
-
-    Args:
-        merged: adapters whose copies of whole modules take the place of the originals.
-    """
-    _give_places_back(model, adapted(model), merged)
-
-
-def _give_places_back(model: nn.Module, modules: Sequence[AdapterModule], merged: Sequence[str]) -> None:
-    places = Places(model)
-    for module in reversed(modules):
-        plain = _under(module)
-        _leave(module)
-        if isinstance(module, ModulesToSaveWrapper):
-            copies = [module.modules_to_save[name] for name in merged if name in module.modules_to_save]
-            plain = copies[0] if copies else plain
-        places.put(module, plain)
-    _give_back_fast_path(places)
-
-
-def _under(module: AdapterModule) -> nn.Module:
-    """Return what an adapted module stands around: the base layer, or a layer on another of its parameters."""
-    return bare(module) if isinstance(module, ModulesToSaveWrapper) else _writes(module).base_layer
-
-
-def _leave(module: AdapterModule) -> None:
-    if not isinstance(module, ModulesToSaveWrapper):
-        _writes(module).leave()
-
-
-def _writes(module: LoraLayer | TrainableTokensWrapper) -> LoraLayer | TrainableTokensLayer:
-    """Return what merges into the weight."""
-    return module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
 
 
 def check_adapter_name(name: Any) -> None:
@@ -416,26 +395,6 @@ def _save_whole(model: nn.Module, plan: Plan, adapter: str, switch: Switch, plac
             module = wrapper
         module.add_adapter(adapter, wrappers[source].modules_to_save[adapter] if source else None)
         wrappers[name] = module
-
-
-def _keep_from_fast_path(places: Places) -> None:
-    # In inference torch's encoder layers compute from the weights of their children and never call them, unless a
-    # hook is attached somewhere inside. Without this an adapter would be passed over without a word.
-    for module in places.bypassing:
-        if _no_fast_path not in module._forward_pre_hooks.values() and any(adapter_modules(module)):
-            module.register_forward_pre_hook(_no_fast_path)
-
-
-def _give_back_fast_path(places: Places) -> None:
-    for module in places.bypassing:
-        if not any(adapter_modules(module)):
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if hook is _no_fast_path:
-                    del module._forward_pre_hooks[key]
-
-
-def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Do nothing; being attached is what counts."""
 
 
 __all__ = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
+from lorica.adapt.found import adapter_modules
 from lorica.layers import LoraLayer
 from lorica.targets.plan import Target
 from lorica.targets.walk import every_module
@@ -73,4 +75,28 @@ class Places:
         return layer
 
 
-__all__ = ["Places"]
+def keep_from_fast_path(places: Places) -> None:
+    """Let torch's encoder layers call their children where there are adapters inside.
+
+    In inference they compute from the weights of their children and never call them, unless a hook is attached
+    somewhere inside. Without this an adapter would be passed over without a word.
+    """
+    for module in places.bypassing:
+        if _no_fast_path not in module._forward_pre_hooks.values() and any(adapter_modules(module)):
+            module.register_forward_pre_hook(_no_fast_path)
+
+
+def give_back_fast_path(places: Places) -> None:
+    """Undo :func:`keep_from_fast_path` where there are none any more."""
+    for module in places.bypassing:
+        if not any(adapter_modules(module)):
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if hook is _no_fast_path:
+                    del module._forward_pre_hooks[key]
+
+
+def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing; being attached is what counts."""
+
+
+__all__ = ["Places", "give_back_fast_path", "keep_from_fast_path"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from lorica.config import LoraConfig, PeftConfig
 from lorica.engines.together import together
 from lorica.errors import CheckpointError
 from lorica.files.tensors import TensorReader
+from lorica.layers import Switch
 
 if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
@@ -43,12 +44,14 @@ def load_first(
     source: Mapping[str, Any],
 ) -> PeftModel:
     """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`."""
-    flags = model.parameters() if inject.switch_of(model) is not None else base_parameters(model)
-    with _as_it_was(model, adapter, flags), together(model, f"loading {model_id}"):
+    switch = inject.switch_of(model)
+    flags = model.parameters() if switch is not None else base_parameters(model)
+    alone = (switch or Switch()).turns.writing()
+    with alone, _as_it_was(model, adapter, flags), together(model, f"loading {model_id}"):
         found = read_config(model_id, config, source, is_trainable=is_trainable)
         file = TensorReader(reading.find_weights(model_id, **source))
         loaded = wrap(found)
-        _fill(loaded, adapter, file, key_mapping, strict=strict)
+        _fill(loaded, adapter, loaded.peft_config[adapter], file, key_mapping, strict=strict)
     return loaded
 
 
@@ -65,17 +68,22 @@ def load_further(
     offload: bool = False,
 ) -> LoadResult:
     """Load an adapter into a wrapped model; see :meth:`PeftModel.load_adapter`."""
-    base = model.get_base_model()
-    if adapter in model.peft_config:
-        with together(base, f"loading {model_id}"):
-            file = TensorReader(reading.find_weights(model_id, **source))
-            return _fill(model, adapter, file, key_mapping, strict=strict)
-    with _as_it_was(base, adapter, base_parameters(base)), together(base, f"loading {model_id}"):
+    base, turns = model.get_base_model(), model.base_model.switch.turns
+    with ExitStack() as change, together(base, f"loading {model_id}"):
         file = TensorReader(reading.find_weights(model_id, **source))
-        config = read_config(model_id, None, source, is_trainable=is_trainable)
-        config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=offload)
-        model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
-        result = _fill(model, adapter, file, key_mapping, strict=strict)
+        config = None
+        if adapter not in model.peft_config:
+            config = read_config(model_id, None, source, is_trainable=is_trainable)
+            config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=offload)
+        change.enter_context(turns.changing())  # what there was to fetch is here
+        if adapter in model.peft_config or config is None:
+            known = config_of_adapter(model, adapter)
+            return _fill(model, adapter, known, file, key_mapping, strict=strict)
+        change.enter_context(_as_it_was(base, adapter, base_parameters(base)))
+        with turns.writing():
+            model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
+            config = model.peft_config.pop(adapter)  # nobody finds it before it has its values
+        result = _fill(model, adapter, config, file, key_mapping, strict=strict)
     if is_trainable:
         model.set_requires_grad(adapter)
     return result
@@ -124,10 +132,12 @@ def set_peft_model_state_dict(
     )
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
-    inject.prepare_to_fill(model, adapter_name, config_of_adapter(model, adapter_name))
     whole = {name for name in good if place_of(known[name]) is not Place.IN_PIECES and not known[name].tied}
-    copy_whole((known[name], good[name]) for name in whole)
-    write_pieces(known, {n: piece_of(n, known[n]).read(tensor) for n, tensor in good.items() if n not in whole})
+    parts = {n: piece_of(n, known[n]).read(tensor) for n, tensor in good.items() if n not in whole}
+    with (inject.switch_of(model) or Switch()).turns.writing():
+        inject.prepare_to_fill(model, adapter_name, config_of_adapter(model, adapter_name))
+        copy_whole((known[name], good[name]) for name in whole)
+        write_pieces(known, parts)
     missing = [name for name, entry in wanted.items() if name not in good and not entry.tied]
     return LoadResult(missing, [name for name in shapes if name not in known])
 
@@ -147,9 +157,15 @@ def read_config(
 
 
 def _fill(
-    model: PeftModel, adapter: str, file: TensorReader, key_mapping: Mapping[str, str] | None, *, strict: bool
+    model: PeftModel,
+    adapter: str,
+    config: LoraConfig,
+    file: TensorReader,
+    key_mapping: Mapping[str, str] | None,
+    *,
+    strict: bool,
 ) -> LoadResult:
-    config, where = model.peft_config[adapter], str(file.path)
+    where = str(file.path)
     wanted = adapter_entries(model, adapter, config)
     extra = embedding_entries(model)
     stored = reading.map_keys(file.tensors, key_mapping)
@@ -167,12 +183,14 @@ def _fill(
     whole = read_whole(file, dtypes)
     pieces = [piece_of(name, known[name]) for name, place in places.items() if place is Place.IN_PIECES]
     parts = reading.read_pieces(file, stored, pieces)
-    inject.prepare_to_fill(model, adapter, config)  # base weights may come from the file too
-    for name, place in places.items():
-        if place is Place.TAKES_OVER:
-            take_over(known[name], whole[stored[name]])
-    copy_whole((known[name], whole[stored[name]]) for name, place in places.items() if place is Place.COPIES)
-    write_pieces(known, parts)
+    with model.base_model.switch.turns.writing():
+        inject.prepare_to_fill(model, adapter, config)  # base weights may come from the file too
+        for name, place in places.items():
+            if place is Place.TAKES_OVER:
+                take_over(known[name], whole[stored[name]])
+        copy_whole((known[name], whole[stored[name]]) for name, place in places.items() if place is Place.COPIES)
+        write_pieces(known, parts)
+        model.peft_config[adapter] = config
     return result
 
 
@@ -193,17 +211,18 @@ def _as_it_was(model: nn.Module, adapter: str, parameters: Iterable[nn.Parameter
         yield
     except BaseException:
         torch.set_rng_state(random)
-        if known is None or adapter not in known:
-            inject.take_out(model, adapter)
-            if not any(config.layer_replication for config in (known or {}).values()):
-                restore_layers(model)
-        if known is None:
-            model.__dict__.pop("peft_config", None)
-        elif configs is not None:
-            configs.clear()
-            configs.update(known)
-        if switch is not None and active is not None:
-            switch.active = active
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+        with (switch or Switch()).turns.writing():
+            if known is None or adapter not in known:
+                inject.take_out(model, adapter)
+                if not any(config.layer_replication for config in (known or {}).values()):
+                    restore_layers(model)
+            if known is None:
+                model.__dict__.pop("peft_config", None)
+            elif configs is not None:
+                configs.clear()
+                configs.update(known)
+            if switch is not None and active is not None:
+                switch.active = active
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
         raise

@@ -130,7 +130,7 @@ def _unchanged(module: nn.Module, block: _Block) -> bool:
             return False
         if type(child) is LoraLayer:
             switch = child.switch
-            if not switch.enabled or switch.rows is not None:
+            if not switch.enabled or (switch.routing and switch.rows is not None):
                 return False
         elif type(child).forward is not block.act_forward:
             return False

@@ -30,6 +30,7 @@ from lorica.layers.sharded import Sharded, state_of_factors
 from lorica.layers.switch import Switch
 from lorica.layout import Roles
 from lorica.ops import Op
+from lorica.ops.base import Host
 from lorica.routing import Rows
 from lorica.variants import VARIANTS, Extra, Variant
 
@@ -303,7 +304,7 @@ class LoraLayer(Sharded, Scaled):
         """Return the adapters that take part in a forward, and that are added at a place if one is given."""
         if not self.switch.enabled:
             if self.merged_adapters:
-                self.unmerge()
+                self.unmerge_once()
             return []
         specs, rows, active = self.specs, self.switch.rows, self.switch.active
         if rows is not None and rows.names is not None:
@@ -351,19 +352,22 @@ class LoraLayer(Sharded, Scaled):
         """Return the factors of plain LoRA that an adapter, of whichever variant, amounts to in this forward."""
         return VARIANTS[spec.variant].in_forward(self, factors, spec)
 
-    def _around(
-        self, layer: LoraLayer | Across, base: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _around(self, layer: Host, base: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any) -> Any:
         output = self._with(layer, base, names, *args, **kwargs)
         if names and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(self.switch.gradients_changed)  # type: ignore[no-untyped-call]
         return output
 
-    def _with(
-        self, layer: LoraLayer | Across, base: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.switch.rows is not None and self.switch.rows.names is not None:
-            return add_by_rows(layer, base, self.switch.rows, names, *args, **kwargs)
+    def _with(self, layer: Host, base: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any) -> Any:
+        if self.op.inward and not torch.compiler.is_compiling():  # one thread's deltas are in the module's weights
+            with self.switch.turns.alone(self):
+                return self._added(layer, base, names, *args, **kwargs)
+        return self._added(layer, base, names, *args, **kwargs)
+
+    def _added(self, layer: Host, base: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any) -> Any:
+        rows = self.switch.rows
+        if rows is not None and rows.names is not None:
+            return add_by_rows(layer, base, rows, names, *args, **kwargs)
         if not names:
             return base(*args, **kwargs)
         return self.op.forward(layer, base, self.pairs(names), *args, **kwargs)

@@ -123,7 +123,7 @@ def _is_frozen(tensor: Any, dtype: torch.dtype, autocast: bool) -> bool:
 def forward(layer: Any, x: Any) -> Tensor | None:
     """Return the layer's output for the input ``x``; None where the short way cannot be taken."""
     switch = layer.__dict__["switch"]
-    if not is_open(x) or not switch.enabled or switch.rows is not None:
+    if not is_open(x) or not switch.enabled or (switch.routing and switch.rows is not None):
         return None
     return in_dtype(_output, layer, x)
 

@@ -242,6 +242,12 @@ class Merging(Light):
             if rewrite.inexact is not None:
                 warnings.warn(inexact_message(rewrite.inexact), stacklevel=3)
 
+    def unmerge_once(self) -> None:
+        """Unmerge in a forward that finds the adapters turned off; of several threads the first one does."""
+        with self.switch.turns.alone(self):
+            if self.merged_adapters:
+                self.unmerge()
+
     def ready_to_unmerge(self) -> Rewrite:
         """Return what takes all merged deltas out again, without a warning; to be called without autograd."""
         stored = self.stored

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
 
+import torch
+
+from lorica.layers.turns import Turns
 from lorica.routing import Rows
 
 
@@ -15,27 +21,111 @@ class Switch:
     Attributes:
         active: names of the adapters that take part in a forward, in their order.
         enabled: whether adapters take part at all.
-        rows: which adapter each row of the batch has, or which tokens it sees, while a forward that says so runs.
         pending: whether a backward pass gave partial gradients that were not summed over ranks since.
         agreed: whether the ranks have compared their adapters since the last change.
+        turns: which threads compute with the model, and which one changes it.
+        routing: the threads that have rows; where there are none, :attr:`rows` need not be asked for.
     """
 
     def __init__(self, active: tuple[str, ...] = ()) -> None:
         self.active = active
         self.enabled = True
-        self.rows: Rows | None = None
         self.pending = False
         self.agreed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.turns = Turns()
+        self.routing: set[int] = set()
+        self._here = _Here()
+        self._off = 0  # blocks that have turned the adapters off
+        self._before = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("active", "enabled", "pending", "agreed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()  # a copy has turns of its own, and nobody computes with it yet
 
     def gradients_changed(self, gradient: object) -> None:
         """Note that a backward pass went through a layer that lies over several ranks (a hook on its output)."""
         self.pending = True
 
+    @property
+    def rows(self) -> Rows | None:
+        """Which adapter each row of the batch has, or which tokens it sees, while this thread runs a forward that says
+        so; None elsewhere. In a backward pass, those of the thread that called it."""
+        found = self._here.rows
+        if found is not None or torch.compiler.is_compiling() or not self.routing:
+            return found
+        return _of_caller(self) if torch._C._current_graph_task_id() != -1 else None
+
     @contextmanager
     def routed(self, rows: Rows | None) -> Iterator[None]:
-        """Let the layers know the rows inside a ``with`` block, whatever happens in it."""
-        before, self.rows = self.rows, rows
+        """Let the layers know the rows in this thread inside a ``with`` block, whatever happens in it."""
+        before = self._here.rows
+        self._route(rows)
         try:
             yield
         finally:
-            self.rows = before
+            self._route(before)
+
+    def _route(self, rows: Rows | None) -> None:
+        self._here.rows = rows
+        if torch.compiler.is_compiling():
+            return
+        if rows is None:
+            self.routing.discard(get_ident())
+        else:
+            self.routing.add(get_ident())
+        _tell_autograd(self, rows)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Turn all adapters off, for all threads, inside a ``with`` block; of several that overlap the last one that
+        is left turns them on again."""
+        with self.turns.writing():
+            if not self._off:
+                self._before = self.enabled
+            self._off += 1
+            self.enabled = False
+        try:
+            yield
+        finally:
+            with self.turns.writing():
+                self._off -= 1
+                if not self._off:
+                    self.enabled = self._before
+
+
+class _Here(threading.local):
+    """What one thread's forward has."""
+
+    def __init__(self) -> None:
+        self.rows: Rows | None = None  # a default of the class would be all that compilers see
+
+
+# ---- backward passes ------------------------------------------------------------------------------------------------
+#
+# Where layers are recomputed in a backward pass on an accelerator, a thread of autograd's runs them. It gets what the
+# thread that called the pass has put into this store of torch's.
+
+_KEY = "lorica.rows"
+
+
+def _tell_autograd(switch: Switch, rows: Rows | None) -> None:
+    if not torch._C._is_key_in_tls(_KEY):
+        torch._C._stash_obj_in_tls(_KEY, {})
+    known: dict[int, Rows] = torch._C._get_obj_in_tls(_KEY)
+    if rows is None:
+        known.pop(id(switch), None)
+    else:
+        known[id(switch)] = rows
+
+
+def _of_caller(switch: Switch) -> Rows | None:
+    if not torch._C._is_key_in_tls(_KEY):
+        return None
+    known: dict[int, Rows] = torch._C._get_obj_in_tls(_KEY)
+    return known.get(id(switch))

@@ -151,7 +151,8 @@ class TrainableTokensLayer(nn.Module):
         """Return the adapters that take part in a forward."""
         if not self.switch.enabled:
             if self.merged_adapters:
-                self.unmerge()
+                with self.switch.turns.alone(self):  # of several threads the first one unmerges
+                    self.unmerge()
             return []
         rows = self.switch.rows
         active: Iterable[str] = self.switch.active
@@ -351,10 +352,11 @@ class TrainableTokensLayer(nn.Module):
     def unmerge(self) -> None:
         """Put the weight's own rows back, bit for bit."""
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
+            name = self.merged_adapters[-1]
             if name in self._before:
                 rows, values = self._before.pop(name)
                 self._weight()[rows] = values
+            self.merged_adapters.pop()  # not before the rows are there: another thread may be looking
 
     def give_own_weight(self) -> None:
         """Replace a weight that another module shares with a copy, and remember the shared one."""

@@ -2,6 +2,7 @@
 
 from lorica.model.arrow import create_arrow_model
 from lorica.model.factory import get_peft_model, inject_adapter_in_model
+from lorica.model.hold import hold_adapters
 from lorica.model.lora_model import LoraModel
 from lorica.model.peft_model import PeftModel
 from lorica.model.rows import route_rows
@@ -30,6 +31,7 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
+    "hold_adapters",
     "inject_adapter_in_model",
     "route_rows",
 ]

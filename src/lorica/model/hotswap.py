@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from lorica.config import AdapterSpec, LoraConfig
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError, SwapError
 from lorica.files.tensors import TensorReader
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, Switch
 from lorica.model.padding import Padded, blocks_of, check_growth, grow, is_b, rank_dim
 from lorica.targets.match import pattern_value
 from lorica.targets.plan import changes_base
@@ -84,16 +85,16 @@ def prepare_model_for_compiled_hotswap(
         )
     if target_rank is None:
         return
-    for layer in layers:
-        for adapter in layer.specs:
-            check_growth(layer, adapter, target_rank)
-    for layer in layers:
-        for adapter in layer.specs:
-            grow(layer, adapter, target_rank)
     own: Mapping[str, LoraConfig] = getattr(inject.base_of(_plain(model)), "peft_config", None) or {}
     given = config if isinstance(config, Mapping) else {"": config} if config is not None else {}
-    for found in (*own.values(), *given.values()):
-        _set_rank(found, target_rank)
+    with layers[0].switch.turns.writing():
+        pairs = [(layer, adapter) for layer in layers for adapter in layer.specs]
+        for layer, adapter in pairs:
+            check_growth(layer, adapter, target_rank)
+        for layer, adapter in pairs:
+            grow(layer, adapter, target_rank)
+        for found in (*own.values(), *given.values()):
+            _set_rank(found, target_rank)
 
 
 def _complain_of_compiled(check: str) -> None:
@@ -134,15 +135,18 @@ def hotswap_adapter(
         CheckpointError: the file cannot be read, lacks a factor, or holds NaN.
     """
     plain = _plain(model)
-    old = config_of_adapter(plain, adapter_name)
-    with together(inject.base_of(plain), f"swapping in {model_name_or_path}"):
-        config = read_config(model_name_or_path, None, kwargs, is_trainable=False)
-        check_hotswap_configs_compatible(old, config)
-        reader = TensorReader(reading.find_weights(model_name_or_path, **kwargs))
-        swap = _Swap(plain, adapter_name, config, reader.shapes, str(reader.path))
-        with reader.opened() as file:
-            parts = swap.read({name: file.slices(name) for name in reader.tensors})
-    swap.write(parts)
+    old, turns = _config(plain, adapter_name), (inject.switch_of(plain) or Switch()).turns
+    with ExitStack() as change:
+        with together(inject.base_of(plain), f"swapping in {model_name_or_path}"):
+            config = read_config(model_name_or_path, None, kwargs, is_trainable=False)
+            check_hotswap_configs_compatible(old, config)
+            reader = TensorReader(reading.find_weights(model_name_or_path, **kwargs))
+            change.enter_context(turns.changing())  # what there was to fetch is here
+            swap = _Swap(plain, adapter_name, config, reader.shapes, str(reader.path))
+            with reader.opened() as file:
+                parts = swap.read({name: file.slices(name) for name in reader.tensors})
+        with turns.writing():
+            swap.write(parts)
 
 
 def hotswap_adapter_from_state_dict(
@@ -167,15 +171,17 @@ def hotswap_adapter_from_state_dict(
         CheckpointError: a factor is missing, or one holds NaN.
     """
     plain = _plain(model)
-    live = {
-        entry.live: name for name, entry in adapter_entries(plain, adapter_name, _config(plain, adapter_name)).items()
-    }
-    tensors = {live.get(name, name): tensor for name, tensor in state_dict.items()}
-    with together(inject.base_of(plain), f"swapping in a state dict as {adapter_name!r}"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        swap = _Swap(plain, adapter_name, config, shapes, "the state dict")
-        parts = swap.read(tensors)
-    swap.write(parts)
+    turns = (inject.switch_of(plain) or Switch()).turns
+    with turns.changing():
+        entries = adapter_entries(plain, adapter_name, _config(plain, adapter_name))
+        live = {entry.live: name for name, entry in entries.items()}
+        tensors = {live.get(name, name): tensor for name, tensor in state_dict.items()}
+        with together(inject.base_of(plain), f"swapping in a state dict as {adapter_name!r}"):
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            swap = _Swap(plain, adapter_name, config, shapes, "the state dict")
+            parts = swap.read(tensors)
+        with turns.writing():
+            swap.write(parts)
 
 
 class _Change(NamedTuple):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorica import combine
@@ -25,6 +26,7 @@ from lorica.layers.merging import inexact_message, requantised_message
 from lorica.model.rows import has_rows, rows_of_call
 from lorica.ranks import watch
 from lorica.targets import make_plan
+from lorica.targets.plan import Plan
 from lorica.targets.resolve import config_of
 from lorica.targets.walk import targets_of_keys
 from lorica.variants import VARIANTS, variant_of
@@ -64,16 +66,17 @@ class LoraModel(nn.Module):
         self.peft_config: dict[str, LoraConfig] = dict(getattr(model, "peft_config", None) or {})
         switch = inject.switch_of(model)
         self.switch = Switch((adapter_name,)) if switch is None else switch
-        self.add_adapter(
-            adapter_name,
-            peft_config,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            state_dict=state_dict,
-        )
-        if switch is not None:
-            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        model.peft_config = self.peft_config  # type: ignore[assignment]
+        with self.switch.turns.changing():
+            self.add_adapter(
+                adapter_name,
+                peft_config,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                state_dict=state_dict,
+            )
+            if switch is not None:
+                self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+            model.peft_config = self.peft_config  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         """Look in the base model for what this wrapper does not have."""
@@ -96,18 +99,28 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: there are not as many rows as names, an adapter does not exist, or the model trains.
         """
-        if not has_rows(self, kwargs):
-            return self.model(*args, **kwargs)
-        with rows_of_call(self, args, kwargs) as left:
-            return self.model(*args, **left)
+        return self._call(self.model, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapted model: the base model's ``generate``, with ``adapter_names`` as in a forward."""
         generate: Any = self.model.generate
+        return self._call(generate, args, kwargs, generates=True)
+
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool = False
+    ) -> Any:
+        if torch.compiler.is_compiling():  # a graph has no locks: see hold_adapters
+            return self._routed(function, args, kwargs, generates=generates)
+        with self.switch.turns.reading:
+            return self._routed(function, args, kwargs, generates=generates)
+
+    def _routed(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool
+    ) -> Any:
         if not has_rows(self, kwargs):
-            return generate(*args, **kwargs)
-        with rows_of_call(self, args, kwargs, generates=True) as left:
-            return generate(*args, **left)
+            return function(*args, **kwargs)
+        with rows_of_call(self, args, kwargs, generates=generates) as left:
+            return function(*args, **left)
 
     # ---- adding and removing ----------------------------------------------------------------------------------------
 
@@ -127,30 +140,36 @@ class LoraModel(nn.Module):
             TargetError: the configuration does not fit the model. The model is then as it was.
             RankError: it does not fit the layers of another rank, and the adapter starts from the base weights.
         """
-        inject.check_adapter_name(adapter_name)
-        if adapter_name in self.peft_config:
-            raise AdapterError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
-        config = copy.copy(peft_config)
-        trainable.check_one_bias({**self.peft_config, adapter_name: config})
-        trainable.check_one_base({**self.peft_config, adapter_name: config}, adapter_name)
-        undo = replicate_layers(self.model, config.layer_replication) if config.layer_replication else None
-        try:
-            with self._agreeing(config, on_meta=low_cpu_mem_usage):
-                exactly = None if state_dict is None else targets_of_keys(state_dict)
-                plan = make_plan(self.model, config, exactly=exactly)
-            inject.inject(
-                self.model,
-                plan,
-                config,
-                adapter_name,
-                self.switch,
-                on_meta=low_cpu_mem_usage,
-                autocast=autocast_adapter_dtype,
-            )
-        except Exception:
-            if undo is not None:
-                undo()
-            raise
+        with self.switch.turns.changing():
+            inject.check_adapter_name(adapter_name)
+            if adapter_name in self.peft_config:
+                raise AdapterError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+            config = copy.copy(peft_config)
+            trainable.check_one_bias({**self.peft_config, adapter_name: config})
+            trainable.check_one_base({**self.peft_config, adapter_name: config}, adapter_name)
+            undo = replicate_layers(self.model, config.layer_replication) if config.layer_replication else None
+            try:
+                with self._agreeing(config, on_meta=low_cpu_mem_usage):
+                    exactly = None if state_dict is None else targets_of_keys(state_dict)
+                    plan = make_plan(self.model, config, exactly=exactly)
+                inject.inject(
+                    self.model,
+                    plan,
+                    config,
+                    adapter_name,
+                    self.switch,
+                    on_meta=low_cpu_mem_usage,
+                    autocast=autocast_adapter_dtype,
+                )
+            except Exception:
+                if undo is not None:
+                    undo()
+                raise
+            with self.switch.turns.writing():
+                self._enter(adapter_name, config, plan)
+
+    def _enter(self, adapter_name: str, config: LoraConfig, plan: Plan) -> None:
+        """Make known an adapter that was put in."""
         modules = inject.adapted(self.model)
         if any(isinstance(module, LoraLayer) and module.site is not None for module in modules):
             watch(self.model)
@@ -179,19 +198,20 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: there is no such adapter, or it is merged.
         """
-        self._need(adapter_name)
-        inject.take_out(self.model, adapter_name)
-        del self.peft_config[adapter_name]
-        if adapter_name not in self.switch.active:
-            return
-        left = [name for name in self.switch.active if name != adapter_name]
-        if not left and self.peft_config:
-            left = [next(iter(self.peft_config))]
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                stacklevel=3,
-            )
-        self.set_adapter(left)
+        with self.switch.turns.writing():
+            self._need(adapter_name)
+            inject.take_out(self.model, adapter_name)
+            del self.peft_config[adapter_name]
+            if adapter_name not in self.switch.active:
+                return
+            left = [name for name in self.switch.active if name != adapter_name]
+            if not left and self.peft_config:
+                left = [next(iter(self.peft_config))]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                    stacklevel=3,
+                )
+            self.set_adapter(left)
 
     # ---- switching --------------------------------------------------------------------------------------------------
 
@@ -216,15 +236,17 @@ class LoraModel(nn.Module):
             AdapterError: a name is unknown, or several adapters have a copy of one whole module.
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for name in names:
-            self._need(name)
-        modules = inject.adapted(self.model)
-        _refuse_two_copies(self.model, modules, names)
-        if any(map(inject.merged_into, modules)):
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
-            self.unmerge_adapter()
-        self.switch.active = names
-        trainable.train_only(self.model, modules, self.peft_config, names, frozen=inference_mode)
+        with self.switch.turns.writing():
+            for name in names:
+                self._need(name)
+            modules = inject.adapted(self.model)
+            _refuse_two_copies(self.model, modules, names)
+            if any(map(inject.merged_into, modules)):
+                message = "Adapter cannot be set when the model is merged. Unmerging the model first."
+                warnings.warn(message, stacklevel=3)
+                self.unmerge_adapter()
+            self.switch.active = names
+            trainable.train_only(self.model, modules, self.peft_config, names, frozen=inference_mode)
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -240,13 +262,15 @@ class LoraModel(nn.Module):
             AdapterError: a name is unknown.
         """
         adapter_names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in adapter_names:
-            self._need(name)
-        trainable.set_requires_grad(self.model, adapter_names, requires_grad)
+        with self.switch.turns.writing():
+            for name in adapter_names:
+                self._need(name)
+            trainable.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Turn all adapters on again."""
-        self.switch.enabled = True
+        with self.switch.turns.writing():
+            self.switch.enabled = True
 
     def disable_adapter_layers(self) -> None:
         """Turn all adapters off: the output is the base model's (its biases too, unless ``bias`` trained them)."""
@@ -257,7 +281,8 @@ class LoraModel(nn.Module):
                     "the same output as the base model would without adaption.",
                     stacklevel=3,
                 )
-        self.switch.enabled = False
+        with self.switch.turns.writing():
+            self.switch.enabled = False
 
     def add_weighted_adapter(
         self,
@@ -356,15 +381,18 @@ class LoraModel(nn.Module):
         self._merge(adapter_names, safe_merge, progressbar=progressbar, keep=True)
 
     def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, *, progressbar: bool, keep: bool) -> None:
-        names = list(self.switch.active if adapter_names is None else adapter_names)
-        for name in names:
-            self._need(name)
-        if requantised := merging.merge(self.model, names, finite=safe_merge, keep=keep, progressbar=progressbar):
+        with self.switch.turns.writing():
+            names = list(self.switch.active if adapter_names is None else adapter_names)
+            for name in names:
+                self._need(name)
+            requantised = merging.merge(self.model, names, finite=safe_merge, keep=keep, progressbar=progressbar)
+        if requantised:
             warnings.warn(requantised_message(requantised), stacklevel=3)
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas out again; a warning says so where a weight's dtype could not keep it exactly."""
-        inexact = merging.unmerge(self.model)
+        with self.switch.turns.writing():
+            inexact = merging.unmerge(self.model)
         if inexact is not None:
             warnings.warn(inexact_message(inexact), stacklevel=3)
 
@@ -381,17 +409,19 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: a name is unknown, or a result is not finite (``safe_merge``). Nothing was changed.
         """
-        if self.switch.active or adapter_names:
-            self._merge(adapter_names, safe_merge, progressbar=progressbar, keep=False)
-        names = self.switch.active if adapter_names is None else tuple(adapter_names)
-        return self._unload(names)
+        with self.switch.turns.writing():
+            if self.switch.active or adapter_names:
+                self._merge(adapter_names, safe_merge, progressbar=progressbar, keep=False)
+            names = self.switch.active if adapter_names is None else tuple(adapter_names)
+            return self._unload(names)
 
     def unload(self) -> nn.Module:
         """Return the base model without its adapters, as it was."""
-        merging.unmerge(self.model)
-        plain = self._unload(())
-        restore_layers(plain)
-        return plain
+        with self.switch.turns.writing():
+            merging.unmerge(self.model)
+            plain = self._unload(())
+            restore_layers(plain)
+            return plain
 
     def _unload(self, merged: Sequence[str]) -> nn.Module:
         replaced = any(self.peft_config[name].modules_to_save for name in merged)

@@ -178,13 +178,10 @@ class PeftModel(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Turn all adapters off inside a ``with`` block."""
-        before = self.base_model.switch.enabled
-        self.base_model.disable_adapter_layers()
-        try:
+        """Turn all adapters off inside a ``with`` block, for all threads."""
+        with self.base_model.switch.off():
+            self.base_model.disable_adapter_layers()  # which warns of biases
             yield
-        finally:
-            self.base_model.switch.enabled = before
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Let the parameters of the named adapters train, or freeze them."""
@@ -194,11 +191,13 @@ class PeftModel(nn.Module):
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """Return the state of every adapted layer."""
-        return get_layer_status(self)
+        with self.base_model.switch.turns.reading:
+            return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
         """Return the state of the model as a whole."""
-        return get_model_status(self)
+        with self.base_model.switch.turns.reading:
+            return get_model_status(self)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
@@ -266,16 +265,17 @@ class PeftModel(nn.Module):
                 start of this one.
         """
         initial = path_initial_model_for_weight_conversion
-        saving.save_adapters(
-            self,
-            save_directory,
-            safe_serialization=safe_serialization,
-            selected=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
-            write=is_main_process,
-            state_dict=kwargs.get("state_dict"),
-            convert=None if initial is None else combine.converter(self, initial),
-        )
+        with self.base_model.switch.turns.changing():  # nothing is swapped while it is written; forwards go on
+            saving.save_adapters(
+                self,
+                save_directory,
+                safe_serialization=safe_serialization,
+                selected=selected_adapters,
+                save_embedding_layers=save_embedding_layers,
+                write=is_main_process,
+                state_dict=kwargs.get("state_dict"),
+                convert=None if initial is None else combine.converter(self, initial),
+            )
 
     @classmethod
     def from_pretrained(

@@ -36,7 +36,8 @@ def route_rows(
 
     For a model that was adapted without a wrapper, whose forward knows no ``adapter_names``; and for several forwards
     of one batch, which then share what is worked out for its rows: where they are, where an invocation stands, and
-    stacked copies of the factors of the adapters that are named. So no factor is to be changed inside.
+    stacked copies of the factors of the adapters that are named. So no factor is to be changed inside; other threads
+    that would change adapters wait (see :func:`hold_adapters`).
 
     Args:
         model: an adapted model, with or without a wrapper.
@@ -52,8 +53,10 @@ def route_rows(
     if switch is None:
         raise AdapterError("route_rows: the model has no adapters; put one in with get_peft_model")
     configs = getattr(inject.base_of(model), "peft_config", {})
-    with _routed(model, switch, _made(model, switch, configs, adapter_names, alora_offsets, input_ids, lasting=True)):
-        yield
+    with switch.turns.holding():
+        rows = _made(model, switch, configs, adapter_names, alora_offsets, input_ids, lasting=True)
+        with _routed(model, switch, rows):
+            yield
 
 
 def has_rows(model: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -102,7 +105,7 @@ def rows_of_call(
             if generates
             else "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
         )
-        warnings.warn(f"Cannot calculate aLoRA offsets {what}", stacklevel=4)
+        warnings.warn(f"Cannot calculate aLoRA offsets {what}", stacklevel=6)
     rows = _made(model, switch, model.peft_config, names, offsets, ids, lasting=generates)
     with _routed(model, switch, rows):
         yield left
