@@ -131,7 +131,7 @@ def test_a_checkpoint_that_is_being_deleted_no_longer_counts(
 ) -> None:
     values = runs.settings(base, data_file, tmp_path / "out", training__steps=4, checkpoint={"every": 1, "keep": 9})
     run(values)
-    monkeypatch.setattr(state.shutil, "rmtree", lambda path: None)  # a kill in the middle of it
+    monkeypatch.setattr(state.shutil, "rmtree", lambda path, **_: None)  # a kill in the middle of it
     state.prune(tmp_path / "out", 1)
     assert [path.name for path in state.complete(tmp_path / "out")] == ["step-000004"]
 

@@ -122,8 +122,8 @@ def _put(files: list[tuple[Path, Path]]) -> None:
         if folder in announced:
             _finish_announced(folder)
             continue
-        for name, temporary in names.items():
-            (folder / temporary).replace(folder / name)
+        for name, filled in names.items():
+            (folder / filled).replace(folder / name)
     _at_the_same_time(sync, folders)
 
 

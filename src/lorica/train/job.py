@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from lorica import parallel
 from lorica.errors import CheckpointError, LoricaError, RecipeError
 from lorica.files import atomic
 from lorica.train import calibrate, evaluate, layouts, metrics, models, optim, ranks, sources, state, vision
+from lorica.train.claim import Claim
 from lorica.train.collate import Batches, Collator, documents_are_separate, pack
 from lorica.train.data import fingerprint
 from lorica.train.loop import Schedule, Trainer, train
@@ -34,6 +34,10 @@ from lorica.train.signals import Interrupted, StopRequest
 # What a run writes into its output directory, and all that --overwrite removes from it.
 _FILES = ("recipe.yaml", "metrics.jsonl", "loss.png")
 _DIRECTORIES = ("checkpoints", "adapter", "tensorboard", calibrate.START)
+
+
+# Seconds that ranks which replace others wait for those to be gone.
+_PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def run(
 
     Raises:
         RecipeError: something in the recipe is wrong, or ``output_dir`` is taken; nothing was written.
-        CheckpointError: the checkpoint to resume from is damaged.
+        CheckpointError: the checkpoint to resume from is damaged, or (UnsavedError) one could not be written.
         Interrupted: SIGINT or SIGTERM; the state is saved.
         DivergedError: the loss is not finite.
         RankError: ranks differ in what they are about to train.
@@ -86,15 +90,21 @@ def run(
     """
     metrics.require(recipe.log)
     where = ranks.device(recipe.training.device)
-    with ranks.together(recipe.parallel, where, _wanted(recipe, resume=resume, overwrite=overwrite)) as joined:
+    with (
+        ranks.together(recipe.parallel, where, _wanted(recipe, resume=resume, overwrite=overwrite)) as joined,
+        _claim(recipe) as claim,
+    ):
         check_rows(recipe.training.batch_size, joined.share[1])
         if not joined.first:
             progress, notify = False, _say_nothing
         if ranks.restarted() and state.launched_by(recipe.output) == ranks.launch():
             resume, overwrite = True, False
+        joined.first_does(claim.take_if_used)
+        present = _present(recipe.output)
         checkpoint = _place(recipe.output, resume=resume, overwrite=overwrite, notify=notify)
         joined.compare({"checkpoint to go on from": "none" if checkpoint is None else checkpoint.name})
         if checkpoint is not None:
+            joined.first_does(lambda: state.check(checkpoint))
             state.check_recipe(state.read_numbers(checkpoint).get("recipe", {}), recipe)
         prepared = _prepare(recipe, joined)
         for note in prepared.notes:
@@ -102,15 +112,17 @@ def run(
         if checkpoint is not None:
             _continue(checkpoint, prepared, notify)
         parallel.verify(prepared.trainer.live.model, timeout=recipe.parallel.timeout, also=_place_in_run(prepared))
-        joined.wait()
-        if joined.first:
-            _open_output(recipe, fresh=checkpoint is None, step=prepared.trainer.live.progress.step)
-        joined.wait()
+        step = prepared.trainer.live.progress.step
+        joined.first_does(lambda: _open_output(recipe, claim, present, fresh=checkpoint is None, step=step))
         if checkpoint is None and calibrate.keeps_start(recipe.lora.init_lora_weights):
             prepared.trainer.live.model.save_pretrained(str(calibrate.start_of(recipe.output)))  # type: ignore[operator]
         joined.wait()
-        _train(prepared, progress=progress)
+        _train(prepared, progress=progress, notify=notify)
         return _finish(prepared)
+
+
+def _claim(recipe: Recipe) -> Claim:
+    return Claim(recipe.output, patience=_PATIENCE if ranks.restarted() else 0.0)
 
 
 def _say_nothing(message: str) -> None:
@@ -228,7 +240,7 @@ def _prepare(recipe: Recipe, joined: Ranks | None = None) -> _Run:
     return _Run(recipe, trainer, schedule, hashed, loaded.notes)
 
 
-def _train(prepared: _Run, *, progress: bool) -> None:
+def _train(prepared: _Run, *, progress: bool, notify: Callable[[str], None]) -> None:
     recipe, trainer = prepared.recipe, prepared.trainer
     live, joined = trainer.live, trainer.ranks
     log = Metrics(recipe.output / "metrics.jsonl", recipe.log, recipe.model_dump(mode="json")) if joined.first else None
@@ -257,10 +269,16 @@ def _train(prepared: _Run, *, progress: bool) -> None:
     with StopRequest(agree) as stop, tqdm(total=total, initial=done, unit="step", disable=not progress) as bar:
         try:
             train(trainer, prepared.schedule, stop=stop, record=record, save=save, on_step=on_step)
+            saver.wait()
+        except BaseException:
+            try:
+                saver.wait()
+            except Exception as late:  # besides what ended the training, which is raised
+                notify(str(late))
+            raise
         finally:
             if log is not None:
                 log.close()
-            saver.wait()
     if stop.signum is not None:
         raise Interrupted(stop.signum, live.progress.step, saved[-1])
 
@@ -299,7 +317,7 @@ def _place(output: Path, *, resume: bool, overwrite: bool, notify: Callable[[str
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise RecipeError(f"output_dir: {nearest} is a file")
-    present = [name for name in (*_FILES, *_DIRECTORIES) if (output / name).exists()]
+    present = _present(output)
     if resume:
         found = state.complete(output)
         if found:
@@ -327,23 +345,32 @@ def _continue(checkpoint: Path, prepared: _Run, notify: Callable[[str], None]) -
     notify(f"Resuming after step {done} of {prepared.schedule.steps} from {checkpoint}.")
 
 
-def _open_output(recipe: Recipe, *, fresh: bool, step: int) -> None:
+def _open_output(recipe: Recipe, claim: Claim, present: list[str], *, fresh: bool, step: int) -> None:
     output = recipe.output
-    if fresh:
-        for name in _DIRECTORIES:
-            shutil.rmtree(output / name, ignore_errors=True)
-        for name in _FILES:
-            (output / name).unlink(missing_ok=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not claim.held:
+            claim.take()
+            if _present(output) != present:
+                raise RecipeError(f"output_dir: another run was in {output} while this one was prepared")
+        if fresh:
+            for name in _DIRECTORIES:
+                atomic.remove_directory(output / name)
+            for name in _FILES:
+                (output / name).unlink(missing_ok=True)
         atomic.write_bytes(output / "recipe.yaml", dump_yaml(recipe).encode())
         state.note_launch(output, ranks.launch())
+        atomic.remove_partial(output)
+        state.clean(output)
+        if not fresh:
+            metrics.rewind(output / "metrics.jsonl", step)
     except OSError as error:
-        raise RecipeError(f"output_dir: {output} cannot be written: {error.strerror or error}") from None
-    atomic.remove_partial(output)
-    state.clean(output)
-    if not fresh:
-        metrics.rewind(output / "metrics.jsonl", step)
+        raise RecipeError(f"output_dir: {error.filename or output} cannot be written: {error.strerror}") from None
+
+
+def _present(output: Path) -> list[str]:
+    """What a run has left in the directory."""
+    return [name for name in (*_FILES, *_DIRECTORIES) if (output / name).exists()]
 
 
 def _seed(seed: int) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lorica.checkpoint import sharded
 from lorica.checkpoint.shards import ShardReader
-from lorica.errors import CheckpointError, RecipeError
-from lorica.files import atomic
+from lorica.errors import CheckpointError, LoricaError, LostRankError, RecipeError
+from lorica.files import atomic, marker
 from lorica.train import optim, tensors
 from lorica.train.collate import Batches
 from lorica.train.lost import is_lost
@@ -98,47 +99,73 @@ def complete(output: Path) -> list[Path]:
     return sorted((path for path in found if _NAME.fullmatch(path.name) and atomic.is_complete(path)), key=_step_of)
 
 
+class UnsavedError(CheckpointError):
+    """A checkpoint could not be written; those before are as they were."""
+
+    exit_code = 1
+
+
 class Saver:
     """Writes checkpoints, each by all ranks together, and drops the oldest beyond ``recipe.checkpoint.keep``.
 
-    A kill at any moment leaves the one before usable.
+    A kill at any moment leaves the one before usable, and so does an error, which leaves nothing else.
     """
 
     def __init__(self, live: Live, recipe: Recipe, data: str, ranks: Ranks | None = None) -> None:
         self._live, self._recipe, self._data, self._ranks = live, recipe, data, ranks or Ranks()
         self._later = recipe.checkpoint.asynchronous
         self._group = self._ranks.group() if self._later else self._ranks.control
-        self._pending: Callable[[], None] | None = None
+        self._pending: tuple[Path, Callable[[], None]] | None = None
 
     def save(self) -> Path:
         """Write the state as it is now, or (``checkpoint.asynchronous``) copy it, to be written in the background.
 
         Raises:
-            CheckpointError: it, or the one that was being written, cannot be written.
-            OSError: likewise, on one process.
+            UnsavedError: it, or the one that was being written, cannot be written.
         """
         self.wait()
         live, output = self._live, self._recipe.output
         final = directory_of(output) / f"step-{live.progress.step:06d}"
-        if not atomic.is_complete(final):
-            self._write(final)
-        elif self._ranks.first:
-            prune(output, self._recipe.checkpoint.keep)
+        with self._whole_or_not_at_all(final):
+            if not atomic.is_complete(final):
+                self._write(final)
+            elif self._ranks.first:
+                prune(output, self._recipe.checkpoint.keep)
         return final
 
     def wait(self) -> None:
-        """Let what is being written in the background be finished; raises what went wrong with it."""
+        """Let what is being written in the background be finished.
+
+        Raises:
+            UnsavedError: it could not be written.
+        """
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending()
+            (final, finish), self._pending = self._pending, None
+            with self._whole_or_not_at_all(final):
+                finish()
+
+    @contextmanager
+    def _whole_or_not_at_all(self, final: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._ranks.first:
+                shutil.rmtree(atomic.temporary_of(final), ignore_errors=True)
+            if isinstance(error, LostRankError) or not isinstance(error, OSError | LoricaError):
+                raise
+            raise UnsavedError(
+                f"the checkpoint {final} could not be written: {_said(error)}. {_newest(self._recipe.output)}"
+            ) from error
 
     def _write(self, final: Path) -> None:
         live, ranks, temporary = self._live, self._ranks, atomic.temporary_of(final)
-        if ranks.first:
+
+        def begin() -> None:
             (atomic.begin_directory(final) / _STATE).mkdir()
             numbers = _numbers(live, ranks) | {"recipe": self._recipe.model_dump(mode="json"), "data": self._data}
             atomic.write_json(temporary / _NUMBERS, numbers)
-        ranks.wait()
+
+        ranks.first_does(begin)
         live.model.save_pretrained(str(temporary))  # type: ignore[operator]
         pieces = tensors.pieces(live.model, live.optimizer, ranks.rank)
 
@@ -147,7 +174,7 @@ class Saver:
             prune(self._recipe.output, self._recipe.checkpoint.keep)
 
         if self._later:
-            self._pending = sharded.save_later(temporary / _STATE, pieces, finish=finish, group=self._group)
+            self._pending = final, sharded.save_later(temporary / _STATE, pieces, finish=finish, group=self._group)
         else:
             sharded.save(temporary / _STATE, pieces, finish=finish, group=self._group)
 
@@ -170,15 +197,38 @@ def prune(output: Path, keep: int) -> None:
     for path in complete(output)[:-keep]:
         # Without its marker it no longer counts, so a kill while it is deleted leaves no half that looks whole.
         (path / atomic.MARKER).unlink()
-        shutil.rmtree(path)
+    _remove_incomplete(output)
 
 
 def clean(output: Path) -> None:
     """Delete what a kill left of checkpoints that were being written or deleted."""
+    _remove_incomplete(output)
+    atomic.remove_partial(directory_of(output))
+
+
+def _remove_incomplete(output: Path) -> None:
+    """Delete what has no marker. What somebody still has open may stay on a shared disk; it is tried again later."""
     for path in directory_of(output).glob("step-*"):
         if _NAME.fullmatch(path.name) and not atomic.is_complete(path):
-            shutil.rmtree(path)
-    atomic.remove_partial(directory_of(output))
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check(checkpoint: Path) -> None:
+    """See that a checkpoint is as it was written.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; says which, and how to go on without this checkpoint.
+    """
+    try:
+        marker.check(checkpoint)
+    except CheckpointError as error:
+        before = [path for path in complete(checkpoint.parents[1]) if _step_of(path) < _step_of(checkpoint)]
+        way = (
+            f"To go on from {before[-1].name}, the one before, delete {checkpoint} and resume again"
+            if before
+            else "There is none before it: start again with --overwrite"
+        )
+        raise CheckpointError(f"{error}. {way}") from None
 
 
 def restore(checkpoint: Path, live: Live, ranks: Ranks | None = None) -> None:
@@ -243,6 +293,20 @@ def check_recipe(saved: Mapping[str, Any], recipe: Recipe) -> None:
             f"--resume continues a run as if it had never stopped, but the recipe changed:{listing}\n"
             "Set it back, or start a new run in another output_dir."
         )
+
+
+def _newest(output: Path) -> str:
+    """What is left of a run that could not write a checkpoint."""
+    if whole := complete(output):
+        return f"The newest complete one is {whole[-1].name}: once the cause is gone, go on from it with --resume"
+    return "There is no complete one: once the cause is gone, start again with --overwrite"
+
+
+def _said(error: Exception) -> str:
+    """What an error says, without the numbers of the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(filter(None, [error.filename and str(error.filename), error.strerror]))
+    return str(error)
 
 
 def _step_of(path: Path) -> int:
