@@ -28,14 +28,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from lorica.errors import CheckpointError
+from lorica.errors import CheckpointError, shown
 from lorica.files import atomic
 from lorica.files.json import read_json_object
+from lorica.files.opening import refuse_links_out
 from lorica.files.tensors import OpenTensors, SlicedTensor, TensorReader
+from lorica.layout.tiling import tiles
 
 INDEX = "index.json"
 _FORMAT = "lorica.shards.1"
-_MAX_INDEX = 512 * 1024 * 1024
+_MAX_INDEX = 64 * 1024 * 1024
+_MAX_DIMENSIONS, _MAX_LENGTH = 8, 2**48
 _FILE = re.compile(r"shards-\d{5,}\.safetensors")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -120,12 +123,16 @@ def _stored(value: Any, where: str) -> Stored:
     held = sum(math.prod(shard.sizes) for shard in shards)
     if held != math.prod(stored.shape) or len({shard.offsets for shard in shards}) != len(shards):
         raise CheckpointError(f"{where}: the shards hold {held} of {math.prod(stored.shape)} elements")
+    if len(shards) > 1 and not tiles(stored.shape, ((shard.offsets, shard.sizes) for shard in shards)):
+        raise CheckpointError(f"{where}: shards lie on one another, so some elements are in none")
     return stored
 
 
 def _lengths(values: Any) -> tuple[int, ...]:
-    if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{values!r} are no lengths")
+    if not isinstance(values, list) or len(values) > _MAX_DIMENSIONS:
+        raise ValueError(f"{shown(values)} are no lengths of at most {_MAX_DIMENSIONS} dimensions")
+    if not all(type(value) is int and 0 <= value < _MAX_LENGTH for value in values):
+        raise ValueError(f"{shown(values)} are no lengths")
     return tuple(values)
 
 
@@ -255,8 +262,10 @@ def opened(path: Path) -> AbstractContextManager[OpenTensors]:
     """Open a file of shards.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or lies elsewhere.
     """
+    if path.is_symlink():
+        refuse_links_out(path, path.parent)
     return TensorReader(path).opened()
 
 

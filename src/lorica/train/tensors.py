@@ -114,11 +114,11 @@ def random_states(rank: int) -> list[Piece]:
 
 
 def random_pieces(index: Mapping[str, Stored], rank: int) -> list[Piece]:
-    """Pieces to be filled with what a rank's generators were, as far as this process has such devices."""
-    kind = accelerator()
-    devices = ["cpu", *([kind] if kind is not None and random_module(kind) is not None else [])]
-    names = [name for device in devices if (name := f"{RANDOM}{rank}/{device}") in index]
-    return [_own(name, torch.empty(index[name].shape, dtype=torch.uint8)) for name in names]
+    """Pieces to be filled with what a rank's generators were, as far as this process has such devices.
+
+    They are as large as the states of its own generators are, whatever the index says.
+    """
+    return [piece for piece in random_states(rank) if piece.name in index]
 
 
 def put_random_states(found: list[Piece]) -> None:
@@ -142,7 +142,11 @@ def random_numbers() -> dict[str, Any]:
 
 
 def put_random_numbers(numbers: Mapping[str, Any]) -> None:
-    """Set Python's and numpy's generators."""
+    """Set Python's and numpy's generators.
+
+    Raises:
+        KeyError, TypeError, ValueError: these are no states of theirs.
+    """
     version, words, next_gauss = numbers["python"]
     random.setstate((version, tuple(words), next_gauss))
     kind, keys, position, has_gauss, gauss = numbers["numpy"]
