@@ -152,7 +152,10 @@ class Batches:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+        position = state["position"]
+        if type(position) is not int or position < 0:
+            raise ValueError(f"{position!r} is no position among the batches")
+        self.position = position
 
     def _order(self, epoch: int) -> list[int]:
         # A generator of its own: the order depends on nothing but the seed and the epoch.
