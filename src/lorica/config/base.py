@@ -11,16 +11,20 @@ import enum
 import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lorica.config.fields import check_types, quoted
 from lorica.errors import ConfigError, suggest
 from lorica.files.atomic import write_json
 from lorica.files.hub import find_file
 from lorica.files.json import read_json_object
 
 CONFIG_NAME = "adapter_config.json"
+#: Options that are paths on the machine that wrote them. A file could name any file of the machine that reads it.
+PATH_OPTIONS = (("corda_config", "cache_file"), ("corda_config", "covariance_file"))
 
 
 class TaskType(str, enum.Enum):
@@ -45,7 +49,7 @@ class PeftConfig:
     """What is common to every adapter's configuration.
 
     Raises:
-        ConfigError: ``task_type`` or ``peft_type`` is not a known one.
+        ConfigError: ``task_type`` or ``peft_type`` is not a known one, or a value has the wrong type.
     """
 
     task_type: str | TaskType | None = field(default=None, metadata={"help": "What the model is used for."})
@@ -68,14 +72,18 @@ class PeftConfig:
     _own_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        base: Any = self.base_model_name_or_path
+        if isinstance(base, os.PathLike):
+            self.base_model_name_or_path = str(os.fspath(base))
+        check_types(self, PeftConfig, type(self).__name__)
         if self.task_type is not None and self.task_type not in list(TaskType):
             known = [task.value for task in TaskType]
             raise ConfigError(
-                f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
-                f"{', '.join(known)}.{suggest(str(self.task_type), known)}"
+                f"Invalid task type: {quoted(self.task_type)}. Must be one of the following task types: "
+                f"{', '.join(known)}.{suggest(self.task_type, known)} (task_type)"
             )
         if self.peft_type is not None and self.peft_type not in list(PeftType):
-            raise ConfigError(f"peft_type={self.peft_type!r}: lorica adapts by LoRA only; use 'LORA'")
+            raise ConfigError(f"peft_type={quoted(self.peft_type)}: lorica adapts by LoRA only; use 'LORA'")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -117,21 +125,25 @@ class PeftConfig:
 
         Unknown keys are left out with a warning: files of later versions stay readable.
         """
+        return cls._from_fields(kwargs)
+
+    @classmethod
+    def _from_fields(cls, fields: Mapping[str, Any]) -> PeftConfig:
         target: type[PeftConfig] = cls
-        if kwargs.get("peft_type") is not None:
+        if fields.get("peft_type") is not None:
             from lorica.config.lora import LoraConfig  # the subclass, which imports this module
 
-            PeftConfig(peft_type=kwargs["peft_type"])
+            PeftConfig(peft_type=fields["peft_type"])
             target = LoraConfig
         known = {item.name for item in dataclasses.fields(target)}
-        unknown = sorted(set(kwargs) - known)
+        unknown = sorted(fields.keys() - known)
         if unknown:
             warnings.warn(
-                f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored: the "
+                f"Unexpected keyword arguments {quoted(unknown)} for class {target.__name__}, these are ignored: the "
                 "configuration was probably written by a later version.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return target(**{name: value for name, value in kwargs.items() if name in known})
+        return target(**{name: value for name, value in fields.items() if name in known})
 
     @classmethod
     def from_pretrained(
@@ -152,7 +164,7 @@ class PeftConfig:
         hub = {name: value for name, value in kwargs.items() if name in hub_names}
         rest = {name: value for name, value in kwargs.items() if name not in hub_names}
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        return cls.from_peft_type(**{**rest, **cls.from_json_file(path)})
+        return cls._from_fields({**rest, **cls.from_json_file(path)})
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
@@ -164,6 +176,15 @@ class PeftConfig:
         loaded = read_json_object(Path(path_json_file))
         if loaded.pop("runtime_config", None) is not None:
             warnings.warn("The configuration file contains a `runtime_config` key. This is ignored.", stacklevel=2)
+        for group, name in PATH_OPTIONS:
+            options = loaded.get(group)
+            if isinstance(options, dict) and options.get(name) is not None:
+                options[name] = None
+                warnings.warn(
+                    f"The configuration file names a file to be read and written in `{group}.{name}`. This is ignored; "
+                    "set it on the configuration if you want it.",
+                    stacklevel=2,
+                )
         return loaded
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from lorica.config.base import PeftConfig, PeftType
-from lorica.config.checks import check_lora_config
+from lorica.config.checks import MAX_ALPHA, MAX_RANK, check_lora_config
+from lorica.config.fields import check_types
 from lorica.config.options import (
     OPTIONS,
     ArrowConfig,
@@ -35,8 +38,8 @@ class LoraRuntimeConfig:
     )
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _help(text: str, **bounds: float) -> dict[str, Any]:
+    return {"help": text, **bounds}
 
 
 @dataclass
@@ -51,7 +54,7 @@ class LoraConfig(PeftConfig):
         ConfigError: a value has the wrong type, is out of range, or contradicts another.
     """
 
-    r: int = field(default=8, metadata=_help("The rank: rows of A, columns of B."))
+    r: int = field(default=8, metadata=_help("The rank: rows of A, columns of B.", most=MAX_RANK))
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata=_help(
@@ -63,7 +66,9 @@ class LoraConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata=_help("Modules to leave alone, matched like target_modules.")
     )
-    lora_alpha: int | float = field(default=8, metadata=_help("α, the numerator of the scale."))
+    lora_alpha: int | float = field(
+        default=8, metadata=_help("α, the numerator of the scale.", least=-MAX_ALPHA, most=MAX_ALPHA)
+    )
     lora_dropout: float = field(default=0.0, metadata=_help("Dropout probability on the way into A."))
     fan_in_fan_out: bool = field(
         default=False,
@@ -110,7 +115,9 @@ class LoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata=_help("Rows of the embedding that train.")
     )
-    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict, metadata=_help("Configuration of LoftQ."))
+    loftq_config: LoftQConfig | dict[str, Any] | None = field(
+        default_factory=dict, metadata=_help("Configuration of LoftQ.")
+    )
     eva_config: EvaConfig | None = field(default=None, metadata=_help("Configuration of EVA."))
     corda_config: CordaConfig | None = field(default=None, metadata=_help("Configuration of CorDA."))
     lora_ga_config: LoraGAConfig | None = field(default=None, metadata=_help("Configuration of LoRA-GA."))
@@ -183,6 +190,12 @@ class LoraConfig(PeftConfig):
         self.peft_type = PeftType.LORA
         for name, cls in OPTIONS.items():
             setattr(self, name, options_of(getattr(self, name), cls, name))
+        dtype: Any = self.lora_dtype
+        if isinstance(dtype, torch.dtype):
+            self.lora_dtype = str(dtype).removeprefix("torch.")
+        self.use_dora = False if self.use_dora is None else self.use_dora
+        self.use_qalora = False if self.use_qalora is None else self.use_qalora
+        check_types(self, LoraConfig, "LoraConfig")
         check_lora_config(self)
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)

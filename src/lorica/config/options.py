@@ -6,18 +6,23 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from lorica.config.fields import check_types, quoted
 from lorica.errors import ConfigError
 
 T = TypeVar("T")
 
+#: The most of anything that is counted; memory for more would end a process.
+MANY = 1_000_000
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+
+def _option(default: Any, text: str, **bounds: float) -> Any:
+    """Return a field; ``least`` and ``most`` bound its numbers."""
+    return field(default=default, metadata={"help": text, **bounds})
 
 
 def _need(options: Any, name: str, condition: bool, wanted: str) -> None:
     if not condition:
-        raise ConfigError(f"`{name}` {wanted}, got {type(options).__name__}.{name}={getattr(options, name)!r}")
+        raise ConfigError(f"`{name}` {wanted}, got {type(options).__name__}.{name}={quoted(getattr(options, name))}")
 
 
 @dataclass
@@ -25,7 +30,10 @@ class LoftQConfig:
     """LoftQ (https://arxiv.org/abs/2310.08659): the factors start as what quantisation loses."""
 
     loftq_bits: int = _option(4, "Bits of the quantised weight: 4 (NF4) or 8 (int8).")
-    loftq_iter: int = _option(1, "Rounds of quantising and decomposing what is left.")
+    loftq_iter: int = _option(1, "Rounds of quantising and decomposing what is left.", least=1, most=1000)
+
+    def __post_init__(self) -> None:
+        check_types(self, LoftQConfig)
 
 
 @dataclass
@@ -44,6 +52,7 @@ class EvaConfig:
     adjust_scaling_factors: bool = _option(True, "Keep the scale of the gradients when a layer's rank changes.")
 
     def __post_init__(self) -> None:
+        check_types(self, EvaConfig)
         _need(self, "rho", self.rho >= 1.0, "must be >= 1.0")
         _need(self, "tau", 0.0 <= self.tau <= 1.0, "must be between 0.0 and 1.0.")
 
@@ -60,7 +69,7 @@ class CordaConfig:
     prune_temporary_fields: bool = _option(True, "Forget covariances and decompositions once the factors are made.")
 
     def __post_init__(self) -> None:
-        _need(self, "corda_method", self.corda_method in ("ipm", "kpm"), "must be 'ipm' or 'kpm'")
+        check_types(self, CordaConfig)
 
 
 @dataclass
@@ -71,12 +80,10 @@ class LoraGAConfig:
         "ArB2r", "Which singular directions of the gradient A and B get."
     )
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = _option("stable", "How large the factors start.")
-    stable_gamma: int = _option(16, "γ of the scale 'stable'.")
+    stable_gamma: int = _option(16, "γ of the scale 'stable'.", most=MANY)
 
     def __post_init__(self) -> None:
-        directions, scales = ("ArBr", "A2rBr", "ArB2r", "random"), ("stable", "weight_svd", "gd_scale", "unit")
-        _need(self, "direction", self.direction in directions, f"must be one of {directions}")
-        _need(self, "scale", self.scale in scales, f"must be one of {scales}")
+        check_types(self, LoraGAConfig)
         _need(self, "stable_gamma", self.stable_gamma > 0, "must be positive")
 
 
@@ -85,21 +92,21 @@ class VeloraConfig:
     """VeLoRA (https://arxiv.org/abs/2405.17991): the input is kept compressed for the gradient of A.
 
     Raises:
-        ConfigError: a number is not positive, or ``init_type`` is not known.
+        ConfigError: a number is not positive.
     """
 
-    num_groups: int = _option(64, "Groups into which the features of each token are split before compression.")
+    num_groups: int = _option(
+        64, "Groups that the features of each token are split into before compression.", most=MANY
+    )
     scale: float = _option(1.0, "Scale of the input as it is restored in the backward pass.")
     init_type: Literal["batch_average", "batch_average_once", "random"] = _option(
         "batch_average", "Where the projections come from: every batch, the first batch, or chance."
     )
 
     def __post_init__(self) -> None:
-        known = ("batch_average", "batch_average_once", "random")
+        check_types(self, VeloraConfig)
         _need(self, "num_groups", self.num_groups > 0, "should be positive")
         _need(self, "scale", self.scale > 0, "should be positive")
-        if self.init_type not in known:
-            raise ConfigError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {known}")
 
 
 @dataclass
@@ -110,14 +117,15 @@ class MontecloraConfig:
         ConfigError: a number that counts is not positive.
     """
 
-    num_samples: int = _option(8, "Samples per forward.")
+    num_samples: int = _option(8, "Samples per forward.", most=4096)
     use_entropy: bool = _option(False, "Add an entropy term to the variational loss.")
     dirichlet_prior: float = _option(0.1, "Concentration of the Dirichlet prior of the samples' weights.")
     sample_scaler: float = _option(1e-4, "Size of the noise.")
     kl_loss_weight: float = _option(1e-5, "Weight of the Kullback-Leibler term of the variational loss.")
-    buffer_size: int = _option(150, "Samples that are drawn at once and used up one after the other.")
+    buffer_size: int = _option(150, "Samples that are drawn at once and used up one after the other.", most=MANY)
 
     def __post_init__(self) -> None:
+        check_types(self, MontecloraConfig)
         for name in ("num_samples", "dirichlet_prior", "buffer_size"):
             _need(self, name, getattr(self, name) > 0, "must be greater than 0.")
 
@@ -136,6 +144,7 @@ class KasaConfig:
     gamma: float = _option(1e-3, "Weight of the penalty on factors that are not orthogonal.")
 
     def __post_init__(self) -> None:
+        check_types(self, KasaConfig)
         for name in ("beta", "gamma"):
             _need(self, name, getattr(self, name) >= 0, "must be non-negative")
 
@@ -150,7 +159,7 @@ class ArrowConfig:
         ConfigError: ``top_k`` or the temperature is not positive.
     """
 
-    top_k: int = _option(3, "Adapters that a token is sent through.")
+    top_k: int = _option(3, "Adapters that a token is sent through.", most=MANY)
     router_temperature: float = _option(1.0, "Temperature of the softmax over their scores.")
     use_gks: bool = _option(False, "Take the general adapters' knowledge out of the others first (GenKnowSub).")
     task_adapter_names: list[str] | None = field(
@@ -160,6 +169,7 @@ class ArrowConfig:
     rng_seed: int | None = _option(None, "Seed of the routing's random numbers.")
 
     def __post_init__(self) -> None:
+        check_types(self, ArrowConfig)
         if self.top_k <= 0:
             raise ConfigError("top_k cannot be negative.")
         if self.router_temperature <= 0:
@@ -180,10 +190,11 @@ class BdLoraConfig:
     target_modules_bd_b: list[str] | None = field(
         default=None, metadata={"help": "Modules whose B is block-diagonal: parts of their names."}
     )
-    nblocks: int = _option(1, "Blocks of such a factor.")
+    nblocks: int = _option(1, "Blocks of such a factor.", most=MANY)
     match_strict: bool = _option(True, "Refuse targets that are in neither list; otherwise they get plain LoRA.")
 
     def __post_init__(self) -> None:
+        check_types(self, BdLoraConfig)
         both = set(self.target_modules_bd_a or []) & set(self.target_modules_bd_b or [])
         if both:
             raise ConfigError(
@@ -220,12 +231,16 @@ def options_of(value: Any, cls: type[T], name: str) -> T | None:
     if value is None or isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"LoraConfig.{name}={value!r}: `{name}` must be a `{cls.__name__}`, a dict, or None.")
+        raise ConfigError(f"LoraConfig.{name}={quoted(value)}: `{name}` must be a `{cls.__name__}`, a dict, or None.")
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(value) - set(fields))
+    unknown = sorted(map(str, value.keys() - fields.keys()))
     if unknown:
-        raise ConfigError(f"LoraConfig.{name}: {cls.__name__} has no {unknown}; it has {sorted(fields)}")
-    made = cls(**{key: item for key, item in value.items() if fields[key].init})
-    for key in value.keys() - {key for key, item in fields.items() if item.init}:
-        setattr(made, key, value[key])  # what a file knows and a caller does not choose
+        raise ConfigError(f"LoraConfig.{name}: {cls.__name__} has no {quoted(unknown)}; it has {sorted(fields)}")
+    try:
+        made = cls(**{key: item for key, item in value.items() if fields[key].init})
+        for key in value.keys() - {key for key, item in fields.items() if item.init}:
+            setattr(made, key, value[key])  # what a file knows and a caller does not choose
+        check_types(made, cls)
+    except ConfigError as error:
+        raise ConfigError(f"LoraConfig.{name}: {error}") from None
     return made

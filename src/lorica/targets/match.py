@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, expressions
+from lorica.config.expressions import Clock, Plain, plain
 
 Names = Collection[str] | str
 
@@ -19,22 +22,71 @@ Names = Collection[str] | str
 #: Whether a name is meant.
 Meaning = Callable[[str], bool]
 
+#: The layer's number, where no ``layers_pattern`` says what the list of layers is called.
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
+#: Up to so many endings are compared one after the other; more are looked up.
+_FEW = 32
 
-def meaning(names: Names | None) -> Meaning:
+
+def meaning(names: Names | None, field: str = "target_modules") -> Meaning:
     """Return what tells whether a full name is meant by ``names``; for many names it is made once.
 
     Args:
         names: a string is a regular expression for the whole name (or, beginning with ``*``, a wildcard); a collection
             holds names that are equal to it or that it ends with after a dot, or wildcards.
+        field: the field of the configuration that holds them, for messages.
+
+    Matching a regular expression or wildcards raises ``ConfigError`` where it takes too long.
     """
     if not names:
         return lambda key: False
+    clock = expressions.clock()
     if isinstance(names, str):
-        whole = _compiled(_wildcard(names) if names.startswith("*") else names)
-        return lambda key: whole.fullmatch(key) is not None
-    equal, endings = frozenset(names), tuple(f".{name}" for name in names if "*" not in name)
-    wild = [_compiled(_wildcard(name)) for name in names if "*" in name]
-    return lambda key: key in equal or key.endswith(endings) or any(one.fullmatch(key) for one in wild)
+        return _wild([names], field, clock) if names.startswith("*") else _expression(names, field, clock)
+    equal, wild = frozenset(names), [name for name in names if "*" in name]
+    if len(equal) > _FEW:
+        named: Meaning = lambda key: not equal.isdisjoint(_endings(key))  # noqa: E731
+    else:
+        endings = tuple(f".{name}" for name in names if "*" not in name)
+        named = lambda key: key in equal or key.endswith(endings)  # noqa: E731
+    if not wild:
+        return named
+    some = _wild(wild, field, clock)
+    return lambda key: named(key) or some(key)
+
+
+def _expression(pattern: str, field: str, clock: Clock) -> Meaning:
+    if pattern.replace("_", "").isalnum():
+        return lambda key: key == pattern
+    return lambda key: expressions.match(field, pattern, "name", key, clock) is not None
+
+
+def _wild(names: Collection[str], field: str, clock: Clock) -> Meaning:
+    """Return what tells whether one of these wildcards means a whole name."""
+    split = [name.split("*") for name in names]
+
+    def means(key: str) -> bool:
+        begin = time.perf_counter()
+        found = any(_fits_wildcard(parts, key) for parts in split)
+        clock.spend(begin, field, names)
+        return found
+
+    return means
+
+
+def _fits_wildcard(parts: list[str], key: str) -> bool:
+    """Whether a name is these parts, with anything between them."""
+    first, *middle, last = parts
+    end = len(key) - len(last)
+    if not (key.startswith(first) and key.endswith(last)) or end < len(first):
+        return False
+    place = len(first)
+    for part in middle:
+        place = key.find(part, place, end)
+        if place < 0:
+            return False
+        place += len(part)
+    return True
 
 
 def matches(names: Names | None, key: str) -> bool:
@@ -45,7 +97,7 @@ def matches(names: Names | None, key: str) -> bool:
 def entry_matches(name: str, key: str) -> bool:
     """Whether one entry of a list means ``key``."""
     if "*" in name:
-        return _compiled(_wildcard(name)).fullmatch(key) is not None
+        return _fits_wildcard(name.split("*"), key)
     return key == name or key.endswith(f".{name}")
 
 
@@ -55,11 +107,9 @@ def idle_entries(names: Collection[str], keys: Collection[str]) -> set[str]:
     for key in keys:
         if not idle:
             break
-        ending = key
-        while ending:
-            idle.discard(ending)
-            ending = ending.partition(".")[2]
-    return {name for name in idle if "*" not in name or not any(map(meaning([name]), keys))}
+        idle.difference_update(_endings(key))
+    clock = expressions.clock()
+    return {name for name in idle if "*" not in name or not any(map(_wild([name], "target_modules", clock), keys))}
 
 
 def excluded(config: LoraConfig, key: str) -> bool:
@@ -71,9 +121,9 @@ def excluding(config: LoraConfig) -> Meaning:
     """Return what tells whether a module is :func:`excluded`."""
     if not config.exclude_modules and not config.modules_to_save:
         return lambda key: False
-    named = meaning(config.exclude_modules)
-    saved = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
-    return lambda key: named(key) or any(one.match(key) for one in saved)
+    named = meaning(config.exclude_modules, "exclude_modules")
+    saved = [f".{name}." for name in config.modules_to_save or ()]
+    return lambda key: named(key) or any(one in f".{key}." for one in saved)
 
 
 def selected(config: LoraConfig, names: Names | None, key: str) -> bool:
@@ -86,34 +136,102 @@ def selecting(config: LoraConfig, names: Names | None) -> Meaning:
     meant = meaning(names)
     if isinstance(names, str) or config.layers_to_transform in (None, []):
         return meant
-    whole = frozenset(names or ())
-    return lambda key: meant(key) and (key in whole or in_chosen_layer(config, key))
+    whole, chosen = frozenset(names or ()), in_chosen_layers(config)
+    return lambda key: meant(key) and (key in whole or chosen(key))
 
 
-def in_chosen_layer(config: LoraConfig, key: str) -> bool:
-    """Whether the layer number in ``key`` is one of ``layers_to_transform``; true where there is no such choice.
+def in_chosen_layers(config: LoraConfig) -> Meaning:
+    """Return what tells whether the layer number in a name is one of ``layers_to_transform``.
 
     The number is the first one in the name, so that the number of an expert inside a layer does not count.
     """
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
-    chosen = [layers] if isinstance(layers, int) else layers
-    if not config.layers_pattern:
-        expressions = [r".*?\.[^.]*\.(?P<layer>\d+)\."]
-    else:
-        patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\." for pattern in patterns]
-    found = next(filter(None, (_compiled(expression).match(key) for expression in expressions)), None)
-    return found is not None and int(found["layer"]) in chosen
+    layers, patterns = config.layers_to_transform, config.layers_pattern
+    chosen = frozenset([layers] if isinstance(layers, int) else layers or ())
+    if not patterns:
+        return lambda key: (found := _LAYER.match(key)) is not None and int(found["layer"]) in chosen
+    clock = expressions.clock()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+
+    def means(key: str) -> bool:
+        tried = (expressions.match("layers_pattern", one, "layers", key, clock) for one in patterns)
+        found = next(filter(None, tried), None)
+        return found is not None and int(found["layer"]) in chosen
+
+    return means
 
 
-def pattern_value(patterns: Mapping[str, float] | None, key: str, default: float) -> float:
+class Values:
+    """What ``rank_pattern`` or ``alpha_pattern`` gives: the value of the first pattern that matches the end of a name.
+
+    Patterns that are as good as names are looked up, however many there are.
+
+    Args:
+        patterns: pattern → value.
+        field: the field of the configuration, for messages.
+    """
+
+    def __init__(self, patterns: Mapping[str, float] | None, field: str) -> None:
+        self._field = field
+        self._values = list((patterns or {}).items())
+        #: The text of a plain pattern → its places in the list.
+        self._named: dict[str, list[tuple[int, Plain]]] = defaultdict(list)
+        #: Length → number of dots → plain patterns of which a dot could stand for another character.
+        self._loose: dict[int, dict[int, list[tuple[int, Plain]]]] = defaultdict(lambda: defaultdict(list))
+        self._expressions: list[tuple[int, str]] = []
+        for place, (pattern, _) in enumerate(self._values):
+            if (name := plain(pattern)) is None:
+                self._expressions.append((place, pattern))
+                continue
+            self._named[name.text].append((place, name))
+            if name.pieces:
+                self._loose[len(name.text)][name.text.count(".")].append((place, name))
+
+    def of(self, key: str, default: float, clock: Clock) -> float:
+        """Return the value of a name, or ``default``; ``clock`` is the search's.
+
+        Raises:
+            ConfigError: matching takes too long.
+        """
+        if not self._values:
+            return default
+        begin = time.perf_counter()
+        first = min(self._places(key), default=len(self._values))
+        clock.spend(begin, self._field, "its patterns")
+        for place, pattern in self._expressions:
+            if place > first:
+                break
+            if expressions.match(self._field, pattern, "ending", key, clock):
+                first = place
+                break
+        return self._values[first][1] if first < len(self._values) else default
+
+    def _places(self, key: str) -> Iterator[int]:
+        """Yield the places of the plain patterns that mean a name."""
+        for ending in _endings(key):
+            for place, name in self._named.get(ending, ()):
+                if ending == key or not name.whole:
+                    yield place
+            # A character that is no dot is matched by itself alone. So another name of this length has more dots.
+            for dots, names in self._loose.get(len(ending), {}).items():
+                if dots > ending.count("."):
+                    yield from (at for at, name in names if (ending == key or not name.whole) and name.means(ending))
+
+
+def pattern_value(
+    patterns: Mapping[str, float] | None, key: str, default: float, field: str = "alpha_pattern"
+) -> float:
     """Return the value of the first pattern that matches the end of ``key`` (at a dot), or ``default``."""
-    for pattern, value in (patterns or {}).items():
-        if _compiled(rf"(.*\.)?({pattern})$").match(key):
-            return value
-    return default
+    if not patterns:
+        return default
+    begin, clock = time.perf_counter(), expressions.clock()
+    values = _values(tuple(patterns.items()), field)
+    clock.spend(begin, field, "its patterns")
+    return values.of(key, default, clock)
+
+
+@functools.lru_cache(maxsize=4)
+def _values(patterns: tuple[tuple[str, float], ...], field: str) -> Values:
+    return Values(dict(patterns), field)
 
 
 def shortest_names(chosen: Collection[str], others: Collection[str]) -> set[str]:
@@ -130,12 +248,3 @@ def _endings(key: str) -> list[str]:
     """Return what a name ends with after each of its dots, the shortest first, and the name."""
     parts = key.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(expression: str) -> re.Pattern[str]:
-    return re.compile(expression)
-
-
-def _wildcard(name: str) -> str:
-    return ".*".join(map(re.escape, name.split("*")))

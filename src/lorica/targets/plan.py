@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lorica.config import AdapterSpec, LoraConfig
+from lorica.config.expressions import one_search
 from lorica.engines import Engines, Site
 from lorica.engines.megatron.models import is_megatron
 from lorica.engines.registry import is_in_pieces, prepare
@@ -74,6 +75,7 @@ class Plan:
     tokens: tuple[Tokens, ...] = ()
 
 
+@one_search()
 def make_plan(model: nn.Module, config: LoraConfig, *, exactly: Collection[str] | None = None) -> Plan:
     """Work out where the adapter goes.
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lorica import config as core
@@ -22,9 +23,8 @@ class PeftConfig(core.PeftConfig, *_THEIRS):  # type: ignore[misc]
     """What is common to every adapter's configuration; see :class:`lorica.PeftConfig`."""
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> core.PeftConfig:
-        """Build the configuration class that ``peft_type`` names, or this one; see :class:`lorica.PeftConfig`."""
-        made: core.PeftConfig = ours(super().from_peft_type(**kwargs))
+    def _from_fields(cls, fields: Mapping[str, Any]) -> core.PeftConfig:
+        made: core.PeftConfig = ours(super()._from_fields(fields))
         return made
 
     @classmethod

@@ -1,0 +1,226 @@
+"""Regular expressions out of a configuration: Python's syntax and meaning, in bounded time.
+
+A few characters are enough for a pattern that ``re`` would match for days, and nothing could stop it. So patterns are
+checked by ``re`` and matched by ``regex``, which looks at the clock; all matching of one search shares its time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
+
+from lorica.config.fields import quoted
+from lorica.errors import ConfigError
+
+#: Characters that a pattern may have. Compiling one of this length takes some hundredths of a second at most.
+MAX_LENGTH = 4096
+#: What the numbers in a pattern's repetitions may come to, multiplied: ``regex`` writes ``(?:a{99}){99}`` out.
+MAX_REPEATS = 10_000
+#: Sets that may reach beyond ASCII: ``re`` goes through their characters one by one.
+MAX_WIDE_SETS = 8
+#: The same for all patterns of one field.
+MOST_CHARACTERS = 32_768
+#: Seconds that matching may take in one search. Ordinary patterns take a microsecond a name.
+SECONDS = 0.3
+
+#: How PEFT puts a pattern together with the rest of a name: ``target_modules``, ``rank_pattern``, ``layers_pattern``.
+Form = Literal["name", "ending", "layers"]
+_FORMS: dict[Form, str] = {
+    "name": "{}",
+    "ending": r"(.*\.)?({})$",
+    "layers": r"(?:^|.*?\.){}\.(?P<layer>\d+)\.",
+}
+#: What stands in a pattern: a character by its name, an escape, a set of characters, a repetition, a brace.
+_PIECES = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?:\d+(?:,\d*)?|,\d*)\}|\{", re.DOTALL)
+_IN_A_SET = re.compile(r"\\.|\[", re.DOTALL)
+_WIDE = re.compile(r"[^\x00-\x7f]|\\[xuUN0-7]")
+
+
+class Clock:
+    """The time that is left to a search."""
+
+    def __init__(self) -> None:
+        self.left = SECONDS
+
+    def spend(self, since: float, field: str, pattern: object) -> None:
+        """Take away what has passed ``since`` (of ``time.perf_counter``).
+
+        Raises:
+            ConfigError: nothing is left; the field and the pattern are named.
+        """
+        self.left -= time.perf_counter() - since
+        if self.left <= 0:
+            raise too_long(field, pattern)
+
+
+_running: ContextVar[Clock | None] = ContextVar("search", default=None)
+
+
+@contextmanager
+def one_search() -> Iterator[None]:
+    """Let everything that is matched in the block share one search's time; an inner block shares the outer one's."""
+    token = _running.set(_running.get() or Clock())
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def clock() -> Clock:
+    """Return the clock of the search that is going on; outside of one, a new one."""
+    return _running.get() or Clock()
+
+
+def too_long(field: str, pattern: object) -> ConfigError:
+    """Return the error that says that a pattern takes too long."""
+    return ConfigError(
+        f"LoraConfig.{field}={quoted(pattern)}: matching it against the names of modules takes more than {SECONDS} s; "
+        "write it without repetitions inside repetitions, or name the modules in a list"
+    )
+
+
+def check(field: str, pattern: object, form: Form) -> None:
+    """Refuse what is no pattern.
+
+    Raises:
+        ConfigError: it is no regular expression by the rules of ``re``, too long, or too large to be compiled.
+    """
+    if not isinstance(pattern, str):
+        raise ConfigError(f"LoraConfig.{field}: the pattern {quoted(pattern)} is not a string")
+    if len(pattern) > MAX_LENGTH:
+        raise ConfigError(
+            f"LoraConfig.{field}={quoted(pattern)}: a pattern of {len(pattern):,} characters is too long (limit "
+            f"{MAX_LENGTH:,}); name the modules in a list"
+        )
+    _check_size(field, pattern)
+    try:
+        if form != "name":
+            re.compile(pattern)  # by itself too: "a)|(b" would pass inside of a group
+        _compiled(_FORMS[form].replace("{}", pattern))
+    except (re.error, RecursionError, OverflowError, Warning) as error:
+        raise ConfigError(f"LoraConfig.{field}={quoted(pattern)} is not a valid regular expression: {error}") from error
+
+
+def _check_size(field: str, pattern: str) -> None:
+    """Refuse what is short but becomes large when it is compiled."""
+    repeats, wide = 1, 0
+    for piece in (found[0] for found in _PIECES.finditer(pattern)):
+        if piece.startswith("{") and len(piece) > 1:
+            numbers = [int(number[:9]) for number in re.findall(r"\d+", piece)]
+            repeats *= max(1, *numbers, 1)
+        elif piece.startswith("["):
+            wide += _WIDE.search(piece) is not None
+    for what, count, limit in (
+        ("repetitions that come to", repeats, MAX_REPEATS),
+        ("sets of characters beyond ASCII:", wide, MAX_WIDE_SETS),
+    ):
+        if count > limit:
+            raise ConfigError(
+                f"LoraConfig.{field}={quoted(pattern)}: the pattern has {what} {quoted(count)} (limit {limit:,})"
+            )
+
+
+def check_all(field: str, patterns: Collection[str], form: Form) -> None:
+    """Refuse what is no pattern, and patterns that are too long together; see :func:`check`."""
+    if (length := sum(map(len, patterns))) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"LoraConfig.{field}: {len(patterns):,} regular expressions of {length:,} characters together are too long "
+            f"(limit {MOST_CHARACTERS:,}); full names of modules are no expressions, and as many as you like"
+        )
+    for pattern in patterns:
+        check(field, pattern, form)
+
+
+class Plain(NamedTuple):
+    """A pattern that is as good as a name.
+
+    Attributes:
+        text: the name.
+        whole: whether it means the whole of a name, and not also its end.
+        pieces: what stands between its dots that mean any character, and where; nothing: it has no such dot.
+    """
+
+    text: str
+    whole: bool
+    pieces: tuple[tuple[int, str], ...]
+
+    def means(self, ending: str) -> bool:
+        """Whether it means this end of a name, which is as long as itself."""
+        return all(ending.startswith(piece, place) for place, piece in self.pieces)
+
+
+_PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
+
+
+@functools.lru_cache(maxsize=65536)
+def plain(pattern: str) -> Plain | None:
+    """Return the name that a pattern is, but for dots; None: it is a regular expression."""
+    if _PLAIN.fullmatch(pattern) is None:
+        return None
+    whole = pattern.startswith("^")
+    letters = re.findall(r"\\?.", pattern.removeprefix("^"))
+    text = "".join(letter[-1] for letter in letters)
+    edges = [-1, *(place for place, letter in enumerate(letters) if letter == "."), len(text)]
+    pieces = tuple((start + 1, text[start + 1 : stop]) for start, stop in itertools.pairwise(edges))
+    return Plain(text, whole, pieces if len(pieces) > 1 else ())
+
+
+def match(field: str, pattern: str, form: Form, name: str, clock: Clock) -> Any:
+    """Return the match of a checked pattern with a name, or None.
+
+    Raises:
+        ConfigError: the search's time is over.
+    """
+    compiled = _compiled(_FORMS[form].replace("{}", pattern))
+    begin = time.perf_counter()
+    how = compiled.fullmatch if form == "name" else compiled.match
+    try:
+        found = how(name, concurrent=False, timeout=clock.left)
+    except (TimeoutError, MemoryError):
+        raise too_long(field, pattern) from None
+    clock.spend(begin, field, pattern)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(expression: str) -> Any:
+    import regex  # takes 20 ms, and most configurations name modules without a pattern
+
+    re.compile(expression)  # has the last word on what is a pattern
+    return regex.compile(_translated(expression), regex.VERSION0)
+
+
+def _translated(expression: str) -> str:
+    """Return what means to ``regex`` what an expression means to ``re``; their braces and brackets differ."""
+    return _PIECES.sub(_piece, expression)
+
+
+def _piece(found: re.Match[str]) -> str:
+    piece = found[0]
+    if piece == "{":
+        return r"\{"
+    if piece.startswith("["):
+        return "[" + _IN_A_SET.sub(lambda inner: r"\[" if inner[0] == "[" else inner[0], piece[1:])
+    return piece
+
+
+__all__ = [
+    "MAX_LENGTH",
+    "MOST_CHARACTERS",
+    "SECONDS",
+    "Clock",
+    "Form",
+    "Plain",
+    "check",
+    "check_all",
+    "clock",
+    "match",
+    "one_search",
+    "plain",
+]
