@@ -48,6 +48,7 @@ NAMES = [
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hold_adapters",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",

@@ -49,6 +49,7 @@ from lorica.model import (
     get_layer_status,
     get_model_status,
     get_peft_model,
+    hold_adapters,
     inject_adapter_in_model,
     route_rows,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hold_adapters",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",

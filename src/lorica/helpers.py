@@ -135,14 +135,17 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     for layer in layers:
         if layer.merged:
             raise AdapterError(f"{layer.target_name}: {layer.merged_adapters} are merged; unmerge before scaling")
-    before = [(layer, dict(layer.specs)) for layer in layers]
-    try:
+    turns = layers[0].switch.turns
+    with turns.writing():
+        before = [(layer, dict(layer.specs)) for layer in layers]
         for layer, specs in before:
             layer.specs.update({n: replace(spec, scaling=spec.scaling * multiplier) for n, spec in specs.items()})
+    try:
         yield
     finally:
-        for layer, specs in before:
-            layer.specs.update({name: spec for name, spec in specs.items() if name in layer.specs})
+        with turns.writing():
+            for layer, specs in before:
+                layer.specs.update({name: spec for name, spec in specs.items() if name in layer.specs})
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lorica.adapt.inject import adapter_modules, switch_of, target_at
 from lorica.engines.kinds import is_distributed
 from lorica.engines.site import Opening, localise, opening_of
 from lorica.errors import AdapterError
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, Switch
 from lorica.targets.plan import Plan, Target
 
 #: Called with a target, what it is given and what it gives, both this rank's; returns what it is to give.
@@ -127,15 +127,8 @@ def _version(x: Tensor) -> int:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Run a block with the model's adapters turned off."""
-    switch = switch_of(model)
-    before = switch.enabled if switch is not None else True
-    if switch is not None:
-        switch.enabled = False
-    try:
+    with (switch_of(model) or Switch()).off():
         yield
-    finally:
-        if switch is not None:
-            switch.enabled = before
 
 
 @contextmanager

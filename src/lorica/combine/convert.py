@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lorica.adapt.inject import base_of
+from lorica.adapt.inject import base_of, switch_of
 from lorica.checkpoint.names import WEIGHTS_NAME, config_of_adapter
 from lorica.checkpoint.saving import get_peft_model_state_dict
 from lorica.combine import place
@@ -25,7 +25,7 @@ from lorica.engines import Engines, fsdp
 from lorica.errors import AdapterError
 from lorica.files.atomic import at_once, write_tensors
 from lorica.init import Factors
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, Switch
 from lorica.lowrank import Pair, Svd, cut, exact_svd, padded, rank_of_energy, svd_of_product, wide
 from lorica.variants import VARIANTS
 
@@ -80,25 +80,26 @@ def convert_to_lora(
         ValueError: the rank is impossible, larger than a side of a weight, or the adapter trains biases.
     """
     _check_rank(rank)
-    layers = place.layers_of(model, [adapter_name])
-    config = _checked_config(model, layers, adapter_name)
-    fsdp.reshard(base_of(model))
-    made: dict[str, Factors] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    ranks: dict[str, int] = {}
-    with torch.no_grad():
-        for layer in tqdm(layers, disable=not progressbar, desc="Converting to LoRA"):
-            names = place.target_names(layer, [adapter_name])
-            if place.free(layer, [adapter_name]):
-                found, used = _converted(layer, adapter_name, rank, report)
-                made[layer.target_name], dtypes[layer.target_name] = found, layer.factors(adapter_name).b.dtype
-                ranks |= dict.fromkeys(names, used)
-    new = _config(config, rank, ranks)
-    with place.passing(model, new) as name:
-        place.fill(base_of(model), name, made, dtypes)
-        place.copy_whole_modules(base_of(model), name, [adapter_name])
-        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    with (switch_of(model) or Switch()).turns.changing():
+        layers = place.layers_of(model, [adapter_name])
+        config = _checked_config(model, layers, adapter_name)
+        fsdp.reshard(base_of(model))
+        made: dict[str, Factors] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        ranks: dict[str, int] = {}
+        with torch.no_grad():
+            for layer in tqdm(layers, disable=not progressbar, desc="Converting to LoRA"):
+                names = place.target_names(layer, [adapter_name])
+                if place.free(layer, [adapter_name]):
+                    found, used = _converted(layer, adapter_name, rank, report)
+                    made[layer.target_name], dtypes[layer.target_name] = found, layer.factors(adapter_name).b.dtype
+                    ranks |= dict.fromkeys(names, used)
+        new = _config(config, rank, ranks)
+        with place.passing(model, new) as name:
+            place.fill(base_of(model), name, made, dtypes)
+            place.copy_whole_modules(base_of(model), name, [adapter_name])
+            tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     return new, tensors
 
 

@@ -111,27 +111,30 @@ def reduce_intruder_dimension(
     tuner: Any = tuner_of(peft_model)
     if tuner is None:
         raise AdapterError("The provided model is not using LoRA and is therefore not supported.")
-    if new_adapter_name in tuner.peft_config:
-        raise AdapterError(f"Adapter with name {new_adapter_name} already exists. Please use a different name.")
-    fsdp.reshard(tuner.model)
-    config = _checked(peft_model, old_adapter_name)
-    made: dict[str, Factors] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for path, layer in _layers(peft_model, old_adapter_name):
-        analysed = list(_analysed(path, layer, old_adapter_name, top_k, threshold_epsilon))
-        reports = [one.report for _, ones in analysed for one in ones]
-        for report in reports:
-            say(f"{report.name}: " + (f"Intruders: {len(report.intruders)}" if report.intruders else "No intruders"))
-        dtypes[layer.target_name] = layer.factors(old_adapter_name).b.dtype
-        if any(report.intruders for report in reports) or layer.specs[old_adapter_name].variant:
-            made[layer.target_name] = joined(
-                [_reduced(layer, share, ones, mitigation_lambda) for share, ones in analysed]
-            )
-        else:
-            made[layer.target_name] = raw_factors(layer, old_adapter_name)
-    place.add_filled(tuner, new_adapter_name, place.plain(config), made, dtypes, [old_adapter_name])
-    say(f"Enabling new adapter {new_adapter_name}")
-    tuner.set_adapter(new_adapter_name)
+    with tuner.switch.turns.changing():
+        if new_adapter_name in tuner.peft_config:
+            raise AdapterError(f"Adapter with name {new_adapter_name} already exists. Please use a different name.")
+        fsdp.reshard(tuner.model)
+        config = _checked(peft_model, old_adapter_name)
+        made: dict[str, Factors] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for path, layer in _layers(peft_model, old_adapter_name):
+            analysed = list(_analysed(path, layer, old_adapter_name, top_k, threshold_epsilon))
+            reports = [one.report for _, ones in analysed for one in ones]
+            for report in reports:
+                say(
+                    f"{report.name}: " + (f"Intruders: {len(report.intruders)}" if report.intruders else "No intruders")
+                )
+            dtypes[layer.target_name] = layer.factors(old_adapter_name).b.dtype
+            if any(report.intruders for report in reports) or layer.specs[old_adapter_name].variant:
+                made[layer.target_name] = joined(
+                    [_reduced(layer, share, ones, mitigation_lambda) for share, ones in analysed]
+                )
+            else:
+                made[layer.target_name] = raw_factors(layer, old_adapter_name)
+        place.add_filled(tuner, new_adapter_name, place.plain(config), made, dtypes, [old_adapter_name])
+        say(f"Enabling new adapter {new_adapter_name}")
+        tuner.set_adapter(new_adapter_name)
 
 
 def _checked(model: nn.Module, adapter: str) -> LoraConfig:

@@ -17,7 +17,7 @@ from lorica.config import LoraConfig
 from lorica.engines.stages import axis_of_stages
 from lorica.errors import AdapterError
 from lorica.init import Factors, find, subtracts
-from lorica.layers import LoraLayer, ModulesToSaveWrapper
+from lorica.layers import LoraLayer, ModulesToSaveWrapper, Switch
 from lorica.targets import make_plan
 from lorica.targets.match import shortest_names
 from lorica.targets.plan import Plan
@@ -30,6 +30,7 @@ class Tuner(Protocol):
 
     model: nn.Module
     peft_config: dict[str, LoraConfig]
+    switch: Switch
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, low_cpu_mem_usage: bool = ...) -> None:
         """Put a further adapter in."""
@@ -232,16 +233,17 @@ def add_filled(
         dtypes: full name of a layer → the dtype to keep them in.
         sources: adapters whose copies of whole modules it gets.
     """
-    tuner.add_adapter(adapter, as_injected(config), True)
-    try:
-        fill(tuner.model, adapter, made, dtypes)
-        copy_whole_modules(tuner.model, adapter, sources)
-    except Exception:
-        inject.take_out(tuner.model, adapter)
-        del tuner.peft_config[adapter]
-        raise
-    for name in _OF_THE_START:
-        setattr(tuner.peft_config[adapter], name, getattr(config, name))
+    with tuner.switch.turns.writing():
+        tuner.add_adapter(adapter, as_injected(config), True)
+        try:
+            fill(tuner.model, adapter, made, dtypes)
+            copy_whole_modules(tuner.model, adapter, sources)
+        except Exception:
+            inject.take_out(tuner.model, adapter)
+            del tuner.peft_config[adapter]
+            raise
+        for name in _OF_THE_START:
+            setattr(tuner.peft_config[adapter], name, getattr(config, name))
 
 
 #: Fields that are carried out when an adapter is put in → their values for one whose start was long ago.
@@ -283,10 +285,11 @@ def passing(model: nn.Module, config: LoraConfig) -> Iterator[str]:
     switch = inject.switch_of(base)
     assert switch is not None
     injected = as_injected(config)
-    inject.inject(base, make_plan(base, injected), injected, name, switch, on_meta=True)
-    configs[name] = injected
-    try:
-        yield name
-    finally:
-        inject.take_out(base, name)
-        del configs[name]
+    with switch.turns.writing():
+        inject.inject(base, make_plan(base, injected), injected, name, switch, on_meta=True)
+        configs[name] = injected
+        try:
+            yield name
+        finally:
+            inject.take_out(base, name)
+            del configs[name]

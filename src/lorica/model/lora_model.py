@@ -320,19 +320,20 @@ class LoraModel(nn.Module):
             AdapterError: a name is unknown, an argument impossible, or the adapters have no such combination; the
                 layer is named. The model is as it was.
         """
-        combine.add_weighted_adapter(
-            self,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank,
-            svd_clamp,
-            svd_full_matrices,
-            svd_driver,
-            density,
-            majority_sign_method,
-        )
+        with self.switch.turns.changing():
+            combine.add_weighted_adapter(
+                self,
+                adapters,
+                weights,
+                adapter_name,
+                combination_type,
+                svd_rank,
+                svd_clamp,
+                svd_full_matrices,
+                svd_driver,
+                density,
+                majority_sign_method,
+            )
 
     def subtract_mutated_init(
         self,

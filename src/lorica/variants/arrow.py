@@ -120,6 +120,8 @@ def _names(layer: Hosting, spec: AdapterSpec) -> tuple[list[str], list[str]]:
         for name, known in layer.specs.items()
         if known.variant != "arrow_config" and name not in general and not _GENERAL.fullmatch(name)
     ]
+    if not layer.stored.is_meta:  # one that another thread is loading has no values yet
+        others = [name for name in others if not layer.factors(name).b.is_meta]
     missing = [name for name in general if name not in layer.specs]
     if missing or not others:
         raise AdapterError(

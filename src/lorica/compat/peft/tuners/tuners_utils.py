@@ -56,7 +56,8 @@ class BaseTunerLayer(nn.Module, ABC):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn the adapters of the model on or off."""
-        self.switch.enabled = enabled
+        with self.switch.turns.writing():
+            self.switch.enabled = enabled
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make the named adapters the active ones of the model; this layer's parameters of them train.
@@ -66,9 +67,10 @@ class BaseTunerLayer(nn.Module, ABC):
             inference_mode: freeze them.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.switch.active = names
-        for name in self._get_available_adapters():
-            self.set_requires_grad(name, name in names and not inference_mode)
+        with self.switch.turns.writing():
+            self.switch.active = names
+            for name in self._get_available_adapters():
+                self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let this layer's parameters of the named adapters train, or freeze them."""
@@ -150,11 +152,12 @@ def set_adapter(
     """
     del layer_cls
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    _unmerge_with_warning(model)
-    for _, module in inject.adapter_modules(model):
-        module.switch.active = names
-        for name in inject.adapters_of(module):
-            trainable.set_requires_grad(module, name, name in names and not inference_mode)
+    with (inject.switch_of(model) or Switch()).turns.writing():
+        _unmerge_with_warning(model)
+        for _, module in inject.adapter_modules(model):
+            module.switch.active = names
+            for name in inject.adapters_of(module):
+                trainable.set_requires_grad(module, name, name in names and not inference_mode)
 
 
 def delete_adapter(
@@ -175,24 +178,25 @@ def delete_adapter(
         AdapterError: the adapter is merged somewhere. Nothing was changed.
     """
     del prefix, layer_cls
-    refuse_merged(model, [adapter_name])
     modules = [module for _, module in inject.adapter_modules(model)]
     if not modules:
         return None
     switch = modules[0].switch
-    for module in modules:
-        module.remove_adapter(adapter_name)
-    left = [name for name in switch.active if name != adapter_name]
-    if not left and adapter_name in switch.active:
-        others = sorted({name for module in modules for name in inject.adapters_of(module)})
-        left = others[:1]
-        if left:
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                stacklevel=2,
-            )
-    set_adapter(model, left)
-    return left or None
+    with switch.turns.writing():
+        refuse_merged(model, [adapter_name])
+        for module in modules:
+            module.remove_adapter(adapter_name)
+        left = [name for name in switch.active if name != adapter_name]
+        if not left and adapter_name in switch.active:
+            others = sorted({name for module in modules for name in inject.adapters_of(module)})
+            left = others[:1]
+            if left:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                    stacklevel=2,
+                )
+        set_adapter(model, left)
+        return left or None
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

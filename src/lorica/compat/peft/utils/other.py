@@ -61,7 +61,8 @@ class AuxiliaryTrainingWrapper(nn.Module, ABC):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn the adapters of the model on or off."""
-        self.switch.enabled = enabled
+        with self.switch.turns.writing():
+            self.switch.enabled = enabled
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make the named adapter the active one of the model; this module's parameters of it train.
@@ -77,9 +78,10 @@ class AuxiliaryTrainingWrapper(nn.Module, ABC):
         own = self._get_available_adapters()
         if sum(name in own for name in names) > 1:
             raise AdapterError(f"Attempted to set multiple ({list(names)}) adapters at once for modules_to_save.")
-        self.switch.active = names
-        for name in own:
-            self.set_requires_grad(name, name in names and not inference_mode)
+        with self.switch.turns.writing():
+            self.switch.active = names
+            for name in own:
+                self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let this module's parameters of the named adapters train, or freeze them."""
