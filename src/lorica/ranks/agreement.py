@@ -20,7 +20,7 @@ from lorica.engines.describe import DATA_AXES
 from lorica.engines.rest import at_rest
 from lorica.engines.site import Axis
 from lorica.engines.stages import STAGES
-from lorica.errors import RankError
+from lorica.errors import LostRankError, RankError
 from lorica.variants import VARIANTS, variant_of
 
 #: Seconds within which every rank must have come to the comparison.
@@ -38,7 +38,8 @@ def verify(model: nn.Module, *, timeout: float = TIMEOUT, also: Mapping[str, Any
         also: what else has to be equal on all ranks, by name: a hash of the data, how many batches there are.
 
     Raises:
-        RankError: on every rank: which rank differs in what, could not say what it has, or did not answer.
+        RankError: on every rank: which rank differs in what, or could not say what it has.
+        LostRankError: a rank did not come in time.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -81,7 +82,7 @@ def _wait_for_all(timeout: float) -> None:
     try:
         dist.monitored_barrier(timeout=timedelta(seconds=timeout), wait_all_ranks=True)
     except RuntimeError as error:
-        raise RankError(f"not all ranks came to compare their adapters within {timeout:g} s: {error}") from error
+        raise LostRankError(f"not all ranks came to compare their adapters within {timeout:g} s: {error}") from error
 
 
 def _description(model: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ class Company:
         try:
             return self._board.read(_FAILED) or self._missing(self._board)
         except RuntimeError:
-            return "; the store of the ranks is gone, and so is the process that kept it (rank 0, or its launcher)"
+            return "the store of the ranks is gone with the process that kept it, rank 0 or its launcher"
 
     def _missing(self, board: Board) -> str:
         board.post(_WAITED, "")
@@ -107,8 +108,8 @@ def answered() -> Iterator[Company]:
     try:
         yield company
     except BaseException as error:
-        if is_lost(error):
-            raise LostRankError("; ".join(filter(None, [said_of_lost(error), company.cause()]))) from error
+        if is_lost(error) or isinstance(error, LostRankError):
+            raise LostRankError(said_of_lost(error, company.cause())) from error
         if not isinstance(error, Interrupted):  # which all ranks are together
             company.tell(error)
         raise
@@ -124,9 +125,12 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(sign in said for sign in _SIGNS)
 
 
-def said_of_lost(error: BaseException) -> str:
-    """That another rank did not answer, and to whom."""
-    return f"rank {os.environ.get('RANK', '0')} got no answer from another rank: {str(error).splitlines()[0]}"
+def said_of_lost(error: BaseException, cause: str = "") -> str:
+    """That another rank did not answer: which and why, if that is known, and what the backend says of it."""
+    said = _PLACE.sub("", next(iter(str(error).splitlines()), "")).partition(". This is typically caused by")[0]
+    return f"rank {os.environ.get('RANK', '0')} got no answer from another rank: " + (
+        f"{cause} ({said})" if cause else said
+    )
 
 
 def _named(ranks: set[int]) -> str:
@@ -134,3 +138,5 @@ def _named(ranks: set[int]) -> str:
 
 
 _SIGNS = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo/transport", "NCCL", "Broken pipe")
+#: Where in a backend's source an error comes from.
+_PLACE = re.compile(r"^\[[^\]]*\.cc:\d+\] ")
