@@ -376,7 +376,7 @@ def test_files_that_are_no_pairs_are_refused(tmp_path: Path):
     refused("are no pair on", {**tensors, name: torch.ones(24, 3)})
     refused("holds NaN or infinity", {**tensors, name: torch.full((24, 2), float("nan"))})
     (saved / "adapter_config.json").unlink()
-    refused("no adapter_config.json", tensors)
+    refused("Can't find 'adapter_config.json'", tensors)
 
 
 def test_the_models_sizes_are_asked_for_where_they_are_needed(tmp_path: Path):

@@ -177,3 +177,11 @@ def test_nothing_is_taken_that_the_formats_library_refuses(tensors, size, tmp_pa
     except SafetensorError:
         theirs = None
     assert ours == theirs
+
+
+def test_a_length_that_looks_like_a_pickle_is_none(tmp_path):
+    text = '{"__metadata__":{"a":"' + "x" * (0x0480 - 25) + '"}}'
+    assert len(text) == 0x0480
+    path = made(tmp_path / "file", text)
+    assert path.read_bytes().startswith(b"\x80\x04")
+    assert TensorReader(path).shapes == {}

@@ -36,7 +36,7 @@ from lorica.engines.kinds import is_distributed
 from lorica.engines.names import submodule
 from lorica.engines.registry import mark
 from lorica.engines.rest import at_rest, unshard
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, TargetError
 from lorica.init import (
     Factors,
     InitRequest,
@@ -332,8 +332,16 @@ def _found(target: Target, config: LoraConfig) -> Found:
     return {} if init is None or not init.needs else kept(target.base, target.op.weight_name, init.needs)
 
 
+#: A rank that is taken even where no delta of that weight can have it.
+_ANY_RANK = 4096
+
+
 def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None, where: str = "") -> FactorShapes:
-    """Return the shapes of A and B as they are in a file, whatever part of the base layer is here."""
+    """Return the shapes of A and B as they are in a file, whatever part of the base layer is here.
+
+    Raises:
+        TargetError: the rank is more than a matrix of this size has; factors of it could fill the memory.
+    """
     shapes = op.factor_shapes(base, spec.r)
     if site is not None:
         sizes = site.layout.sizes
@@ -342,6 +350,10 @@ def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None
             for roles, shape in ((op.roles_a, shapes.a), (op.roles_b, shapes.b))
         )
         shapes = FactorShapes(*whole)
+    matrices = spec.r * (shapes.a[0] if op.roles_a[0] == "expert" else 1)
+    most = min(shapes.a.numel(), shapes.b.numel()) // matrices
+    if spec.r > max(most, _ANY_RANK):
+        raise TargetError(f"{where}: r={spec.r} (or rank_pattern) of a weight whose rank is {most} at most")
     return VARIANTS[spec.variant].shapes(shapes, op, spec, where)
 
 

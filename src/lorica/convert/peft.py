@@ -138,8 +138,6 @@ def _pair(
     a, b = (parts.get(f"embedding_{letter}" if lookup else letter) for letter in "AB")
     if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
         raise CheckpointError(f"{name}: no pair of two matrices; there is {sorted(parts)}")
-    if a.shape[0] != b.shape[1]:
-        raise CheckpointError(f"{name}: A {a.shape} and B {b.shape} are no pair of one rank")
     names, rows = _names(name, b.shape[0], geometry, on_megatron)
     bare = matches(config.get("target_parameters"), f"{name}.weight")
     scale = scale_of(config, f"{name}.weight" if bare else name, a.shape[0])

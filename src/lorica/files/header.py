@@ -128,12 +128,10 @@ def read_header(file: FileIO, path: Path) -> Header:
 def _text(file: FileIO, size: int) -> tuple[str, int]:
     """Return the JSON text, and where the tensors begin."""
     head = read_fully(file, 8)
-    if head.startswith(_PICKLES):
-        raise _WrongError(
-            "it is a pickle (torch.save), which can run code when it is loaded, so lorica does not read it"
-        )
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > size - 8:
+        if head.startswith(_PICKLES):
+            raise _WrongError("a pickle can run code when it is loaded, so lorica does not read it")
         raise _WrongError(f"a header of {length:,} bytes is not in a file of {size:,} bytes")
     if length > MAX_BYTES:
         raise _WrongError(f"a header of {length:,} bytes is too large (limit {MAX_BYTES:,})")
