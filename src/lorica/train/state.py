@@ -7,7 +7,6 @@ the optimiser's state by factor, random states), and in ``state.json`` everythin
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from lorica.checkpoint import sharded
 from lorica.checkpoint.shards import ShardReader
 from lorica.errors import CheckpointError, LoricaError, LostRankError, RecipeError
 from lorica.files import atomic, marker
+from lorica.files.json import read_json_object
 from lorica.train import optim, tensors
 from lorica.train.collate import Batches
 from lorica.train.lost import is_lost
@@ -34,6 +34,8 @@ ADAPTER = "adapter_model.safetensors"
 _STATE = "state"
 _NUMBERS = "state.json"
 _FORMAT = 2
+#: What the numbers of a checkpoint consist of.
+_KINDS = {"step": int, "axes": dict, "batches": dict, "progress": dict, "random": dict, "recipe": dict, "data": str}
 _LAUNCH = "launch"
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -252,12 +254,12 @@ def restore(checkpoint: Path, live: Live, ranks: Ranks | None = None) -> None:
         vars(live.progress).update(numbers["progress"])
         tensors.put_random_states(randoms)
         tensors.put_random_numbers(numbers["random"])
-    except (KeyError, RuntimeError, TypeError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         if is_lost(error):
             raise
         raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
 
 
 def read_numbers(checkpoint: Path) -> dict[str, Any]:
@@ -266,12 +268,16 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    try:
-        values: dict[str, Any] = json.loads((checkpoint / _NUMBERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / _NUMBERS} cannot be read: {error}") from None
+    path = checkpoint / _NUMBERS
+    values = read_json_object(path)
     if values.get("format") != _FORMAT:
         raise CheckpointError(f"{checkpoint} was written by another version of lorica")
+    for name, kind in _KINDS.items():
+        if type(values.get(name)) is not kind:
+            raise CheckpointError(f"{path}: {name} is no {kind.__name__}")
+    for name, start in asdict(Progress()).items():
+        if type(values["progress"].get(name)) not in (int, type(start)):
+            raise CheckpointError(f"{path}: progress.{name} is no number")
     return values
 
 
