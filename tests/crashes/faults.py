@@ -30,7 +30,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
             path = os.readlink(f"/proc/self/fd/{path}")
         within_tree = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # a name in an open directory
         if within_tree or (not isinstance(path, int) and os.fspath(path).startswith(_root)):
-            watch(f"{event} {os.path.basename(os.fspath(path))}")
+            watch(f"{event} {os.fspath(path)}")
 
 
 sys.addaudithook(_hook)

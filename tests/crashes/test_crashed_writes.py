@@ -95,7 +95,7 @@ def test_an_unchanged_configuration_needs_no_journal_and_stays_where_it_is(tmp_p
             atomic.write_bytes(tmp_path / NAMES[1], f"old {NAMES[1]}".encode())
 
     made = faults.changes(tmp_path, again)
-    assert not [change for change in made if journal.NAME in change or change == f"os.remove {NAMES[1]}"]
+    assert not [change for change in made if journal.NAME in change or change == f"os.remove {tmp_path / NAMES[1]}"]
     assert len([change for change in made if change.startswith("os.rename")]) == 2
 
 

@@ -1,4 +1,5 @@
-"""SIGKILL at every operation of writing a checkpoint leaves the one before, or the new one, whole."""
+"""Kills, signals and errors of the disk at every change that writing a checkpoint makes to the file system leave the
+checkpoint before, or the new one, whole."""
 
 from __future__ import annotations
 
@@ -11,12 +12,21 @@ import pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and file-size limits")
-def test_a_kill_at_every_write_step_of_a_checkpoint(base: Path, data_file: Path, tmp_path: Path) -> None:
+def test_faults_at_every_write_step_of_a_checkpoint(base: Path, data_file: Path, tmp_path: Path) -> None:
     here = Path(__file__).parent
     command = [sys.executable, str(here / "killing.py"), str(base), str(data_file), str(tmp_path / "out")]
-    path = os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    paths = [str(here.parent), str(here.parent / "crashes"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    operations, whole_from = (int(word) for word in done.stdout.split() if word.isdigit())
-    assert 20 < whole_from < operations
+    found = {name: (int(before), int(new)) for name, before, new in map(str.split, done.stdout.splitlines())}
+    assert found.keys() == {
+        *("kills", "kills_within_a_write", "errors", "errors_within_a_write", "one_signal", "two_signals")
+    }
+    for name in ("kills", "errors", "two_signals"):
+        before, new = found[name]
+        assert before > 30, name  # so many changes come before the new checkpoint has its name
+        assert new > 5, name  # and so many after: the one before is deleted
+    assert found["one_signal"][0] == 0
+    assert found["one_signal"][1] == sum(found["kills"])
+    assert all(found[name][0] > 3 for name in ("kills_within_a_write", "errors_within_a_write"))

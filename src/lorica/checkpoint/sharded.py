@@ -220,6 +220,8 @@ def _readable() -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, KeyboardInterrupt):  # torch gathers also what is no error
+            raise cause from None
         if _alone() and isinstance(cause, (OSError, CheckpointError)):
             raise cause from None
         raise CheckpointError(f"{'' if _alone() else f'rank {rank}: '}{cause}") from cause
