@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorica.checkpoint.reading import check_finite
 from lorica.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lorica.errors import CheckpointError, LayoutError
 from lorica.files.atomic import complete_directory, write_json
@@ -94,8 +95,8 @@ def read_shards(
         first_copy: take what the first rank has where ranks differ in what they should have alike.
 
     Raises:
-        CheckpointError: a file is missing or not what it should be, saving was not finished, or ranks differ and
-            ``first_copy`` is false.
+        CheckpointError: a file is missing or not what it should be, holds NaN, saving was not finished, or ranks differ
+            and ``first_copy`` is false.
     """
     found: dict[str, Tensor] = {}
     for number, stage in enumerate(read_stages(shards, adapter)):
@@ -109,6 +110,7 @@ def read_shards(
                     "first_copy=True takes the first rank's, as its own consolidation does"
                 )
             raise CheckpointError(f"{shards}, stage {number}: {error}{advice}") from error
+        check_finite(tensors, str(shards))
         if twice := found.keys() & tensors.keys():
             raise CheckpointError(f"{shards}: in more than one stage: {sorted(twice)[:5]}")
         found |= tensors

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lorica.checkpoint.reading import check_finite
 from lorica.convert.adapter import Lazy
 from lorica.errors import CheckpointError
 from lorica.files.opening import open_regular, read_fully, refuse_links_out
@@ -190,6 +191,7 @@ class Distributed:
             inside = tuple(index - start for index, start in zip(lead, chunk.offsets, strict=False))
             sides = zip(chunk.offsets[len(lead) :], chunk.sizes[len(lead) :], strict=True)
             result[tuple(slice(start, start + size) for start, size in sides)] = self._chunk(key, stored, chunk)[inside]
+        check_finite({key: result}, str(self.folder))
         return result
 
     def _chunk(self, key: str, stored: Stored, chunk: Chunk) -> Tensor:

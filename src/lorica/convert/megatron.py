@@ -37,7 +37,8 @@ from lorica.convert.families import Place, Slot, in_transformers, slot_named
 from lorica.convert.fuse import apart
 from lorica.convert.geometry import Geometry, geometry_of
 from lorica.convert.record import read_record
-from lorica.errors import CheckpointError, ExportError
+from lorica.errors import CheckpointError, ExportError, LayoutError
+from lorica.layout.neuron import number
 
 RUN_CONFIG = "run_config.yaml"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -48,6 +49,7 @@ _KEY = re.compile(
 )
 _EXPERTS = re.compile(r"mlp\.experts\.(?:(?:local_)?experts\.)?(?:(?P<expert>\d+)\.)?(?P<leaf>linear_fc[12])")
 _LEAVES = {"linear_in.weight": "A", "linear_out.weight": "B", "weight_magnitude": "m"}
+_MAX_LAYERS = 65536
 _OPTIMISER = ("optimizer.", "chained_")
 
 
@@ -98,7 +100,7 @@ def read_bridge_adapter(
         else replace(geometry, ranks=said.ranks, expert_ranks=said.expert_ranks)
     )
     record = read_record(folder)
-    ranks = expert_parallel or int((run.get("model") or {}).get("expert_model_parallel_size") or 1)
+    ranks = expert_parallel or _expert_ranks(run, folder)
     reader = _Reader(Distributed(folder), peft, geometry, ranks)
     pairs = [pair for key, leaves in reader.keys().items() for pair in reader.pairs(key, leaves)]
     if not pairs:
@@ -148,6 +150,13 @@ def read_run_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: expected sections, found {type(values).__name__}")
         return values
     return {}
+
+
+def _expert_ranks(run: Mapping[str, Any], folder: Path) -> int:
+    try:
+        return number((run.get("model") or {}).get("expert_model_parallel_size") or 1)
+    except LayoutError as error:
+        raise CheckpointError(f"{folder}: {RUN_CONFIG}: model.expert_model_parallel_size: {error}") from error
 
 
 def _said_geometry(run: Mapping[str, Any]) -> Geometry | None:
@@ -214,7 +223,10 @@ class _Reader:
         if key.outside or key.layer is not None:
             yield key.layer, ()
             return
-        for layer in range(self.stored.tensors[name].shape[0]):
+        shape = self.stored.tensors[name].shape
+        if not shape or 0 in shape or shape[0] > _MAX_LAYERS:
+            raise CheckpointError(f"{self.where}: {name} of shape {shape} is no stack of layers")
+        for layer in range(shape[0]):
             if self.stored.there(name, (layer,)):
                 yield layer, (layer,)
 
@@ -253,6 +265,8 @@ class _Reader:
         self, key: Key, leaves: Mapping[str, str], names: tuple[str, ...], lead: tuple[int, ...], slot: Slot | None
     ) -> Pair:
         parts = {letter: self.stored.lazy(name, lead) for letter, name in leaves.items()}
+        if any(len(parts[letter].shape) != 2 for letter in "AB"):
+            raise CheckpointError(f"{self.where}: {leaves['A']} and {leaves['B']} are no matrices")
         a, b, m = parts["A"], parts["B"], parts.get("m")
         scale = self._scale(leaves["A"], a.shape[0])
         if slot is None or not slot.parts:
@@ -266,12 +280,14 @@ class _Reader:
             half = b.shape[0] // 2
             return Pair(names, (half, half), a, b, scale, magnitude=m and by_halves(m, self._ranks(slot)))
         geometry = self._needed(leaves["B"])
+        if b.shape[0] != sum(geometry.qkv):
+            raise CheckpointError(f"{self.where}: {leaves['B']} has {b.shape[0]} rows, the model {sum(geometry.qkv)}")
         order = geometry.interleaved()
-        if b.shape[0] != len(order):
-            raise CheckpointError(f"{self.where}: {leaves['B']} has {b.shape[0]} rows, the model {len(order)}")
         return Pair(names, geometry.qkv, a, logical(b, order), scale, magnitude=m and logical(m, order))
 
     def _scale(self, name: str, rank: int) -> float:
+        if rank < 1:
+            raise CheckpointError(f"{self.where}: {name} has no rows")
         try:
             return float(self.peft["alpha"]) / rank
         except (KeyError, TypeError, ValueError) as error:

@@ -19,8 +19,10 @@ def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
         rank: rows of its A.
 
     Raises:
-        CheckpointError: the configuration does not say.
+        CheckpointError: the configuration does not say, or there is no rank.
     """
+    if rank < 1:
+        raise CheckpointError(f"{name}: an A without rows is no factor")
     try:
         alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
     except (KeyError, TypeError, ValueError) as error:

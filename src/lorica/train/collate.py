@@ -153,7 +153,7 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         position = state["position"]
-        if type(position) is not int or position < 0:
+        if type(position) is not int or not 0 <= position < 2**40:
             raise ValueError(f"{position!r} is no position among the batches")
         self.position = position
 

@@ -25,6 +25,7 @@ from lorica.layout import Box
 FACTORS = "factors/"
 OPTIMIZER = "optimizer/"
 RANDOM = "random/"
+_WORDS_OF_NUMPY = 624
 
 
 def entries(model: nn.Module) -> dict[str, Entry]:
@@ -147,6 +148,8 @@ def put_random_numbers(numbers: Mapping[str, Any]) -> None:
     Raises:
         KeyError, TypeError, ValueError: these are no states of theirs.
     """
+    if len(numbers["numpy"][1]) != _WORDS_OF_NUMPY:
+        raise ValueError(f"numpy's generator has {_WORDS_OF_NUMPY} words, not {len(numbers['numpy'][1])}")
     version, words, next_gauss = numbers["python"]
     random.setstate((version, tuple(words), next_gauss))
     kind, keys, position, has_gauss, gauss = numbers["numpy"]
