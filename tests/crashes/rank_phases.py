@@ -51,7 +51,7 @@ PHASES = (
     Phase("the shards", Call("lorica.checkpoint.shards:ShardWriter", "write_data"), noted=True),
     Phase("the index", Call("lorica.checkpoint.shards", "write_index"), first=True, noted=True),
     Phase("the directory's name", Call("lorica.files.atomic", "finish_directory"), first=True, noted=True),
-    Phase("the old checkpoints", Call("lorica.train.state", "prune", 3), first=True, noted=True),
+    Phase("the old checkpoints", Call("lorica.train.state", "prune", 2), first=True, noted=True),
     Phase("the shards that are read", Call("lorica.checkpoint.shards:ShardReader", "read_data")),
     Phase("the last files", Call("lorica.train.job", "_finish")),
     Phase("the picture", Call("lorica.train.metrics", "plot"), first=True),

@@ -28,14 +28,14 @@ from lorica.adapt.parts import each_part, left_of_parts, taken_of_parts
 from lorica.adapt.places import Places, keep_from_fast_path
 from lorica.adapt.removal import take_out, unload
 from lorica.adapt.rows import first_rows, train_rows
+from lorica.adapt.starts import logical_weight, made_by_all_ranks
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.checks import factor_dtype
 from lorica.engines import Site
-from lorica.engines.gather import gather_parameter
 from lorica.engines.kinds import is_distributed
 from lorica.engines.names import submodule
 from lorica.engines.registry import mark
-from lorica.engines.rest import at_rest, unshard
+from lorica.engines.rest import at_rest
 from lorica.errors import AdapterError, TargetError
 from lorica.init import (
     Factors,
@@ -44,6 +44,7 @@ from lorica.init import (
     initialise,
     leftover,
     made_by,
+    reads_weight,
     subtracts,
     target_generator,
 )
@@ -93,21 +94,22 @@ def _inject(
     autocast: bool,
 ) -> None:
     seed = 0 if on_meta else draw_seed()
-    factors = {
-        target.name: _factors(target, config, seed, on_meta=on_meta, autocast=autocast)
-        for target in plan.targets
-        if target.tied_to is None
-    }
+    own = [target for target in plan.targets if target.tied_to is None]
+    factors = made_by_all_ranks(
+        model,
+        own,
+        partial(_factors, config=config, seed=seed, on_meta=on_meta, autocast=autocast),
+        () if on_meta else [target.name for target in own if _starts_from_pieces(target, config)],
+    )
     rows = {
         tokens.name: first_rows(tokens, _dtype_of(tokens, config, autocast=autocast), on_meta=on_meta)
         for tokens in plan.tokens
         if tokens.tied_to is None
     }
-    taken = {
-        target.name: _taken(target, config)
-        for target in plan.targets
-        if VARIANTS[target.spec.variant].subtracts and not factors[target.name].b.is_meta
-    }
+    taking = [target for target in own if VARIANTS[target.spec.variant].subtracts]
+    taking = [target for target in taking if not factors[target.name].b.is_meta]
+    in_pieces = [target.name for target in taking if target.site is not None]
+    taken = made_by_all_ranks(model, taking, partial(_taken, config=config), in_pieces)
     made = _Made(seed, factors, rows, taken)
     with switch.turns.writing():  # all that others must not see half done
         layers = _put_in(model, plan, config, adapter, switch, made)
@@ -201,7 +203,7 @@ def _take_starts(owing: Sequence[LoraLayer], adapter: str, config: LoraConfig) -
     starts: list[Factors | None] = []
     for layer, target in zip(owing, targets, strict=True):
         if VARIANTS[target.spec.variant].subtracts:
-            starts.append(_taken(target, config))
+            starts.append(_taken(target, config=config))
             continue
         rewritten = leaves_of(config) is not None  # then the factors in the file say nothing of the weight
         dtype = layer.factors(adapter).b.dtype
@@ -241,9 +243,9 @@ def _left(target: Target, config: LoraConfig) -> Tensor | None:
     return op.orient(left) if site is None else site.layout.take(op.orient(left), op.roles_weight, site.at)
 
 
-def _taken(target: Target, config: LoraConfig) -> Factors:
+def _taken(target: Target, weight: Tensor | None = None, *, config: LoraConfig) -> Factors:
     """Return what a variant takes out of the base weight, as this rank's plain factors (scale 1)."""
-    request, op, site = _request(target, config, 0), target.op, target.site
+    request, op, site = _request(target, config, 0, weight), target.op, target.site
     take, parts, roles = VARIANTS[target.spec.variant].taken, op.parts(target.base), (op.roles_a, op.roles_b)
     if "expert" in op.roles_weight and not request.experts:  # one adapter for all, but each has a weight of its own
         count = len(op.logical_weight(target.base)) if site is None else site.layout.sizes["expert"]
@@ -285,28 +287,43 @@ def check_adapter_name(name: Any) -> None:
         raise AdapterError(f"adapter name {name!r} is reserved; choose another")
 
 
-def _factors(target: Target, config: LoraConfig, seed: int, *, on_meta: bool, autocast: bool) -> Factors:
+def _starts_from_pieces(target: Target, config: LoraConfig) -> bool:
+    """Whether factors start from a base weight of which this rank has a part."""
+    reads = reads_weight(config.init_lora_weights, lookup=target.op.lookup)
+    return reads and target.site is not None and stored_weight(target.base, target.op.weight_name).device.type != "meta"
+
+
+def _factors(
+    target: Target, weight: Tensor | None = None, *, config: LoraConfig, seed: int, on_meta: bool, autocast: bool
+) -> Factors:
     stored = stored_weight(target.base, target.op.weight_name)
-    weight = at_rest(stored.detach()).local if is_distributed(stored) else stored
-    dtype = _factor_dtype(weight, config, autocast=autocast)
-    device = torch.device("meta") if on_meta else weight.device
+    here = at_rest(stored.detach()).local if is_distributed(stored) else stored
+    dtype = _factor_dtype(here, config, autocast=autocast)
+    device = torch.device("meta") if on_meta else here.device
     if device.type == "meta":
         shapes = logical_shapes(target.op, target.base, target.spec, target.site, target.name)
         empty = partial(torch.empty, dtype=dtype, device=device)
         bias = empty(shapes.b[:1]) if target.spec.bias else None
         return _slices(Factors(empty(shapes.a), empty(shapes.b), bias), target)
-    return _start(target, config, seed, device, dtype)
+    return _start(target, config, seed, device, dtype, weight)
 
 
-def _start(target: Target, config: LoraConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Factors:
-    request, parts = _request(target, config, seed), target.op.parts(target.base)
+def _start(
+    target: Target,
+    config: LoraConfig,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+) -> Factors:
+    request, parts = _request(target, config, seed, weight), target.op.parts(target.base)
     drawn = each_part(config, request, parts, target.spec, seed, _found(target, config)) if parts else None
     made = _slices(drawn or initialise(config.init_lora_weights, request), target)
     # Fully-sharded parallelism wants parameters without gaps.
     return made.map(lambda tensor: tensor.to(device, dtype).contiguous())
 
 
-def _request(target: Target, config: LoraConfig, seed: int) -> InitRequest:
+def _request(target: Target, config: LoraConfig, seed: int, weight: Tensor | None = None) -> InitRequest:
     op, site, init = target.op, target.site, find(config.init_lora_weights)
     shapes = logical_shapes(op, target.base, target.spec, site, target.name)
     seeded_by = target.seed_name or target.name
@@ -319,7 +336,7 @@ def _request(target: Target, config: LoraConfig, seed: int) -> InitRequest:
         bias=target.spec.bias,
         lookup=op.lookup,
         generator=target_generator(seed, seeded_by),
-        weight=lambda: there(logical_weight(op, target.base, site)),
+        weight=lambda: there(logical_weight(op, target.base, site) if weight is None else weight),
         experts=shapes.a[0] if op.roles_a[0] == "expert" else 0,
         options=getattr(config, init.options) if init is not None and init.options else None,
         found=_found(target, config).get("", {}) if init is not None and init.needs else {},
@@ -355,14 +372,6 @@ def logical_shapes(op: Op, base: nn.Module, spec: AdapterSpec, site: Site | None
     if spec.r > max(most, _ANY_RANK):
         raise TargetError(f"{where}: r={spec.r} (or rank_pattern) of a weight whose rank is {most} at most")
     return VARIANTS[spec.variant].shapes(shapes, op, spec, where)
-
-
-def logical_weight(op: Op, base: nn.Module, site: Site | None) -> Tensor:
-    """Return the base weight as ``[out, in, …]``, gathered where it is cut."""
-    stored = stored_weight(base, op.weight_name)
-    if site is None or isinstance(stored, Packed):
-        return unshard(op.logical_weight(base))
-    return op.orient(gather_parameter(stored.detach(), site, op.roles_weight))
 
 
 def _slices(factors: Factors, target: Target) -> Factors:

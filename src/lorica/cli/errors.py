@@ -65,7 +65,8 @@ def _said(error: BaseException) -> tuple[str, int, rank.Kind]:
     if isinstance(error, KeyboardInterrupt):
         return "stopped", INTERRUPTED, "final"
     if rank.is_rank():
-        from lorica.train.lost import is_lost, said_of_lost
+        from lorica.engines.board import is_lost
+        from lorica.train.lost import said_of_lost
 
         if is_lost(error):
             return said_of_lost(error), 1, "lost"

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lorica.errors import RankError
+
 
 class Board:
     """Notes of all ranks about one thing that they do together.
@@ -64,4 +66,14 @@ class Board:
         return other
 
 
-__all__ = ["Board"]
+def is_lost(error: BaseException) -> bool:
+    """Whether an error means that another rank died or did not answer in time."""
+    if not isinstance(error, RuntimeError) or isinstance(error, RankError):
+        return False
+    said = str(error)
+    return isinstance(error, dist.DistError) or any(sign in said for sign in _SIGNS)
+
+
+_SIGNS = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo/transport", "NCCL", "Broken pipe")
+
+__all__ = ["Board", "is_lost"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from lorica.engines.board import Board, is_lost
 from lorica.engines.describe import Engines
 from lorica.errors import RankError
+
+_FAILED = "failed"
 
 
 @contextmanager
@@ -22,25 +26,59 @@ def together(model: nn.Module, what: str) -> Iterator[None]:
         what: what the block does, for messages.
 
     Raises:
-        RankError: it succeeded here and failed elsewhere; the message names the rank and has its error.
+        RankError: it succeeded here and failed elsewhere; the message names the rank and has its error. Where a rank
+            failed before a collective that the block has, the others wait for it as long as their process group does.
     """
     if not Engines(model).axes:
         yield
         return
-    error: Exception | None = None
+    board = Board.of_all("together")
     try:
         yield
-    except Exception as caught:
-        error = caught
+    except Exception as error:
+        _tell(board, what, error)
         raise
-    finally:
-        failed: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(failed, None if error is None else f"{type(error).__name__}: {error}")
-        _refuse_failure(failed, what, here=error is not None)
+    try:
+        failed = _everyone(None)
+    except RuntimeError as lost:
+        _refuse_lost(board, what, lost)
+        raise
+    _refuse_failure(failed, what)
 
 
-def _refuse_failure(failed: list[str | None], what: str, *, here: bool) -> None:
+def _tell(board: Board | None, what: str, error: Exception) -> None:
+    """Let the other ranks know of an error here; where it is that they failed, say so.
+
+    Raises:
+        RankError: another rank failed and was missed here.
+    """
+    if is_lost(error):
+        _refuse_lost(board, what, error)
+        return  # who does not answer would be waited for again
+    said = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(RuntimeError):  # the error is told in any case
+        if board is not None:
+            board.first(_FAILED, f"rank {board.rank}: {said}")
+        _everyone(said)
+
+
+def _refuse_lost(board: Board | None, what: str, error: BaseException) -> None:
+    known = None
+    with contextlib.suppress(RuntimeError):  # the store may be gone too
+        known = None if board is None else board.read(_FAILED)
+    if known is not None:
+        raise RankError(f"{what} failed, so it is undone on all ranks: {known}") from error
+
+
+def _everyone(mine: str | None) -> list[str | None]:
+    """Return what went wrong on each rank."""
+    failed: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failed, mine)
+    return failed
+
+
+def _refuse_failure(failed: list[str | None], what: str) -> None:
     wrong = [(rank, text) for rank, text in enumerate(failed) if text is not None]
-    if wrong and not here:
+    if wrong:
         shown = "; ".join(f"rank {rank}: {text}" for rank, text in wrong[:4])
         raise RankError(f"{what} failed on {len(wrong)} of {len(failed)} ranks, so it is undone on all: {shown}")

@@ -96,6 +96,7 @@ class Initialisation(NamedTuple):
         needs: the statistic of :mod:`lorica.init.statistics` that it starts from; empty: it needs no data.
         options: the field of ``LoraConfig`` with its options; empty: it has none.
         freezes: the factors that stay as they start: ``"a"``, ``"b"``.
+        reads_weight: whether it looks at the base weight though it leaves it as it is.
     """
 
     function: Init
@@ -104,6 +105,7 @@ class Initialisation(NamedTuple):
     needs: str = ""
     options: str = ""
     freezes: tuple[str, ...] = ()
+    reads_weight: bool = False
 
 
 #: Name → initialisation. A name that ends in ``_N`` stands for every number in that place.
@@ -120,11 +122,12 @@ def register(
     needs: str = "",
     options: str = "",
     freezes: tuple[str, ...] = (),
+    reads_weight: bool = False,
 ) -> Callable[[Init], Init]:
     """Make an initialisation known under ``name`` to ``LoraConfig.init_lora_weights``; see :class:`Initialisation`."""
 
     def add(function: Init) -> Init:
-        INITS[name] = Initialisation(function, subtracts, leaves, needs, options, freezes)
+        INITS[name] = Initialisation(function, subtracts, leaves, needs, options, freezes, reads_weight)
         return function
 
     return add
@@ -191,6 +194,12 @@ def subtracts(name: bool | str, *, lookup: bool) -> bool:
         lookup: whether the layer is an embedding: those start as by default (PEFT's meaning of the same files).
     """
     return _found(name).subtracts and not lookup
+
+
+def reads_weight(name: bool | str, *, lookup: bool) -> bool:
+    """Whether the initialisation ``name`` always works the factors out from the base weight; see :func:`subtracts`."""
+    found = _found(name)
+    return found.reads_weight or (found.subtracts and not lookup and not found.needs)
 
 
 def freezes(name: bool | str) -> tuple[str, ...]:

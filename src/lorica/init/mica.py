@@ -10,7 +10,7 @@ from lorica.errors import ConfigError
 from lorica.init.base import Factors, InitRequest, register
 
 
-@register("mica", freezes=("b",))
+@register("mica", freezes=("b",), reads_weight=True)
 def mica(request: InitRequest) -> Factors:
     """``B`` is the ``r`` left singular vectors with the smallest singular values, ``A`` is zero.
 

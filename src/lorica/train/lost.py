@@ -10,10 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
-
-from lorica.engines.board import Board
-from lorica.errors import LostRankError, RankError
+from lorica.engines.board import Board, is_lost
+from lorica.errors import LostRankError
 from lorica.train.signals import Interrupted
 
 #: Seconds between a rank's signs of life.
@@ -55,23 +53,28 @@ class Company:
         if self._board is None:
             return ""
         try:
-            return self._board.read(_FAILED) or self._missing(self._board)
+            if self._board.read(_FAILED) is None and (missing := self._missing(self._board)):
+                # Who waits for this rank finds out once this one has left, and is not to take it for the cause.
+                self._board.first(_FAILED, missing)
+            return self._board.read(_FAILED) or ""
         except RuntimeError:
             return "the store of the ranks is gone with the process that kept it, rank 0 or its launcher"
 
     def _missing(self, board: Board) -> str:
+        """Say which ranks are dead; else which do not miss an answer as this one does. Empty: another rank knows."""
         board.post(_WAITED, "")
-        before, silent = board.posted(_ALIVE), {rank for rank in range(board.size) if rank != board.rank}
+        before, others = board.posted(_ALIVE), set(range(board.size)) - {board.rank}
+        silent, absent = others, others
         deadline = time.monotonic() + PATIENCE
-        while silent and time.monotonic() < deadline:
+        while (silent or absent) and time.monotonic() < deadline:
             time.sleep(BEAT / 4)
             now = board.posted(_ALIVE)
             silent = {rank for rank in silent if now.get(rank) == before.get(rank)}
-            if (failed := board.read(_FAILED)) is not None:
-                return failed
+            absent = absent - board.posted(_WAITED).keys()
+            if board.read(_FAILED) is not None:
+                return ""
         if silent:
             return f"{_named(silent)} gave no sign of life for {PATIENCE:g} s"
-        absent = set(range(board.size)) - board.posted(_WAITED).keys()
         return f"{_named(absent)} lives and does something else" if absent else ""
 
 
@@ -117,14 +120,6 @@ def answered() -> Iterator[Company]:
         company.left()
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an error means that another rank died or did not answer in time."""
-    if not isinstance(error, RuntimeError) or isinstance(error, RankError):
-        return False
-    said = str(error)
-    return isinstance(error, dist.DistError) or any(sign in said for sign in _SIGNS)
-
-
 def said_of_lost(error: BaseException, cause: str = "") -> str:
     """That another rank did not answer: which and why, if that is known, and what the backend says of it."""
     said = _PLACE.sub("", next(iter(str(error).splitlines()), "")).partition(". This is typically caused by")[0]
@@ -137,6 +132,5 @@ def _named(ranks: set[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, sorted(ranks)))}"
 
 
-_SIGNS = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo/transport", "NCCL", "Broken pipe")
 #: Where in a backend's source an error comes from.
 _PLACE = re.compile(r"^\[[^\]]*\.cc:\d+\] ")

@@ -21,12 +21,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lorica.checkpoint import sharded
 from lorica.checkpoint.shards import ShardReader
+from lorica.engines.board import is_lost
 from lorica.errors import CheckpointError, LoricaError, LostRankError, RecipeError
 from lorica.files import atomic, marker
 from lorica.files.json import read_json_object
 from lorica.train import optim, tensors
 from lorica.train.collate import Batches
-from lorica.train.lost import is_lost
 from lorica.train.ranks import Ranks
 from lorica.train.recipe import Recipe, flatten
 
