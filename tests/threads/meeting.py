@@ -71,6 +71,16 @@ class Gate:
         self._open.set()
 
 
+def meet_at(module: nn.Module, threads: int) -> None:
+    """Let forwards of a module begin together, so many at a time."""
+    barrier = threading.Barrier(threads, timeout=PATIENCE)
+
+    def meet(*args: Any) -> None:
+        barrier.wait()
+
+    module.register_forward_pre_hook(meet)
+
+
 @contextmanager
 def stopping_at(module: nn.Module) -> Iterator[Gate]:
     """Stop the first forward of a module, before it begins."""

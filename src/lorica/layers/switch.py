@@ -59,27 +59,35 @@ class Switch:
         found = self._here.rows
         if found is not None or torch.compiler.is_compiling() or not self.routing:
             return found
-        return _of_caller(self) if torch._C._current_graph_task_id() != -1 else None
+        return _told().get(id(self)) if torch._C._current_graph_task_id() != -1 else None
 
     @contextmanager
     def routed(self, rows: Rows | None) -> Iterator[None]:
         """Let the layers know the rows in this thread inside a ``with`` block, whatever happens in it."""
-        before = self._here.rows
-        self._route(rows)
+        here, traced = self._here, torch.compiler.is_compiling()
+        before, here.rows = here.rows, rows
+        told = {} if traced else self._tell(rows)
         try:
             yield
         finally:
-            self._route(before)
+            here.rows = before
+            if not traced:
+                self._tell(before, told)
 
-    def _route(self, rows: Rows | None) -> None:
-        self._here.rows = rows
-        if torch.compiler.is_compiling():
-            return
+    def _tell(self, rows: Rows | None, told: dict[int, Rows | None] | None = None) -> dict[int, Rows | None]:
+        """Note that this thread has rows or none, also for autograd's threads, and return what these were told before.
+
+        Args:
+            rows: of this thread.
+            told: what to tell them; None: these rows too.
+        """
         if rows is None:
             self.routing.discard(get_ident())
         else:
             self.routing.add(get_ident())
-        _tell_autograd(self, rows)
+        before = _told()
+        torch._C._stash_obj_in_tls(_KEY, {**before, id(self): rows} if told is None else told)
+        return before
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -106,26 +114,11 @@ class _Here(threading.local):
         self.rows: Rows | None = None  # a default of the class would be all that compilers see
 
 
-# ---- backward passes ------------------------------------------------------------------------------------------------
-#
-# Where layers are recomputed in a backward pass on an accelerator, a thread of autograd's runs them. It gets what the
-# thread that called the pass has put into this store of torch's.
-
+# Where layers run again in a backward pass on an accelerator, a thread of autograd's runs them. It has what the thread
+# that called the pass has put into this store of torch's.
 _KEY = "lorica.rows"
 
 
-def _tell_autograd(switch: Switch, rows: Rows | None) -> None:
-    if not torch._C._is_key_in_tls(_KEY):
-        torch._C._stash_obj_in_tls(_KEY, {})
-    known: dict[int, Rows] = torch._C._get_obj_in_tls(_KEY)
-    if rows is None:
-        known.pop(id(switch), None)
-    else:
-        known[id(switch)] = rows
-
-
-def _of_caller(switch: Switch) -> Rows | None:
-    if not torch._C._is_key_in_tls(_KEY):
-        return None
-    known: dict[int, Rows] = torch._C._get_obj_in_tls(_KEY)
-    return known.get(id(switch))
+def _told() -> dict[int, Rows | None]:
+    """Return the rows of this thread, or of the one that called the backward pass, by the identities of switches."""
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else {}
