@@ -50,13 +50,15 @@ def inspect(
     from lorica.checkpoint.bulk import read_all
     from lorica.checkpoint.loading import read_config
     from lorica.checkpoint.reading import find_weights
+    from lorica.config.expressions import one_search
     from lorica.files.tensors import TensorReader
     from lorica.train.models import check_adapter
 
     directory = check_adapter(adapter)
     config = read_config(directory, None, {}, is_trainable=False).to_dict()
     file = TensorReader(find_weights(directory))
-    found = measure(read_all(file), config)
+    with one_search():
+        found = measure(read_all(file), config)
     if not found:
         raise CheckpointError(f"{file.path} holds no LoRA factors")
     if as_json:

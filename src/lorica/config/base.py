@@ -156,7 +156,7 @@ class PeftConfig:
 
         Raises:
             CheckpointError: there is no ``adapter_config.json``, or it is not readable JSON.
-            ConfigError: a field has an impossible value.
+            ConfigError: a field has an impossible value; file and field are named.
         """
         from huggingface_hub import hf_hub_download
 
@@ -164,7 +164,11 @@ class PeftConfig:
         hub = {name: value for name, value in kwargs.items() if name in hub_names}
         rest = {name: value for name, value in kwargs.items() if name not in hub_names}
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        return cls._from_fields({**rest, **cls.from_json_file(path)})
+        fields = {**rest, **cls.from_json_file(path)}
+        try:
+            return cls._from_fields(fields)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ FLOATING = {
 MAX_RANK, MAX_ALPHA = 2**20, 1e6
 #: Each name that may mean any module is compared with all of them, and each layer that is stacked anew is a module.
 _MOST_NAMES, _MOST_LAYERS = 2000, 10_000
-_LONGEST_INIT = 64
+_LONGEST_INIT, _MOST_ROUNDS = 64, 1000
 
 
 def check_lora_config(config: LoraConfig) -> None:
@@ -77,11 +77,16 @@ def _check_dropout(config: LoraConfig) -> None:
 
 def _check_init(config: LoraConfig) -> None:
     init = config.init_lora_weights
-    if isinstance(init, str) and (len(init) > _LONGEST_INIT or find(init) is None):
+    if not isinstance(init, str):
+        return
+    if len(init) > _LONGEST_INIT or find(init) is None:
         known = _known_inits()
         raise ConfigError(
             f"Unknown initialization {quoted(init)}.{suggest(init, known)} Known: {known} (init_lora_weights)"
         )
+    number = init.rpartition("_")[2]
+    if number.isdecimal():
+        _need(int(number) <= _MOST_ROUNDS, "init_lora_weights", init, f"at most {_MOST_ROUNDS:,} rounds")
 
 
 def _check_init_options(config: LoraConfig) -> None:

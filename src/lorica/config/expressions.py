@@ -31,7 +31,7 @@ SECONDS = 0.3
 
 #: How PEFT puts a pattern together with the rest of a name: ``target_modules``, ``rank_pattern``, ``layers_pattern``.
 Form = Literal["name", "ending", "layers"]
-_FORMS: dict[Form, str] = {
+FORMS: dict[Form, str] = {
     "name": "{}",
     "ending": r"(.*\.)?({})$",
     "layers": r"(?:^|.*?\.){}\.(?P<layer>\d+)\.",
@@ -85,24 +85,28 @@ def too_long(field: str, pattern: object) -> ConfigError:
     )
 
 
-def check(field: str, pattern: object, form: Form) -> None:
-    """Refuse what is no pattern.
-
-    Raises:
-        ConfigError: it is no regular expression by the rules of ``re``, too long, or too large to be compiled.
-    """
-    if not isinstance(pattern, str):
-        raise ConfigError(f"LoraConfig.{field}: the pattern {quoted(pattern)} is not a string")
+def _check_length(field: str, pattern: str) -> None:
     if len(pattern) > MAX_LENGTH:
         raise ConfigError(
             f"LoraConfig.{field}={quoted(pattern)}: a pattern of {len(pattern):,} characters is too long (limit "
             f"{MAX_LENGTH:,}); name the modules in a list"
         )
+
+
+def check(field: str, pattern: str, form: Form) -> None:
+    """Refuse what is no pattern.
+
+    Raises:
+        ConfigError: it is no regular expression by the rules of ``re``, too long, or too large to be compiled.
+    """
+    if form != "layers" and plain(pattern) is not None:
+        return
+    _check_length(field, pattern)
     _check_size(field, pattern)
     try:
         if form != "name":
             re.compile(pattern)  # by itself too: "a)|(b" would pass inside of a group
-        _compiled(_FORMS[form].replace("{}", pattern))
+        _compiled(FORMS[form].replace("{}", pattern))
     except (re.error, RecursionError, OverflowError, Warning) as error:
         raise ConfigError(f"LoraConfig.{field}={quoted(pattern)} is not a valid regular expression: {error}") from error
 
@@ -128,6 +132,8 @@ def _check_size(field: str, pattern: str) -> None:
 
 def check_all(field: str, patterns: Collection[str], form: Form) -> None:
     """Refuse what is no pattern, and patterns that are too long together; see :func:`check`."""
+    for pattern in patterns:
+        _check_length(field, pattern)
     if (length := sum(map(len, patterns))) > MOST_CHARACTERS:
         raise ConfigError(
             f"LoraConfig.{field}: {len(patterns):,} regular expressions of {length:,} characters together are too long "
@@ -154,6 +160,10 @@ class Plain(NamedTuple):
         """Whether it means this end of a name, which is as long as itself."""
         return all(ending.startswith(piece, place) for place, piece in self.pieces)
 
+    def is_all_of(self, name: str) -> bool:
+        """Whether it means this name as a whole."""
+        return name == self.text or (bool(self.pieces) and len(name) == len(self.text) and self.means(name))
+
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
 
@@ -177,7 +187,7 @@ def match(field: str, pattern: str, form: Form, name: str, clock: Clock) -> Any:
     Raises:
         ConfigError: the search's time is over.
     """
-    compiled = _compiled(_FORMS[form].replace("{}", pattern))
+    compiled = _compiled(FORMS[form].replace("{}", pattern))
     begin = time.perf_counter()
     how = compiled.fullmatch if form == "name" else compiled.match
     try:
@@ -211,6 +221,7 @@ def _piece(found: re.Match[str]) -> str:
 
 
 __all__ = [
+    "FORMS",
     "MAX_LENGTH",
     "MOST_CHARACTERS",
     "SECONDS",

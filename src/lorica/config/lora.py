@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +25,7 @@ from lorica.config.options import (
     VeloraConfig,
     options_of,
 )
+from lorica.errors import ConfigError
 
 
 @dataclass
@@ -203,3 +206,20 @@ class LoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+
+
+def check_fields(fields: Mapping[str, Any], where: object) -> None:
+    """Refuse the values of an ``adapter_config.json`` that is read without making a configuration of it.
+
+    Args:
+        fields: what the file holds; what is no field of :class:`LoraConfig` is not looked at.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: a field has an impossible value; file and field are named.
+    """
+    known = {item.name for item in dataclasses.fields(LoraConfig)} - LoraConfig._not_saved
+    try:
+        LoraConfig(**{name: value for name, value in fields.items() if name in known})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.checkpoint.names import WEIGHTS_NAME
+from lorica.config.expressions import one_search
 from lorica.convert.adapter import Adapter
 from lorica.convert.fuse import Fused
 from lorica.convert.geometry import Geometry, as_megatron, geometry_of, known_geometry
@@ -43,6 +44,7 @@ class Conversion:
     notes: tuple[str, ...]
 
 
+@one_search()
 def convert_adapter(
     adapter: str | os.PathLike[str],
     directory: str | os.PathLike[str],

@@ -15,7 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from lorica.checkpoint.neuron import Stage, find_shards, read_stages
+from lorica.checkpoint.reading import check_finite
 from lorica.config import CONFIG_NAME
+from lorica.config.lora import check_fields
 from lorica.convert.adapter import Adapter, Lazy, Pair, concatenated
 from lorica.convert.fuse import apart
 from lorica.convert.record import read_record
@@ -43,6 +45,7 @@ def read_neuron_adapter(path: str | os.PathLike[str], *, first_copy: bool = Fals
 
     Raises:
         CheckpointError: something is missing, not readable, or no pair of factors.
+        ConfigError: a field of the configuration has an impossible value.
         LayoutError: ranks disagree (when a factor is read).
     """
     found = {name: shards for name, shards in find_shards(path).items() if name}
@@ -51,6 +54,7 @@ def read_neuron_adapter(path: str | os.PathLike[str], *, first_copy: bool = Fals
     [(name, shards)] = found.items()
     folder = shards.parent
     config = read_json_object(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    check_fields(config, folder / CONFIG_NAME)
     record = read_record(folder)
     pairs = [pair for stage in read_stages(shards, name) for pair in _pairs(stage, config, first_copy)]
     if not pairs:
@@ -94,7 +98,9 @@ def _logical(spec: Spec, stage: Stage, first_copy: bool) -> dict[str, Lazy]:
 
     def read(name: str) -> Tensor:
         held = [(at, tensors[spec.local]) for at, tensors in stage.held]
-        return spec.to_logical(held, first_copy=first_copy)[name]
+        tensor = spec.to_logical(held, first_copy=first_copy)[name]
+        check_finite({name: tensor}, spec.local)
+        return tensor
 
     shapes = spec.shapes(local.shape)
     return {name: Lazy(shape, local.dtype, partial(read, name)) for name, shape in shapes.items()}

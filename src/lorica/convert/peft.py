@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorica.checkpoint import reading
 from lorica.config import CONFIG_NAME, LoraConfig
+from lorica.config.lora import check_fields
 from lorica.convert import families
 from lorica.convert.adapter import Adapter, Lazy, Pair
 from lorica.convert.fuse import apart
@@ -71,11 +72,13 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
 
     Raises:
         CheckpointError: the file is broken, or holds what is no pair of factors.
+        ConfigError: a field of the configuration has an impossible value.
         ExportError: the configuration says what pairs cannot hold; all such fields are named.
     """
     folder = Path(path)
     config = read_json_object(find_file(folder, CONFIG_NAME))
     _check(folder, config)
+    check_fields(config, folder / CONFIG_NAME)
     reader = TensorReader(reading.find_weights(folder))
     found = _tensors(reader)
     record = read_record(folder)

@@ -25,6 +25,7 @@ from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, o
 from lorica.checkpoint.pieces import piece_of
 from lorica.checkpoint.placing import write_pieces
 from lorica.config import AdapterSpec, LoraConfig
+from lorica.config.expressions import one_search
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError, SwapError
 from lorica.files.tensors import TensorReader
@@ -213,6 +214,7 @@ class _Swap:
         where: they come from, for messages.
     """
 
+    @one_search()
     def __init__(
         self, model: nn.Module, adapter: str, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], where: str
     ) -> None:

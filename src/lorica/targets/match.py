@@ -56,8 +56,8 @@ def meaning(names: Names | None, field: str = "target_modules") -> Meaning:
 
 
 def _expression(pattern: str, field: str, clock: Clock) -> Meaning:
-    if pattern.replace("_", "").isalnum():
-        return lambda key: key == pattern
+    if (name := plain(pattern)) is not None:
+        return name.is_all_of
     return lambda key: expressions.match(field, pattern, "name", key, clock) is not None
 
 
@@ -223,10 +223,7 @@ def pattern_value(
     """Return the value of the first pattern that matches the end of ``key`` (at a dot), or ``default``."""
     if not patterns:
         return default
-    begin, clock = time.perf_counter(), expressions.clock()
-    values = _values(tuple(patterns.items()), field)
-    clock.spend(begin, field, "its patterns")
-    return values.of(key, default, clock)
+    return _values(tuple(patterns.items()), field).of(key, default, expressions.clock())
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorica.config.lora import check_fields
 from lorica.errors import RecipeError, suggest_path
 from lorica.files.hub import find_file, find_folder
 from lorica.files.json import read_json_object
@@ -163,13 +164,15 @@ def base_of(adapter: str) -> tuple[str, str | None]:
     Raises:
         RecipeError: the config does not say.
         CheckpointError: it is not a JSON object.
+        ConfigError: it says something else than a name.
     """
     file = find_file(check_adapter(adapter), _CONFIG)
     values = read_json_object(file)
     name, revision = values.get("base_model_name_or_path"), values.get("revision")
+    check_fields({"base_model_name_or_path": name, "revision": revision}, file)
     if not name:
         raise RecipeError(f"{file} does not name its base model; give it with --model")
-    return str(name), revision
+    return name, revision
 
 
 def files_of(path: str, revision: str | None = None) -> Path:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from lorica.compat.peft.config import PeftConfig
 from lorica.compat.peft.peft_model import (
     PeftModel,
@@ -19,6 +21,8 @@ from lorica.compat.peft.peft_model import (
     PeftModelForTokenClassification,
 )
 from lorica.compat.peft.utils.constants import TOKENIZER_CONFIG_NAME
+from lorica.config.fields import quoted
+from lorica.errors import ConfigError
 
 #: Task → the class of the adapted model. Tasks are strings, so that both spellings find theirs.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
@@ -68,17 +72,23 @@ class _Auto:
             is_trainable: whether it trains.
             config: to use instead of the one that was saved with it.
             revision: of the adapter.
-            import_allowlist: packages from which the configuration may name the base model's class; the default
-                holds transformers.
-            kwargs: for the base model's ``from_pretrained`` and the adapter's.
+            import_allowlist: packages and modules that may be imported because the configuration names them. Without
+                it the base model's class is looked up among the public names of transformers (or another package of
+                the default), and nothing is imported that they do not import themselves.
+            kwargs: for the base model's ``from_pretrained`` and the adapter's. ``trust_remote_code`` is False.
+
+        The base model is loaded from where the adapter says (``base_model_name_or_path``): a directory, or a repository
+        of the hub.
 
         Raises:
             ValueError: the adapter is for another task, or its base model's class is unknown or not allowed.
+            ConfigError: the configuration does not name a base model, or names what is no model.
         """
         saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **_hub(kwargs))
-        base_class = cls._base_class(
-            saved, get_default_import_allowlist() if import_allowlist is None else import_allowlist
-        )
+        base_class = cls._base_class(saved, import_allowlist)
+        if not saved.base_model_name_or_path:
+            raise ConfigError(f"{pretrained_model_name_or_path}: base_model_name_or_path does not name the base model")
+        kwargs.setdefault("trust_remote_code", False)  # the base model is named by the adapter, not by the caller
         base = base_class.from_pretrained(saved.base_model_name_or_path, revision=saved.revision, **kwargs)
         _make_room(base, pretrained_model_name_or_path, revision, kwargs)
         return cls._target_peft_class.from_pretrained(  # type: ignore[no-any-return]
@@ -92,7 +102,7 @@ class _Auto:
         )
 
     @classmethod
-    def _base_class(cls, config: Any, allowed: Sequence[str]) -> Any:
+    def _base_class(cls, config: Any, allowlist: Sequence[str] | None) -> Any:
         task = config.task_type
         if task is not None and cls._auto_class is None:
             raise ValueError(
@@ -113,13 +123,41 @@ class _Auto:
                 "Cannot infer the auto class from the config, please make sure that you are loading the correct model "
                 "for your task type."
             )
-        parent = config.auto_mapping["parent_library"]
-        if not check_import_allowlist(allowed, parent):
+        parent, name = (config.auto_mapping.get(key) for key in ("parent_library", "base_model_class"))
+        for key, value in (("parent_library", parent), ("base_model_class", name)):
+            if not isinstance(value, str):
+                raise ConfigError(f"auto_mapping: {key}={quoted(value)} is not a name")
+        if not check_import_allowlist(get_default_import_allowlist() if allowlist is None else allowlist, parent):
             raise ValueError(
-                f"The auto mapping wants to import '{parent}' which is not in the import allowlist. If you are sure "
-                f"that importing this library is safe, specify `import_allowlist=['{parent}']` in `from_pretrained()`."
+                f"The auto mapping wants to import {quoted(parent)} which is not in the import allowlist. If you are "
+                f"sure that importing this library is safe, specify `import_allowlist=[{quoted(parent)}]` in "
+                "`from_pretrained()`."
             )
-        return getattr(importlib.import_module(parent), config.auto_mapping["base_model_class"])
+        return _class_of(parent, name, alone=allowlist is None)
+
+
+def _class_of(parent: str, name: str, *, alone: bool) -> type[nn.Module]:
+    """Return the class of a model that a configuration names.
+
+    Args:
+        parent: the module that it says the class is from, an allowed one.
+        name: the class's.
+        alone: take it from the public names of the module's package, and import nothing else.
+
+    Raises:
+        ConfigError: there is no such class, or it is no model.
+    """
+    module = parent.partition(".")[0] if alone else parent
+    try:
+        found = getattr(importlib.import_module(module), name, None) if not name.startswith("_") else None
+    except ImportError as error:
+        raise ConfigError(f"auto_mapping: parent_library={quoted(parent)} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_pretrained")):
+        hint = f"; if it is {parent}'s, pass import_allowlist=[{quoted(parent)}]" if alone and found is None else ""
+        raise ConfigError(
+            f"auto_mapping: base_model_class={quoted(name)} is no model that {module} has under that name{hint}"
+        )
+    return found
 
 
 def _hub(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,269 @@
+"""Patterns and names of a configuration mean what PEFT lets them mean, and are matched in bounded time."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import time
+import warnings
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import lorica
+from lorica.config import expressions
+from lorica.config.expressions import FORMS, Clock
+from lorica.errors import ConfigError, LoricaError
+from lorica.targets.match import Values, entry_matches, idle_entries, meaning, pattern_value
+from models import mlp
+
+#: Each takes ``re`` longer than anybody waits for, on the names of a small network.
+CATASTROPHES = [
+    r"(\w|.|[a-z])*z",
+    r"(?i)(\w|.|[a-z])*Z",
+    r"(l|i|n|li|in|ni|lin|[_z.]|\w)*z",
+    r"((\w|.)+)+z",
+    r"(?=(\w|.|[a-z])*z$)z.*",
+    r"(\w?|.?|[a-z]?){60}z",
+]
+#: Each becomes huge when it is compiled, by ``re`` or by ``regex``.
+BOMBS = [
+    "((a{1,9999}){1,9999}){1,9999}",
+    "a{4294967294}",
+    "(?:a{65535}){65535}",
+    "(?:" * 4 + "a" + "{1000})" * 4 + "{1000}",
+    "a{1000}" * 500,
+    "(?i)" + r"[\0-\U0010ffff]" * 200,
+    r"[\0-\U0010ffff]" * 200,
+    "(?i)" + "[\u0100-\uffff]" * 300,
+    "(" * 2000 + "a" + ")" * 2000,
+    "(?:" * 1300 + "a" + ")" * 1300,
+    "(" * 5000,
+    "a|" * 30_000,
+    "a?" * 60_000,
+]
+
+
+@pytest.fixture(autouse=True)
+def _alarm():
+    """End a match that nothing else would end: ``re`` and ``regex`` look for signals."""
+
+    def ring(*_: object) -> None:
+        raise AssertionError("a pattern was matched without a bound")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Bounds:
+    """Refuses what takes more than a second of the processor, or 200 MB."""
+
+    def __enter__(self) -> None:
+        self._time, self._memory = time.process_time(), _peak()
+
+    def __exit__(self, *_: object) -> None:
+        assert time.process_time() - self._time < 1
+        assert _peak() - self._memory < 200 * 2**20
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """An adapter on the disk."""
+    folder = tmp_path_factory.mktemp("adapter")
+    lorica.get_peft_model(mlp(), lorica.LoraConfig(target_modules=["lin0", "lin1"])).save_pretrained(folder)
+    return folder
+
+
+def _state(model) -> tuple[object, ...]:
+    return (
+        [(name, type(module), module.training) for name, module in model.named_modules()],
+        [(name, p.data_ptr(), p.requires_grad, p._version) for name, p in model.named_parameters()],
+        list(model.__dict__),
+    )
+
+
+FIELDS = {
+    "target_modules": lambda pattern: {"target_modules": pattern},
+    "exclude_modules": lambda pattern: {"exclude_modules": pattern},
+    "layers_pattern": lambda pattern: {"layers_pattern": [pattern], "layers_to_transform": [0]},
+    "rank_pattern": lambda pattern: {"rank_pattern": {pattern: 4}},
+    "alpha_pattern": lambda pattern: {"alpha_pattern": {pattern: 4}},
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_pattern_of_a_file_is_matched_without_a_bound(field, saved, tmp_path) -> None:
+    fields = json.loads((saved / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+    for pattern in [*CATASTROPHES[: 1 if "pattern" in field else None], *BOMBS]:  # 0.3 s each
+        (tmp_path / "adapter_config.json").write_text(json.dumps(fields | FIELDS[field](pattern)))
+        base = _with_long_names()
+        before = _state(base)
+        with Bounds(), pytest.raises(LoricaError) as caught:
+            lorica.PeftModel.from_pretrained(base, tmp_path)
+        assert _state(base) == before
+        if isinstance(caught.value, ConfigError):  # otherwise it was matched in time, and meant nothing
+            assert field in str(caught.value)
+            assert repr(pattern)[:20] in str(caught.value)
+        else:
+            assert pattern not in BOMBS
+
+
+def _with_long_names():
+    """The network, in a list of layers whose name gives patterns something to go back over."""
+    from torch import nn
+
+    base = nn.Module()
+    base.add_module("zlinlinlinlinlinlinlinlinlin_linlinlinlin", nn.ModuleList([mlp()]))
+    return base
+
+
+def test_each_catastrophe_is_one() -> None:
+    """So the test above tests something: ``regex`` does not see through them either."""
+    name = max((name for name, _ in _with_long_names().named_modules()), key=len)
+    for pattern in CATASTROPHES:
+        with pytest.raises(ConfigError, match="more than"):
+            expressions.match("target_modules", pattern, "name", name, Clock())
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [("target_modules", "("), ("rank_pattern", "(?i)a"), ("rank_pattern", "a)|(b")]
+)
+def test_what_is_no_pattern_where_it_is_used_is_refused_when_the_configuration_is_made(kind, pattern) -> None:
+    fields = FIELDS[kind](pattern)
+    with pytest.raises(ConfigError, match=rf"{kind}.*not a valid regular expression"):
+        lorica.LoraConfig(**{"target_modules": ["lin0"], **fields})
+
+
+def test_all_patterns_of_a_search_share_its_time() -> None:
+    """None of these takes long by itself."""
+    names = [f"model.layers.{i}.{part}" for i in range(60) for part in ("self_attn.q_proj", "mlp.up_proj")]
+    slow = {rf"(?:\w|.|[a-z_]){{14}}\d{i}!": i + 1 for i in range(300)}
+    values, clock = Values(slow, "rank_pattern"), Clock()
+    with Bounds(), pytest.raises(ConfigError, match="rank_pattern"):
+        [values.of(name, 8, clock) for name in names * 1000]
+    wild = [f"*{'a*' * 40}{i}" for i in range(3000)]
+    with Bounds(), pytest.raises(ConfigError, match="exclude_modules"):
+        list(map(meaning(wild, "exclude_modules"), names * 1000))
+    with Bounds(), pytest.raises(ConfigError, match="target_modules"):
+        idle_entries(wild, [name * 5 for name in names * 100])
+
+
+def test_one_search_shares_its_time_over_calls() -> None:
+    with expressions.one_search():
+        clock = expressions.clock()
+        with expressions.one_search():
+            assert expressions.clock() is clock
+        clock.left = 0.0
+        with pytest.raises(ConfigError, match="more than"):
+            meaning(r".*\.q")("a.q")
+    assert expressions.clock() is not clock
+
+
+def test_more_names_than_a_model_has_cost_little() -> None:
+    names = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(32) for j in range(64)]
+    with Bounds():
+        values, clock = Values({name: i + 1 for i, name in enumerate(names)}, "rank_pattern"), Clock()
+        assert [values.of(f"base.{name}", 8, clock) for name in names] == list(range(1, len(names) + 1))
+        meant = meaning([f"x{i}" for i in range(200_000)] + names[:1])
+        assert sum(map(meant, names)) == 1
+
+
+def test_plain_names_are_never_compiled(monkeypatch) -> None:
+    monkeypatch.setattr(expressions, "_compiled", lambda _: pytest.fail("a name was taken for a pattern"))
+    config = lorica.LoraConfig(
+        target_modules=["lin0", "*lin1"],
+        exclude_modules="lin2",
+        modules_to_save=["out"],
+        rank_pattern={"lin0": 2, r"^model\.lin_1": 3, "a.b-c": 4},
+        layers_to_transform=[0],
+    )
+    assert meaning(config.target_modules)("x.lin0")
+    assert pattern_value(config.rank_pattern, "model.lin_1", 8) == 3
+
+
+# ---- the meaning is that of ``re`` -----------------------------------------------------------------------------------
+
+_NAMES = st.text("ab.1_", min_size=1, max_size=12)
+_ATOMS = st.sampled_from(
+    [
+        *("a", "b", "1", "_", ".", r"\.", r"\d", r"\w", r"\W", r"\S", "[ab]", "[^a.]", "[a-b1]", r"[\d.]", "[]a]"),
+        *("[^]a]", "^", "$", r"\b", "{", "}", "{a}", "{b<=1}", "a{e}", "{,}", r"\{", "[[]", "[[:alpha:]b]", "(?:)"),
+        *(r"\Z", "-"),
+    ]
+)
+_REPEATS = st.sampled_from(["", "", "", "*", "+", "?", "*?", "+?", "{2}", "{1,2}", "{,2}", "{1,}", "{1,2}?"])
+_PATTERNS = st.recursive(
+    st.lists(st.tuples(_ATOMS, _REPEATS).map("".join), min_size=1, max_size=4).map("".join),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("|".join),
+        st.tuples(st.sampled_from(["({})", "(?:{})", "(?={})", "(?!{})", "({})?", "(?:{})*", r"({})\1"]), inner).map(
+            lambda pair: pair[0].replace("{}", pair[1])
+        ),
+        st.tuples(inner, inner).map("".join),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(_PATTERNS, _NAMES, st.sampled_from(sorted(FORMS)))
+def test_patterns_mean_what_they_mean_to_re(pattern, name, form) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # re warns of [[
+        try:
+            re.compile(pattern)
+            reference = re.compile(FORMS[form].replace("{}", pattern))
+        except re.error:
+            with pytest.raises(ConfigError):
+                expressions.check("target_modules", pattern, form)
+            return
+        expressions.check("target_modules", pattern, form)
+        found = expressions.match("target_modules", pattern, form, name, Clock())
+    wanted = reference.fullmatch(name) if form == "name" else reference.match(name)
+    assert (found is None) == (wanted is None)
+    if form == "layers" and wanted is not None:
+        assert found["layer"] == wanted["layer"]
+
+
+_PLAIN = st.lists(st.sampled_from(["a", "b", ".", r"\.", r"\-", "-", "1"]), min_size=1, max_size=6).map("".join)
+_RANKS = st.lists(
+    st.one_of(_PLAIN, _PLAIN.map("^{}".format), st.sampled_from([".*a", "a|b", "[ab]", r"a\d?"])), max_size=6
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(_RANKS, st.text("ab.1-", min_size=1, max_size=9))
+def test_the_first_pattern_counts_however_it_is_found(patterns, name) -> None:
+    table = {pattern: place for place, pattern in enumerate(patterns)}
+    found = [value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", name)]
+    assert pattern_value(table, name, -1) == (found[0] if found else -1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab.*", min_size=1, max_size=8).filter(lambda text: "*" in text), st.text("ab.", min_size=1, max_size=8))
+def test_wildcards_mean_anything_between(wildcard, name) -> None:
+    assert entry_matches(wildcard, name) == bool(re.fullmatch(".*".join(map(re.escape, wildcard.split("*"))), name))
+    assume("*" in wildcard)
+    assert meaning([wildcard])(name) == entry_matches(wildcard, name)
+
+
+@given(st.text(max_size=40), st.sampled_from(sorted(FORMS)))
+def test_anything_is_a_pattern_or_a_readable_error(text, form) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            expressions.check("target_modules", text, form)
+        except ConfigError:
+            return
+    expressions.match("target_modules", text, form, "model.layers.0.q_proj", Clock())
