@@ -203,12 +203,21 @@ def _check_tokens(config: LoraConfig) -> None:
 
 
 def _check_megatron(config: LoraConfig) -> None:
-    core, fields = config.megatron_core, config.megatron_config
+    core = config.megatron_core
     _need(core is None or core in MEGATRON_MODULES, "megatron_core", core, f"one of {list(MEGATRON_MODULES)}, or None")
+
+
+def _check_json(config: LoraConfig) -> None:
+    """Refuse what is kept for other readers and could not be written."""
+    for name in ("auto_mapping", "megatron_config", "loftq_config"):
+        _need_json(name, getattr(config, name))
+
+
+def _need_json(name: str, value: Any) -> None:
     try:
-        json.dumps(fields)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"LoraConfig.megatron_config: its values go into a JSON file, and {error}") from None
+        raise ConfigError(f"LoraConfig.{name}: its values go into a JSON file, and {error}") from None
 
 
 _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
@@ -225,4 +234,5 @@ _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_replication,
     _check_tokens,
     _check_megatron,
+    _check_json,
 )
