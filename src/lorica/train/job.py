@@ -363,6 +363,7 @@ def _open_output(recipe: Recipe, claim: Claim, present: list[str], *, fresh: boo
         atomic.remove_partial(output)
         state.clean(output)
         if not fresh:
+            state.prune(output, recipe.checkpoint.keep)
             metrics.rewind(output / "metrics.jsonl", step)
     except OSError as error:
         raise RecipeError(f"output_dir: {error.filename or output} cannot be written: {error.strerror}") from None
