@@ -243,6 +243,8 @@ def _blocks(pair: Pair, blocks: Sequence[Any]) -> list[Pair]:
     made, left, column = [], pair.b.read().clone(), 0
     for block in blocks:
         names, rank = block["names"], block["rank"]
+        if type(rank) is not int or not 0 < rank <= pair.rank - column:
+            raise ValueError(f"a stretch of {rank!r} is not inside of rank {pair.rank}")
         rows = [bounds[name] for name in names]
         for start, stop in rows:
             left[start:stop, column : column + rank] = 0

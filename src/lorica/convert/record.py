@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorica.config.lora import check_fields
 from lorica.errors import CheckpointError
 from lorica.files.atomic import write_json
 from lorica.files.json import read_json_object
@@ -19,7 +20,7 @@ from lorica.files.json import read_json_object
 NAME = "conversion.json"
 _FORMAT = "lorica conversion"
 _VERSION = 1
-_MAX_BYTES = 64 * 1024 * 1024
+_MAX_BYTES = 16 * 1024 * 1024
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("config", "bridge", "neuron", "model", "spelling"), dict),
     "joined": list,
@@ -31,6 +32,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is no record.
+        ConfigError: a field of the configuration in it has an impossible value.
     """
     path = Path(folder, NAME)
     if not path.is_file():
@@ -43,6 +45,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for key, value in values.items():
         if not isinstance(value, _KINDS.get(key, object)):
             raise CheckpointError(f"{path}: {key!r} is no {_KINDS[key].__name__}")
+    check_fields(values.get("config", {}), f"{path}: config")
     return values
 
 
