@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ def prepare(values: dict[str, Any]) -> None:
 
 
 def attempt(
-    values: dict[str, Any],
+    values: dict[str, Any] | Sequence[dict[str, Any]],
     ranks: int,
     folder: Path,
     *,
@@ -158,7 +159,7 @@ def attempt(
     """Train on ``ranks`` ranks, forked from this process.
 
     Args:
-        values: of the recipe.
+        values: of the recipe; or of each rank's.
         ranks: how many.
         folder: an empty one.
         victim: the rank that has the fault.
@@ -171,9 +172,10 @@ def attempt(
     os.environ["STRUCK"] = str(folder / "struck")
     children = []
     for rank in range(ranks):
+        own = values if isinstance(values, dict) else values[rank]
         child = os.fork()
         if child == 0:
-            _leave(rank, ranks, folder, lambda rank=rank: _train(rank, values, victim, fault, at, before, options))
+            _leave(rank, ranks, folder, partial(_train, rank, own, victim, fault, at, before, options))
         children.append(child)
     return _collect(children, folder)
 

@@ -5,6 +5,7 @@ A collective waits until all ranks come, and says of one that will not come no m
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class Board:
     def __init__(self, store: Any, rank: int, size: int, name: str) -> None:
         self.rank, self.size = rank, size
         number = store.add(f"lorica/{name}/{rank}", 1)
-        self._store = dist.PrefixStore(f"lorica/{name}/{number}", store)
+        self._store, self._prefix = store, f"lorica/{name}/{number}"
 
     @classmethod
     def of_all(cls, name: str) -> Board | None:
@@ -40,27 +41,27 @@ class Board:
 
     def post(self, topic: str, text: str) -> None:
         """Leave a note of this rank, in place of an earlier one."""
-        self._store.set(f"{topic}/{self.rank}", text)
+        self._store.set(f"{self._prefix}/{topic}/{self.rank}", text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """Return the notes that are there, by rank."""
-        names = {rank: f"{topic}/{rank}" for rank in range(self.size)}
+        names = {rank: f"{self._prefix}/{topic}/{rank}" for rank in range(self.size)}
         there = [rank for rank, name in names.items() if self._store.check([name])]
         notes = self._store.multi_get([names[rank] for rank in there]) if there else []
         return {rank: note.decode() for rank, note in zip(there, notes, strict=True)}
 
     def first(self, topic: str, text: str) -> None:
         """Leave a note unless one of the same topic is there, whoever wrote it."""
-        self._store.compare_set(topic, "", text)
+        self._store.compare_set(f"{self._prefix}/{topic}", "", text)
 
     def read(self, topic: str) -> str | None:
         """Return what :meth:`first` left."""
-        return self._store.get(topic).decode() if self._store.check([topic]) else None
+        name = f"{self._prefix}/{topic}"
+        return self._store.get(name).decode() if self._store.check([name]) else None
 
     def own_connection(self) -> Board:
         """Return the same board for another thread, which does not wait where this one does."""
-        other = object.__new__(Board)
-        other.rank, other.size, other._store = self.rank, self.size, self._store
+        other = copy.copy(self)
         if hasattr(self._store, "clone"):  # newer than the oldest torch that lorica knows
             other._store = self._store.clone()
         return other
