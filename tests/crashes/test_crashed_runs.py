@@ -183,6 +183,20 @@ def test_a_signal_waits_for_the_checkpoint_in_the_background(
     assert found == {key: value for key, value in whole.items() if not key.startswith("step-000004")}
 
 
+def test_an_adapter_that_cannot_be_written_at_the_end_is_written_by_the_next_run(
+    values: dict[str, Any], whole: dict[str, Any]
+) -> None:
+    output = Path(values["output_dir"])
+    full = pytest.raises(OSError, match=f"No space left on device: '{output / 'adapter'}")
+    with faults.at(output / "adapter", 3, FULL, lasting=True), full:
+        run(values)
+    assert newest(values) == "step-000006"
+    run(values, resume=True)
+    found = trace(output)
+    assert found == whole
+    assert not [name for name in os.listdir(output / "adapter") if name.startswith(".partial")]
+
+
 class _FullFile:
     """Stands for an open file on a full disk."""
 
@@ -269,7 +283,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(
     output = Path(values["output_dir"])
     run(values)
     checkpoint = state.complete(output)[-1]
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+    (checkpoint / "README.md").write_text("what its owner thinks of it")
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in state._EDITABLE):
         good = path.read_bytes()
         for bad in [None] if not good else [None, good[: len(good) // 2], _flipped(good)]:
             if path.name == "COMPLETE" and bad is None:
@@ -280,7 +295,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(
             assert str(path) in str(error.value)
             assert f"To go on from step-000004, the one before, delete {checkpoint}" in str(error.value)
             path.write_bytes(good)
-    (checkpoint / "state.json").unlink()
+    run(values, resume=True)
+    shards = checkpoint / "state" / "shards-00000.safetensors"
+    shards.write_bytes(_flipped(shards.read_bytes()))
+    done = CliRunner().invoke(app, ["consolidate", str(output), "-q"])
+    assert (done.exit_code, f"error: {shards} is damaged" in done.stderr) == (2, True), done.output
     shutil.rmtree(checkpoint)
     run(values, resume=True)
     assert trace(output) == whole

@@ -35,6 +35,7 @@ def consolidate(
     from lorica.files import atomic
 
     checkpoint = find_checkpoint(directory)
+    _check(checkpoint)
     output = output or (directory / "adapter" if checkpoint != directory else directory)
     output.mkdir(parents=True, exist_ok=True)
     total = sum(name.startswith(FACTORS) for name in read_index(checkpoint / "state"))
@@ -74,6 +75,7 @@ def reshard(
     if output.exists():
         raise RecipeError(f"{output} already exists; choose another directory")
     checkpoint = find_checkpoint(directory, adapter=True)
+    _check(checkpoint)
     base, revision = (model, None) if model is not None else models.base_of(str(checkpoint))
     models.max_length(base, revision, None)  # says what is wrong with the path
     division = Division(**section.axes, ep=section.ep, sp=section.sp, engine=section.cut_by)
@@ -91,6 +93,14 @@ def reshard(
         except LayoutError as error:
             raise RecipeError(f"--parallel: {error}") from error
     print(f"checkpoint     {output}")
+
+
+def _check(checkpoint: Path) -> None:
+    """Refuse a checkpoint that has changed since it was written."""
+    from lorica.files import marker
+
+    if marker.is_there(checkpoint):
+        marker.check(checkpoint, but=("README.md", "adapter_config.json"))
 
 
 def find_checkpoint(directory: Path, *, adapter: bool = False) -> Path:

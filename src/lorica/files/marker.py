@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lorica.errors import CheckpointError
@@ -42,8 +42,12 @@ def is_there(directory: str | os.PathLike[str]) -> bool:
     return Path(directory, NAME).is_file()
 
 
-def check(directory: str | os.PathLike[str]) -> None:
+def check(directory: str | os.PathLike[str], *, but: Collection[str] = ()) -> None:
     """See that every file of a finished directory is as it was then. Other files may have been added.
+
+    Args:
+        directory: it has a marker.
+        but: files that people may change.
 
     Raises:
         CheckpointError: one is missing or has changed; names it.
@@ -54,7 +58,7 @@ def check(directory: str | os.PathLike[str]) -> None:
     files = read_json_object(marker).get(_FILES)
     if not isinstance(files, dict):
         raise CheckpointError(f"{marker} is damaged: it lists no files")
-    for name, facts in files.items():
+    for name, facts in ((name, facts) for name, facts in files.items() if name not in but):
         path = Path(directory, name)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{marker} is damaged: {name!r} is no file of this directory")

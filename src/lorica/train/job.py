@@ -360,7 +360,8 @@ def _open_output(recipe: Recipe, claim: Claim, present: list[str], *, fresh: boo
                 (output / name).unlink(missing_ok=True)
         atomic.write_bytes(output / "recipe.yaml", dump_yaml(recipe).encode())
         state.note_launch(output, ranks.launch())
-        atomic.remove_partial(output)
+        for folder in (output, output / "adapter"):
+            atomic.remove_partial(folder)
         state.clean(output)
         if not fresh:
             state.prune(output, recipe.checkpoint.keep)

@@ -37,6 +37,8 @@ _FORMAT = 2
 #: What the numbers of a checkpoint consist of.
 _KINDS = {"step": int, "axes": dict, "batches": dict, "progress": dict, "random": dict, "recipe": dict, "data": str}
 _LAUNCH = "launch"
+# Of a checkpoint's adapter, what a run does not go on from: a model that moved may have got its new name there.
+_EDITABLE = ("README.md", "adapter_config.json")
 _NAME = re.compile(r"step-(\d{6,})")
 
 # What may change between a run and its continuation, because no step depends on it. (That moved data are the same data
@@ -222,7 +224,7 @@ def check(checkpoint: Path) -> None:
         CheckpointError: a file is missing or damaged; says which, and how to go on without this checkpoint.
     """
     try:
-        marker.check(checkpoint)
+        marker.check(checkpoint, but=_EDITABLE)
     except CheckpointError as error:
         before = [path for path in complete(checkpoint.parents[1]) if _step_of(path) < _step_of(checkpoint)]
         way = (
