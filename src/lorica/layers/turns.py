@@ -62,7 +62,9 @@ class Turns:
             yield
         finally:
             with self._lock:
-                _leave(self._holders, me)
+                self._holders[me] -= 1
+                if not self._holders[me]:
+                    del self._holders[me]
                 self._exit(me)
 
     @contextmanager
@@ -135,7 +137,10 @@ class Turns:
         return not self._writes
 
     def _exit(self, me: int) -> None:
-        _leave(self._readers, me)
+        if self._readers[me] == 1:
+            del self._readers[me]
+        else:
+            self._readers[me] -= 1
         if self._waits:
             self._free.notify_all()
 
@@ -158,20 +163,17 @@ class _Reading:
         self._turns = turns
 
     def __enter__(self) -> None:
-        turns = self._turns
+        turns, me = self._turns, get_ident()
         with turns._lock:
-            turns._enter(get_ident())
+            if turns._changer is None and me not in turns._readers:  # every forward comes here
+                turns._readers[me] = 1
+            else:
+                turns._enter(me)
 
     def __exit__(self, *error: object) -> None:
         turns = self._turns
         with turns._lock:
             turns._exit(get_ident())
-
-
-def _leave(counts: dict[int, int], me: int) -> None:
-    counts[me] -= 1
-    if not counts[me]:
-        del counts[me]
 
 
 _ALL: weakref.WeakSet[Turns] = weakref.WeakSet()

@@ -99,23 +99,19 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: there are not as many rows as names, an adapter does not exist, or the model trains.
         """
-        return self._call(self.model, args, kwargs)
+        if torch.compiler.is_compiling():  # a graph has no locks: see hold_adapters
+            return self._routed(self.model, args, kwargs)
+        with self.switch.turns.reading:
+            return self._routed(self.model, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapted model: the base model's ``generate``, with ``adapter_names`` as in a forward."""
         generate: Any = self.model.generate
-        return self._call(generate, args, kwargs, generates=True)
-
-    def _call(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool = False
-    ) -> Any:
-        if torch.compiler.is_compiling():  # a graph has no locks: see hold_adapters
-            return self._routed(function, args, kwargs, generates=generates)
         with self.switch.turns.reading:
-            return self._routed(function, args, kwargs, generates=generates)
+            return self._routed(generate, args, kwargs, generates=True)
 
     def _routed(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool = False
     ) -> Any:
         if not has_rows(self, kwargs):
             return function(*args, **kwargs)

@@ -105,7 +105,7 @@ def rows_of_call(
             if generates
             else "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
         )
-        warnings.warn(f"Cannot calculate aLoRA offsets {what}", stacklevel=6)
+        warnings.warn(f"Cannot calculate aLoRA offsets {what}", stacklevel=5)
     rows = _made(model, switch, model.peft_config, names, offsets, ids, lasting=generates)
     with _routed(model, switch, rows):
         yield left
