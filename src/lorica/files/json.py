@@ -67,7 +67,7 @@ def first_twice(names: Iterable[str]) -> str:
 def _text(path: Path, limit: int) -> str:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = b"" if size > limit else read_fully(file, limit + 1)
+        data = b"" if size > limit else read_fully(file, size + 1)
     if max(size, len(data)) > limit:
         raise CheckpointError(f"{path}: {size:,} bytes is too large for a configuration (limit {limit:,})")
     most = limit // _BYTES_PER_VALUE

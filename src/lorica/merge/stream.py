@@ -30,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 #: What belongs to a model beside its weights: configurations, tokenizer, chat templates.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _TEMPLATES = "additional_chat_templates"
-_INDEX_BYTES = 512 * 1024 * 1024
+_INDEX_BYTES = 64 * 1024 * 1024
 
 #: Is told how many bytes were written since the last call.
 Progress = Callable[[int], object]
@@ -199,9 +199,9 @@ class Merge:
         if (self._base / INDEX).is_file():
             index = read_json_object(self._base / INDEX, limit=_INDEX_BYTES)
             index["weight_map"] = {out.name: file for file, outputs in self.outputs.items() for out in outputs}
-            metadata = index.setdefault("metadata", {})
+            metadata = index["metadata"] = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
             metadata["total_size"] = sum(self.sizes.values())
-            if "total_parameters" in metadata:
+            if isinstance(metadata.get("total_parameters"), int):
                 metadata["total_parameters"] += self._new_elements()
             _write_json(directory / INDEX, index)
 
