@@ -75,7 +75,7 @@ class PeftConfig:
         base: Any = self.base_model_name_or_path
         if isinstance(base, os.PathLike):
             self.base_model_name_or_path = str(os.fspath(base))
-        check_types(self, PeftConfig, type(self).__name__)
+        self._check_types()
         if self.task_type is not None and self.task_type not in list(TaskType):
             known = [task.value for task in TaskType]
             raise ConfigError(
@@ -84,6 +84,9 @@ class PeftConfig:
             )
         if self.peft_type is not None and self.peft_type not in list(PeftType):
             raise ConfigError(f"peft_type={quoted(self.peft_type)}: lorica adapts by LoRA only; use 'LORA'")
+
+    def _check_types(self) -> None:
+        check_types(self, PeftConfig, type(self).__name__)
 
     @property
     def is_prompt_learning(self) -> bool:

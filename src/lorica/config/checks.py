@@ -94,10 +94,9 @@ def _check_init_options(config: LoraConfig) -> None:
     if isinstance(config.loftq_config, LoftQConfig):
         config.loftq_config = dataclasses.asdict(config.loftq_config)
     config.loftq_config = config.loftq_config or {}
-    known = {item.name for item in dataclasses.fields(LoftQConfig)}
-    options_of(
-        {name: config.loftq_config[name] for name in known & config.loftq_config.keys()}, LoftQConfig, "loftq_config"
-    )
+    if config.loftq_config:
+        known = {item.name for item in dataclasses.fields(LoftQConfig)} & config.loftq_config.keys()
+        options_of({name: config.loftq_config[name] for name in known}, LoftQConfig, "loftq_config")
     for name, found in ((name, found) for name, found in INITS.items() if found.options):
         value, meant = getattr(config, found.options), find(config.init_lora_weights) is found
         if meant and not value and found.options in ("eva_config", "corda_config"):
@@ -210,7 +209,8 @@ def _check_megatron(config: LoraConfig) -> None:
 def _check_json(config: LoraConfig) -> None:
     """Refuse what is kept for other readers and could not be written."""
     for name in ("auto_mapping", "megatron_config", "loftq_config"):
-        _need_json(name, getattr(config, name))
+        if value := getattr(config, name):
+            _need_json(name, value)
 
 
 def _need_json(name: str, value: Any) -> None:

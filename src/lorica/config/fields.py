@@ -67,8 +67,10 @@ def check_types(values: object, cls: Any, where: str = "") -> None:
     Raises:
         ConfigError: a value does not fit; its field is named.
     """
-    for name, hint, least, most in _declared(cls):
+    for name, hint, least, most, good in _declared(cls):
         value = getattr(values, name)
+        if type(value) in good:
+            continue
         if not fits(value, hint):
             raise ConfigError(f"{where or cls.__name__}.{name}={quoted(value)}: expected {said(hint)}")
         if isinstance(value, int | float) and not least <= value <= most:
@@ -98,13 +100,21 @@ def _bounds(least: float, most: float) -> str:
 
 
 @functools.cache
-def _declared(cls: Any) -> tuple[tuple[str, Any, float, float], ...]:
-    """Return the name of each field, its type, and the least and most that it may be."""
+def _declared(cls: Any) -> tuple[tuple[str, Any, float, float, frozenset[type]], ...]:
+    """Return each field's name, its type, the least and most that it may be, and the types that need no closer look."""
     hints = get_type_hints(cls)
-    return tuple(
-        (item.name, hints[item.name], item.metadata.get("least", -math.inf), item.metadata.get("most", math.inf))
-        for item in dataclasses.fields(cls)
-    )
+    found = []
+    for item in dataclasses.fields(cls):
+        hint = hints[item.name]
+        alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        good = frozenset({bool, str, type(None)} & set(filter(_is_class, alternatives)))
+        least, most = item.metadata.get("least", -math.inf), item.metadata.get("most", math.inf)
+        found.append((item.name, hint, least, most, good))
+    return tuple(found)
+
+
+def _is_class(hint: Any) -> bool:
+    return isinstance(hint, type)
 
 
 def _in_list(value: object, args: tuple[Any, ...]) -> bool:

@@ -191,6 +191,15 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        check_lora_config(self)
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+
+    def _check_types(self) -> None:
         for name, cls in OPTIONS.items():
             setattr(self, name, options_of(getattr(self, name), cls, name))
         dtype: Any = self.lora_dtype
@@ -199,13 +208,6 @@ class LoraConfig(PeftConfig):
         self.use_dora = False if self.use_dora is None else self.use_dora
         self.use_qalora = False if self.use_qalora is None else self.use_qalora
         check_types(self, LoraConfig, "LoraConfig")
-        check_lora_config(self)
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
 
 
 def check_fields(fields: Mapping[str, Any], where: object) -> None:

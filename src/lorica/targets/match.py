@@ -12,6 +12,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 from lorica.config import LoraConfig, expressions
 from lorica.config.expressions import Clock, Plain, plain
@@ -58,7 +59,8 @@ def meaning(names: Names | None, field: str = "target_modules") -> Meaning:
 def _expression(pattern: str, field: str, clock: Clock) -> Meaning:
     if (name := plain(pattern)) is not None:
         return name.is_all_of
-    return lambda key: expressions.match(field, pattern, "name", key, clock) is not None
+    match = expressions.matcher(field, pattern, "name")
+    return lambda key: match(key, clock) is not None
 
 
 def _wild(names: Collection[str], field: str, clock: Clock) -> Meaning:
@@ -151,10 +153,10 @@ def in_chosen_layers(config: LoraConfig) -> Meaning:
         return lambda key: (found := _LAYER.match(key)) is not None and int(found["layer"]) in chosen
     clock = expressions.clock()
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    matchers = [expressions.matcher("layers_pattern", one, "layers") for one in patterns]
 
     def means(key: str) -> bool:
-        tried = (expressions.match("layers_pattern", one, "layers", key, clock) for one in patterns)
-        found = next(filter(None, tried), None)
+        found = next(filter(None, (match(key, clock) for match in matchers)), None)
         return found is not None and int(found["layer"]) in chosen
 
     return means
@@ -177,10 +179,10 @@ class Values:
         self._named: dict[str, list[tuple[int, Plain]]] = defaultdict(list)
         #: Length → number of dots → plain patterns of which a dot could stand for another character.
         self._loose: dict[int, dict[int, list[tuple[int, Plain]]]] = defaultdict(lambda: defaultdict(list))
-        self._expressions: list[tuple[int, str]] = []
+        self._expressions: list[tuple[int, Callable[[str, Clock], Any]]] = []
         for place, (pattern, _) in enumerate(self._values):
             if (name := plain(pattern)) is None:
-                self._expressions.append((place, pattern))
+                self._expressions.append((place, expressions.matcher(field, pattern, "ending")))
                 continue
             self._named[name.text].append((place, name))
             if name.pieces:
@@ -197,10 +199,10 @@ class Values:
         begin = time.perf_counter()
         first = min(self._places(key), default=len(self._values))
         clock.spend(begin, self._field, "its patterns")
-        for place, pattern in self._expressions:
+        for place, match in self._expressions:
             if place > first:
                 break
-            if expressions.match(self._field, pattern, "ending", key, clock):
+            if match(key, clock):
                 first = place
                 break
         return self._values[first][1] if first < len(self._values) else default
