@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,10 @@ class CheckpointError(LoricaError, ValueError):
     """A file or directory cannot be read as what it claims to be."""
 
 
+class UnfittingError(CheckpointError):
+    """Tensors are missing from a file, or there are some that nobody has a place for."""
+
+
 class RecipeError(LoricaError, ValueError):
     """A training recipe holds a wrong key, path, type or column."""
 
@@ -57,6 +62,17 @@ class LostRankError(RankError):
 
 class MissingExtraError(LoricaError, ImportError):
     """An optional dependency is needed that is not installed."""
+
+
+@contextlib.contextmanager
+def naming(file: str | os.PathLike[str], *kinds: type[LoricaError]) -> Iterator[None]:
+    """Begin errors of these kinds with the file that they are about, unless they name its directory already."""
+    try:
+        yield
+    except kinds as error:
+        if os.path.dirname(file) in str(error):
+            raise
+        raise type(error)(f"{os.fspath(file)}: {error}") from error
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

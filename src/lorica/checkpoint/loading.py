@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,20 @@ from lorica.checkpoint.pieces import piece_of
 from lorica.checkpoint.placing import Place, copy_whole, place_of, take_over, write_pieces
 from lorica.checkpoint.reading import LoadResult
 from lorica.checkpoint.walk import base_parameters
-from lorica.config import LoraConfig, PeftConfig
+from lorica.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lorica.engines.together import together
-from lorica.errors import CheckpointError
+from lorica.errors import CheckpointError, ConfigError, TargetError, UnfittingError, naming
 from lorica.files.tensors import TensorReader
 from lorica.layers import Switch
 
 if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
 
+T = TypeVar("T")
+
 
 def load_first(
-    wrap: Callable[[LoraConfig], PeftModel],
+    wrap: Callable[[LoraConfig, bool], PeftModel],
     model: nn.Module,
     model_id: str | os.PathLike[str],
     adapter: str,
@@ -40,19 +42,29 @@ def load_first(
     config: LoraConfig | None,
     is_trainable: bool,
     key_mapping: Mapping[str, str] | None,
-    strict: bool,
+    strict: bool | None,
     source: Mapping[str, Any],
 ) -> PeftModel:
-    """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`."""
+    """Wrap ``model`` with ``wrap`` and fill it from a saved adapter; see :meth:`PeftModel.from_pretrained`.
+
+    Args:
+        wrap: given the configuration, and whether factors are made without values.
+    """
     switch = inject.switch_of(model)
-    flags = model.parameters() if switch is not None else base_parameters(model)
-    alone = (switch or Switch()).turns.writing()
-    with alone, _as_it_was(model, adapter, flags), together(model, f"loading {model_id}"):
-        found = read_config(model_id, config, source, is_trainable=is_trainable)
-        file = TensorReader(reading.find_weights(model_id, **source))
-        loaded = wrap(found)
-        _fill(loaded, adapter, loaded.peft_config[adapter], file, key_mapping, strict=strict)
-    return loaded
+    flags = [*(model.parameters() if switch is not None else base_parameters(model))]
+    what, where = f"loading {model_id}", os.path.join(model_id, CONFIG_NAME)
+    with (switch or Switch()).turns.writing():
+        with together(model, what):
+            found = read_config(model_id, config, source, is_trainable=is_trainable)
+            file = TensorReader(reading.find_weights(model_id, **source))
+
+        def load(strictly: bool) -> PeftModel:
+            with _as_it_was(model, adapter, flags), together(model, what), naming(where, ConfigError, TargetError):
+                loaded = wrap(found, strictly)
+                _fill(loaded, adapter, loaded.peft_config[adapter], file, key_mapping, strict=strictly)
+            return loaded
+
+        return _strictly_first(load, strict)
 
 
 def load_further(
@@ -63,30 +75,48 @@ def load_further(
     is_trainable: bool,
     autocast: bool,
     key_mapping: Mapping[str, str] | None,
-    strict: bool,
+    strict: bool | None,
     source: Mapping[str, Any],
     offload: bool = False,
 ) -> LoadResult:
     """Load an adapter into a wrapped model; see :meth:`PeftModel.load_adapter`."""
     base, turns = model.get_base_model(), model.base_model.switch.turns
-    with ExitStack() as change, together(base, f"loading {model_id}"):
+    what, where = f"loading {model_id}", os.path.join(model_id, CONFIG_NAME)
+    with together(base, what):
         file = TensorReader(reading.find_weights(model_id, **source))
         config = None
         if adapter not in model.peft_config:
             config = read_config(model_id, None, source, is_trainable=is_trainable)
             config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=offload)
-        change.enter_context(turns.changing())  # what there was to fetch is here
-        if adapter in model.peft_config or config is None:
-            known = config_of_adapter(model, adapter)
-            return _fill(model, adapter, known, file, key_mapping, strict=strict)
-        change.enter_context(_as_it_was(base, adapter, base_parameters(base)))
-        with turns.writing():
-            model.add_adapter(adapter, config, low_cpu_mem_usage=strict, autocast_adapter_dtype=autocast)
-            config = model.peft_config.pop(adapter)  # nobody finds it before it has its values
-        result = _fill(model, adapter, config, file, key_mapping, strict=strict)
-    if is_trainable:
-        model.set_requires_grad(adapter)
-    return result
+
+    def load(strictly: bool) -> LoadResult:
+        with ExitStack() as undo, together(base, what), naming(where, ConfigError, TargetError):
+            if adapter in model.peft_config or config is None:
+                known = config_of_adapter(model, adapter)
+                return _fill(model, adapter, known, file, key_mapping, strict=strictly)
+            undo.enter_context(_as_it_was(base, adapter, base_parameters(base)))
+            with turns.writing():
+                model.add_adapter(adapter, config, low_cpu_mem_usage=strictly, autocast_adapter_dtype=autocast)
+                made = model.peft_config.pop(adapter)  # nobody finds it before it has its values
+            result = _fill(model, adapter, made, file, key_mapping, strict=strictly)
+        if is_trainable:
+            model.set_requires_grad(adapter)
+        return result
+
+    with turns.changing():  # what there was to fetch is here
+        return _strictly_first(load, strict)
+
+
+def _strictly_first(load: Callable[[bool], T], strict: bool | None) -> T:
+    """Load strictly, which makes no factors that a file replaces, or not; None: strictly, and where names do not fit,
+    once more with warnings.
+    """
+    try:
+        return load(strict is not False)
+    except UnfittingError:  # the model is as it was
+        if strict is not None:
+            raise
+    return load(False)
 
 
 def set_peft_model_state_dict(
@@ -149,7 +179,8 @@ def read_config(
     if config is None:
         found = PeftConfig.from_pretrained(model_id, **source)
         if not isinstance(found, LoraConfig):
-            raise CheckpointError(f"{model_id}: the configuration has no peft_type; expected 'LORA'")
+            where = os.path.join(model_id, CONFIG_NAME)
+            raise CheckpointError(f"{where}: the configuration has no peft_type; expected 'LORA'")
         config = found
     config = copy.copy(config)
     config.inference_mode = not is_trainable

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorica.checkpoint.names import WEIGHTS_NAME, Entry
 from lorica.checkpoint.pieces import Piece
 from lorica.config import CONFIG_NAME
-from lorica.errors import CheckpointError, shown, suggest
+from lorica.errors import CheckpointError, UnfittingError, shown, suggest
 from lorica.files.hub import find_file
 from lorica.files.tensors import TensorReader
 
@@ -136,7 +136,7 @@ def check_names(
         if names:
             message = f"{where}: {len(names)} tensor(s) {problem}: {_shorten(names, found, known)}"
             if strict and not (wrong and problem == "missing" and set(names) <= set(wrong)):
-                raise CheckpointError(f"{message}. Pass strict=False to go on with a warning")
+                raise UnfittingError(f"{message}. Pass strict=False to go on with a warning")
             warnings.warn(message, stacklevel=4)
     return LoadResult(missing, unexpected)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorica.cli.errors import readable
-from lorica.errors import CheckpointError
+from lorica.errors import CheckpointError, naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show each target's rank, scale, norms and effective rank."""
-    from lorica.checkpoint.bulk import read_all
+    from lorica.checkpoint.bulk import read_whole
     from lorica.checkpoint.loading import read_config
     from lorica.checkpoint.reading import find_weights
     from lorica.config.expressions import one_search
@@ -57,8 +57,9 @@ def inspect(
     directory = check_adapter(adapter)
     config = read_config(directory, None, {}, is_trainable=False).to_dict()
     file = TensorReader(find_weights(directory))
-    with one_search():
-        found = measure(read_all(file), config)
+    factors = [name for name in file.tensors if ".lora_" in name]
+    with one_search(), naming(file.path, CheckpointError):
+        found = measure(read_whole(file, dict.fromkeys(factors)), config)
     if not found:
         raise CheckpointError(f"{file.path} holds no LoRA factors")
     if as_json:
@@ -98,6 +99,10 @@ def _delta(target: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> Delt
     rank = a_RI.shape[0]
     if b_OR.shape[1] != rank:
         raise CheckpointError(f"{target}: A has rank {rank}, B has rank {b_OR.shape[1]}")
+    said = pattern_value(config.get("rank_pattern"), target, config.get("r", rank))
+    stacked = bool(config.get("target_parameters") or config.get("fused_as_one"))  # several A's, one below the other
+    if rank != said and not (stacked and rank % said == 0):
+        raise CheckpointError(f"{target}: A has rank {rank}, adapter_config.json says r={said} (r or rank_pattern)")
     alpha = float(pattern_value(config.get("alpha_pattern"), target, config.get("lora_alpha", 8)))
     scale = AdapterSpec.scale(rank, alpha, rslora=bool(config.get("use_rslora")))
     core_RR = torch.linalg.qr(b_OR, mode="r").R @ torch.linalg.qr(a_RI.T, mode="r").R.T

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.checkpoint import reading
-from lorica.config import CONFIG_NAME, LoraConfig
+from lorica.config import CONFIG_NAME
 from lorica.config.lora import check_fields
 from lorica.convert import families
 from lorica.convert.adapter import Adapter, Lazy, Pair
@@ -26,7 +25,7 @@ from lorica.convert.fuse import apart
 from lorica.convert.geometry import Geometry, known_geometry
 from lorica.convert.record import read_record
 from lorica.convert.scales import scale_of
-from lorica.errors import CheckpointError, ExportError
+from lorica.errors import CheckpointError, ExportError, naming, shown
 from lorica.files.hub import find_file
 from lorica.files.json import read_json_object
 from lorica.files.tensors import TensorReader
@@ -85,12 +84,8 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
     geometry = geometry or known_geometry(None, record, config)
     gated = geometry is None or geometry.gated
     on_megatron = any(families.from_lorica_on_megatron(name, gated=gated) for name in found)
-    pairs: list[Pair] = []
-    for name, parts in found.items():
-        if name.endswith((STACK, f"{STACK}.base_layer")):
-            pairs += _stack(name, _stacked_parameter(name, found, config), parts, config, geometry)
-        else:
-            pairs.append(_pair(name, parts, config, geometry, on_megatron))
+    with naming(reader.path, CheckpointError):
+        pairs = [*_pairs(found, config, geometry, on_megatron)]
     spelling = families.spelling_of(name for pair in pairs for name in pair.names)
     pairs = [pair.renamed(lambda name: families.respelled(name, spelling)) for pair in pairs]
     kept = {**record, "spelling": _spelling(found, spelling)}
@@ -98,19 +93,25 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
     return Adapter(str(folder), apart(pairs, record), values, kept)
 
 
+def _pairs(found: Found, config: Mapping[str, Any], geometry: Geometry | None, on_megatron: bool) -> Iterator[Pair]:
+    for name, parts in found.items():
+        if name.endswith((STACK, f"{STACK}.base_layer")):
+            yield from _stack(name, _stacked_parameter(name, found, config), parts, config, geometry)
+        else:
+            yield _pair(name, parts, config, geometry, on_megatron)
+
+
 def _check(folder: Path, config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise CheckpointError(f"{folder}: an adapter of the kind {config['peft_type']!r}; LORA is converted")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fields that nobody here knows; they are carried along
-        LoraConfig.from_peft_type(**config)
-    beyond = [f"{name}={config[name]!r}" for name, nothing in _BEYOND.items() if config.get(name) not in nothing]
+        kind = shown(config["peft_type"])
+        raise CheckpointError(f"{folder / CONFIG_NAME}: peft_type={kind!r}: an adapter of another kind than LORA")
+    beyond = [f"{name}={shown(config[name])}" for name, nothing in _BEYOND.items() if config.get(name) not in nothing]
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
         beyond.append(f"init_lora_weights={start!r} (its start changed the base weights)")
     if beyond:
         raise ExportError(
-            f"{folder}: other systems have no place for {', '.join(beyond)}; `lorica export --target peft` with "
+            f"{folder / CONFIG_NAME}: other systems have no place for {', '.join(beyond)}; `lorica export --target peft` with "
             "--as-lora or --initial makes plain LoRA of some of them first"
         )
 
@@ -143,6 +144,11 @@ def _pair(
         raise CheckpointError(f"{name}: no pair of two matrices; there is {sorted(parts)}")
     names, rows = _names(name, b.shape[0], geometry, on_megatron)
     bare = matches(config.get("target_parameters"), f"{name}.weight")
+    rank = pattern_value(config.get("rank_pattern"), name, config.get("r", a.shape[0]))
+    if a.shape[0] != rank and not (on_megatron and a.shape[0] % rank == 0):
+        raise CheckpointError(f"{name}: A has {a.shape[0]} rows; {CONFIG_NAME} says r={rank} of it (r or rank_pattern)")
+    if a.shape[0] != b.shape[1] and not on_megatron:
+        raise CheckpointError(f"{name}: A {a.shape} and B {b.shape} are no pair on one rank")
     scale = scale_of(config, f"{name}.weight" if bare else name, a.shape[0])
     return Pair(names, rows, a, b, scale, lookup, parts.get("m"))
 

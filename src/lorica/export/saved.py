@@ -16,9 +16,9 @@ from lorica.adapt.inject import lora_layers
 from lorica.checkpoint import loading, reading
 from lorica.checkpoint.names import Entry, adapter_entries, embedding_entries
 from lorica.checkpoint.pieces import piece_of
-from lorica.config import LoraConfig
+from lorica.config import CONFIG_NAME, LoraConfig
 from lorica.config.spec import AdapterSpec
-from lorica.errors import ExportError
+from lorica.errors import ConfigError, ExportError, TargetError, naming
 from lorica.files.tensors import OpenTensors, TensorReader
 from lorica.init import Factors, find
 from lorica.layers import LoraLayer
@@ -139,7 +139,7 @@ def read(path: str | os.PathLike[str], base: Any) -> Saved:
     reader = TensorReader(reading.find_weights(path))
     shapes = reader.shapes
     names = {id(module): name for name, module in base.named_modules()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), naming(reader.path.with_name(CONFIG_NAME), ConfigError, TargetError):
         warnings.simplefilter("ignore")  # of the start of factors that are not started here
         wrapped = get_peft_model(base, config, low_cpu_mem_usage=True)
     wanted, extra = adapter_entries(wrapped, _ADAPTER, wrapped.peft_config[_ADAPTER]), embedding_entries(wrapped)

@@ -8,9 +8,12 @@ place with one another and with the length of the file.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +58,12 @@ _BITS = {word: dtype.itemsize * 8 for dtype, word in WORDS.items()} | {
 #: Bounds of what is parsed. The largest adapters there are (a pair for each of 138,000 experts' projections) have a
 #: header of 24 MB; what is within these bounds takes less than 200 MB and a second to be refused.
 MAX_BYTES = 32 * 1024 * 1024
-MAX_TENSORS = 200_000
+MAX_TENSORS = 140_000
 #: Text that is not ASCII takes up to four times its bytes in memory.
 _MAX_OTHER_BYTES = 4 * 1024 * 1024
 #: What may occur in the text, for each tensor: the object itself, two lists, and the commas in between.
 _MAX_OF = {b"{": MAX_TENSORS + 2, b"[": 2 * MAX_TENSORS, b",": 8 * MAX_TENSORS}
+_FIELDS = ("dtype", "shape", "data_offsets")
 _MAX_NAME, _MAX_DIMENSIONS, _MAX_LENGTH, _MAX_ELEMENTS = 2048, 64, 2**48, 2**60
 #: How files of ``torch.save`` and ``pickle`` begin.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -113,16 +117,29 @@ def read_header(file: FileIO, path: Path) -> Header:
     try:
         size = os.fstat(file.fileno()).st_size
         text, first = _text(file, size)
-        found = json.loads(text, object_pairs_hook=_entry)
-        del text
-        if not isinstance(found, dict):
-            raise _WrongError("the header is no JSON object")
-        metadata = _metadata(found.pop("__metadata__", {}))
-        return Header(_tensors(found, first, size), metadata)
+        with _without_collections():
+            found = json.loads(text, object_pairs_hook=_entry)
+            del text
+            if not isinstance(found, dict):
+                raise _WrongError("the header is no JSON object")
+            metadata = _metadata(found.pop("__metadata__", {}))
+            return Header(_tensors(found, first, size), metadata)
     except RecursionError:
         raise CheckpointError(f"{path}: not a readable safetensors file: its header is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep the garbage collector from going through all new tuples again and again, which takes as long as reading."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _text(file: FileIO, size: int) -> tuple[str, int]:
@@ -147,12 +164,14 @@ def _text(file: FileIO, size: int) -> tuple[str, int]:
 
 def _entry(pairs: list[tuple[str, Any]]) -> Any:
     """Return what the header says of one tensor as a triple, any other object as it is."""
+    if len(pairs) == len(_FIELDS):
+        (one, word), (two, shape), (three, offsets) = pairs
+        if (one, two, three) == _FIELDS:  # as all that write such files have them
+            return word, shape, offsets
     found = dict(pairs)
     if len(found) != len(pairs):
         raise _WrongError(f"the key {shown(first_twice(name for name, _ in pairs))!r} stands twice in the header")
-    if len(found) == 3 and "data_offsets" in found and "dtype" in found and "shape" in found:
-        return found["dtype"], found["shape"], found["data_offsets"]
-    return found
+    return tuple(found[name] for name in _FIELDS) if found.keys() == {*_FIELDS} else found
 
 
 def _metadata(value: Any) -> dict[str, str]:
@@ -194,7 +213,7 @@ def _stored(name: str, value: Any, first: int) -> Stored:
         raise _wrong(name, f"shape is no list of at most {_MAX_DIMENSIONS} lengths")
     if type(offsets) is not list or len(offsets) != 2:
         raise _wrong(name, "data_offsets are not two numbers")
-    for length in (*shape, *offsets):
+    for length in (*shape, *offsets):  # runs for every tensor of a file: a function for each number costs as much again
         if type(length) is not int or not 0 <= length < _MAX_LENGTH:
             raise _wrong(name, f"{shown(length)} in its shape or data_offsets is no length that a file can have")
     start, stop = offsets

@@ -156,16 +156,16 @@ class SlicedTensor:
         sides += [range(size) for size in self.shape[len(given) :]]
         if not sides or all(len(side) == size for side, size in zip(sides[1:], self.shape[1:], strict=True)):
             return self._rows(sides[0] if sides else range(1))
-        rows, inner = sides[0], tuple(slice(side.start, side.stop) for side in sides[1:])
+        rows, inside = sides[0], (slice(None), *(slice(side.start, side.stop) for side in sides[1:]))
         if self._stored.stop - self._stored.start <= _KEPT_BYTES:
             if self._kept is None:
                 self._kept = self._rows(range(self.shape[0]))
-            return self._kept[(slice(rows.start, rows.stop), *inner)].clone()
+            return self._kept[rows.start : rows.stop][inside].clone()
         result = torch.empty([len(side) for side in sides], dtype=self.dtype)
         step = max(1, _COPY_BYTES * self.shape[0] // (self._stored.stop - self._stored.start))
         for start in range(0, len(rows), step):
             part = self._rows(rows[start : start + step])
-            result[start : start + step] = part[(slice(None), *inner)]
+            result[start : start + step] = part[inside]
         return result
 
     def _rows(self, rows: range) -> Tensor:

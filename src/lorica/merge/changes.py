@@ -17,7 +17,8 @@ from lorica.adapt.tying import untie
 from lorica.checkpoint import loading, reading
 from lorica.checkpoint.names import Entry, adapter_entries, embedding_entries
 from lorica.checkpoint.pieces import piece_of
-from lorica.errors import AdapterError
+from lorica.config import CONFIG_NAME
+from lorica.errors import AdapterError, ConfigError, TargetError, naming
 from lorica.files.tensors import TensorReader
 from lorica.init import Factors
 from lorica.layers import LoraLayer, Switch
@@ -69,7 +70,8 @@ class Changes:
             )
         self._file = TensorReader(reading.find_weights(adapter))
         shapes = self._file.shapes
-        wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+        with naming(self._file.path.with_name(CONFIG_NAME), ConfigError, TargetError):
+            wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
         self._config = wrapped.peft_config[ADAPTER]
         wanted, extra = adapter_entries(wrapped, ADAPTER, self._config), embedding_entries(wrapped)
         reading.check_names(shapes, wanted, extra, where=str(self._file.path), strict=True)

@@ -27,7 +27,7 @@ from lorica.checkpoint.placing import write_pieces
 from lorica.config import AdapterSpec, LoraConfig
 from lorica.config.expressions import one_search
 from lorica.engines.together import together
-from lorica.errors import AdapterError, CheckpointError, SwapError
+from lorica.errors import AdapterError, CheckpointError, SwapError, shown
 from lorica.files.tensors import TensorReader
 from lorica.layers import LoraLayer, Switch
 from lorica.model.padding import Padded, blocks_of, check_growth, grow, is_b, rank_dim
@@ -227,7 +227,8 @@ class _Swap:
         unexpected = [name for name in self._shapes if name not in self._entries]
         if unexpected:
             raise SwapError(
-                f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:5])}"
+                f"{where}: Hot swapping the adapter did not succeed, unexpected keys found: "
+                f"{', '.join(map(shown, unexpected[:5]))}"
                 f"{'' if len(unexpected) <= 5 else f' and {len(unexpected) - 5} more'}."
             )
         self._of: dict[int, LoraLayer] = {}
@@ -261,7 +262,7 @@ class _Swap:
     def _rank(self, name: str, spec: AdapterSpec) -> int:
         """Return the rank that a tensor in the file has."""
         got, mine, dim = self._shapes[name], self._entries[name].shape, rank_dim(self._entries[name])
-        if dim is None or dim >= len(got) or got[dim] * spec.r % mine[dim]:
+        if dim is None or dim >= len(got) or not got[dim] or got[dim] * spec.r % mine[dim]:
             return spec.r  # its shape will be refused
         return got[dim] * spec.r // mine[dim]
 

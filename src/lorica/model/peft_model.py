@@ -290,7 +290,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         *,
-        strict: bool = True,
+        strict: bool | None = True,
         **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter into ``model``, in place.
@@ -306,7 +306,8 @@ class PeftModel(nn.Module):
                 computed from them; without an accelerator nothing changes.
             low_cpu_mem_usage: accepted; loading never makes factors twice.
             key_mapping: regular expression → replacement, applied to the names in the file.
-            strict: whether missing and unexpected tensors are errors; otherwise they are warnings.
+            strict: whether missing and unexpected tensors are errors; otherwise they are warnings. None: warnings too,
+                and factors are made only where the file lacks some.
             kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir`` …, for the hub.
 
         Raises:
@@ -315,11 +316,11 @@ class PeftModel(nn.Module):
             TargetError: the configuration does not fit the model. The model is then as it was.
         """
 
-        def wrap(found: LoraConfig) -> PeftModel:
+        def wrap(found: LoraConfig, on_meta: bool) -> PeftModel:
             found.runtime_config = replace(found.runtime_config, ephemeral_gpu_offload=ephemeral_gpu_offload)
             by_task = "by_task" in vars(cls) and found.task_type is not None
             kind = cls.by_task[TaskType(found.task_type)] if by_task else cls
-            return kind(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict)
+            return kind(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=on_meta)
 
         return loading.load_first(
             wrap,
@@ -344,7 +345,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         *,
-        strict: bool = True,
+        strict: bool | None = True,
         **kwargs: Any,
     ) -> LoadResult:
         """Load a further adapter, or the weights of one that is there; see :meth:`from_pretrained` for the arguments.

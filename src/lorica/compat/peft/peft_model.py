@@ -16,7 +16,7 @@ from lorica.compat.peft._library import beneath
 from lorica.compat.peft.config import ours
 from lorica.compat.peft.tuners.lora.model import LoraModel
 from lorica.config import LoraConfig, TaskType
-from lorica.errors import AdapterError, CheckpointError, ConfigError
+from lorica.errors import AdapterError, ConfigError
 from lorica.model import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 
@@ -92,7 +92,7 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
         if config is not None and not hasattr(config, "peft_type"):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
         load: Callable[..., Any] = super().from_pretrained
-        loaded = _leniently(load, model, model_id, *args, **kwargs)
+        loaded = load(model, model_id, *args, **{"strict": None, **kwargs})
         is_trainable = args[1] if len(args) > 1 else kwargs.get("is_trainable", False)
         return loaded if is_trainable else loaded.eval()
 
@@ -109,7 +109,7 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
         Unless it is to train, the model goes into evaluation mode.
         """
         load: Callable[..., LoadResult] = super().load_adapter
-        loaded: LoadResult = _leniently(load, model_id, adapter_name, is_trainable, *args, **kwargs)
+        loaded = load(model_id, adapter_name, is_trainable, *args, **{"strict": None, **kwargs})
         if not is_trainable:
             self.eval()
         return loaded
@@ -119,16 +119,6 @@ class PeftModel(core.PeftModel, *beneath("PeftModel")):  # type: ignore[misc]
         if not (getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)):
             let_inputs_require_grad(model)
         return model
-
-
-def _leniently(load: Callable[..., Any], *args: Any, strict: bool | None = None, **kwargs: Any) -> Any:
-    """Load strictly, which makes no factors that a file replaces; where that fails and was not asked for, once more."""
-    try:
-        return load(*args, strict=strict is not False, **kwargs)
-    except CheckpointError:  # the model is as it was
-        if strict is not None:
-            raise
-        return load(*args, strict=False, **kwargs)
 
 
 def warn_of_name(adapter_name: str) -> None:
