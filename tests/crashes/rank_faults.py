@@ -168,31 +168,40 @@ def attempt(
         before: called in every rank with its number.
         options: of :func:`lorica.train.run`.
     """
+
+    def train(rank: int) -> None:
+        before(rank)
+        own = values if isinstance(values, dict) else values[rank]
+        job.run(recipe.parse(own), progress=False, notify=lambda _: None, **options)
+
+    return attempt_to(train, ranks, folder, victim=victim, fault=fault, at=at)
+
+
+def attempt_to(
+    act: Callable[[int], object],
+    ranks: int,
+    folder: Path,
+    *,
+    victim: int = -1,
+    fault: str = "",
+    at: Call | Operation | None = None,
+) -> list[Outcome]:
+    """Do something else on ``ranks`` ranks; see :func:`attempt`."""
     folder.mkdir(parents=True)
     os.environ["STRUCK"] = str(folder / "struck")
+
+    def begin(rank: int) -> None:
+        if rank == victim and at is not None:
+            at.arm(fault)
+        act(rank)
+
     children = []
     for rank in range(ranks):
-        own = values if isinstance(values, dict) else values[rank]
         child = os.fork()
         if child == 0:
-            _leave(rank, ranks, folder, partial(_train, rank, own, victim, fault, at, before, options))
+            _leave(rank, ranks, folder, partial(begin, rank))
         children.append(child)
     return _collect(children, folder)
-
-
-def _train(
-    rank: int,
-    values: dict[str, Any],
-    victim: int,
-    fault: str,
-    at: Call | Operation | None,
-    before: Callable[[int], None],
-    options: dict[str, Any],
-) -> None:
-    before(rank)
-    if rank == victim and at is not None:
-        at.arm(fault)
-    job.run(recipe.parse(values), progress=False, notify=lambda _: None, **options)
 
 
 def _leave(rank: int, size: int, folder: Path, act: Callable[[], None]) -> None:

@@ -114,7 +114,7 @@ def test_a_fault_in_every_phase_and_the_run_is_the_uninterrupted_one(
 def test_a_fault_at_operations_on_the_disk_leaves_the_checkpoint_before(
     base: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    for count, every in ((2, 4), (4, 9)):
+    for count, every in ((2, 6), (4, 13)):
         place = tmp_path / f"{count}"
         values = settings(base, data_file, place / "out", count)
         arguments = values, count, place / "tries", every, ["kill", "full"]

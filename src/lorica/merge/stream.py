@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorica.errors import AdapterError, CheckpointError, RankError
+from lorica.engines.board import is_lost
+from lorica.errors import AdapterError, CheckpointError, LostRankError, RankError
 from lorica.files.atomic import complete_directory
 from lorica.files.json import read_json_object
 from lorica.files.tensors import Stored, TensorReader, TensorWriter
@@ -261,7 +262,7 @@ def merge_files(
         CheckpointError: a file is broken, holds NaN, or does not fit the model.
         AdapterError: a delta has no place in its weight.
         TargetError: the adapter's configuration does not fit the model.
-        RankError: another rank failed.
+        RankError: another rank failed (LostRankError: died).
         FileExistsError: ``output`` is there.
     """
     plan = Merge(adapter, base, dtype=dtype, device=device)
@@ -334,7 +335,14 @@ def _directory(output: Path, *, alone: bool) -> Iterator[Path]:
 
 def _refuse_failure(error: BaseException | None) -> None:
     failed: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failed, None if error is None else f"{type(error).__name__}: {error}")
+    try:
+        dist.all_gather_object(failed, None if error is None else f"{type(error).__name__}: {error}")
+    except RuntimeError as lost:
+        if error is not None:
+            return
+        if not is_lost(lost):
+            raise
+        raise LostRankError(f"merging was not finished, so nothing was kept: another rank is gone ({lost})") from lost
     wrong = [f"rank {rank}: {text}" for rank, text in enumerate(failed) if text is not None]
     if wrong and error is None:
         raise RankError(f"merging failed, so nothing was kept: {'; '.join(wrong)}")
