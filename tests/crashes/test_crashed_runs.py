@@ -9,71 +9,25 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import faults
 import pytest
-import torch
 from typer.testing import CliRunner
+from whole_runs import run, trace
 
-import runs
 from lorica.cli.app import app
 from lorica.errors import CheckpointError, RecipeError
-from lorica.train import claim, job, metrics, recipe, state
+from lorica.train import claim, job, metrics, state
 from lorica.train.loop import DivergedError, Trainer
 from lorica.train.signals import Interrupted
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 FULL = faults.error(errno.ENOSPC)
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base model and data."""
-    folder = tmp_path_factory.mktemp("given")
-    return runs.save_base(folder / "base"), runs.write_jsonl(folder / "sums.jsonl", runs.sums(12))
-
-
-@pytest.fixture
-def values(given: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
-    """Six steps, with a checkpoint after each second one, of which two are kept."""
-    return settings(given, tmp_path / "out")
-
-
-def settings(given: tuple[Path, Path], output: Path) -> dict[str, Any]:
-    made = runs.settings(*given, output, training__steps=6, training__eval_every=None, log__every=1)
-    del made["data"]["eval_fraction"]
-    return made | {"checkpoint": {"every": 2, "keep": 2}}
-
-
-def run(values: dict[str, Any], notify: Callable[[str], None] = lambda said: None, **options: Any) -> job.Result:
-    torch.manual_seed(123)  # a process of its own would start from other random states
-    return job.run(recipe.parse(values), progress=False, notify=notify, **options)
-
-
-def trace(output: Path) -> dict[str, Any]:
-    """All that a run leaves, but for times."""
-    found: dict[str, Any] = {"adapter": (output / "adapter" / state.ADAPTER).read_bytes()}
-    for checkpoint in state.complete(output):
-        found[f"{checkpoint.name} shards"] = (checkpoint / "state" / "shards-00000.safetensors").read_bytes()
-        numbers = state.read_numbers(checkpoint)
-        found[checkpoint.name] = [numbers[key] for key in ("step", "batches", "random", "data")]
-    found["losses"] = [[record["step"], record["loss"]] for record in metrics.read(output / "metrics.jsonl")]
-    left = {entry.name for folder in (output, output / "checkpoints") for entry in folder.iterdir()}
-    found["partial"] = [name for name in left if name.startswith(".partial")]
-    return found
-
-
-@pytest.fixture(scope="module")
-def whole(given: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the run leaves that nothing happens to."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    run(settings(given, output))
-    return trace(output)
 
 
 def newest(values: dict[str, Any]) -> str:

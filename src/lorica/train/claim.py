@@ -50,10 +50,12 @@ class Claim:
         """Claim the directory, which has to be there.
 
         Raises:
-            RecipeError: another process has it.
-            OSError: the lock file cannot be written.
+            RecipeError: another process has it, or it cannot be written.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RecipeError(f"output_dir: {self._path} cannot be written: {error.strerror}") from None
         try:
             self._wait_for(descriptor)
             os.truncate(descriptor, 0)
