@@ -46,7 +46,9 @@ class Board:
     def posted(self, topic: str) -> dict[int, str]:
         """Return the notes that are there, by rank."""
         names = {rank: f"{self._prefix}/{topic}/{rank}" for rank in range(self.size)}
-        there = [rank for rank, name in names.items() if self._store.check([name])]
+        there = list(names)
+        if not self._store.check(list(names.values())):
+            there = [rank for rank, name in names.items() if self._store.check([name])]
         notes = self._store.multi_get([names[rank] for rank in there]) if there else []
         return {rank: note.decode() for rank, note in zip(there, notes, strict=True)}
 

@@ -15,9 +15,9 @@ from lorica.errors import LostRankError
 from lorica.train.signals import Interrupted
 
 #: Seconds between a rank's signs of life.
-BEAT = 0.5
+BEAT = 1.0
 #: Seconds without a sign of life after which a rank counts as dead, once its answer is missed.
-PATIENCE = 3.0
+PATIENCE = 5.0
 
 _FAILED, _ALIVE, _WAITED = "failed", "alive", "waited"
 _LONGEST = 500  # characters of another rank's error
@@ -70,7 +70,7 @@ class Company:
             time.sleep(BEAT / 4)
             now = board.posted(_ALIVE)
             silent = {rank for rank in silent if now.get(rank) == before.get(rank)}
-            absent = absent - board.posted(_WAITED).keys()
+            absent = absent if silent else absent - board.posted(_WAITED).keys()
             if board.read(_FAILED) is not None:
                 return ""
         if silent:
