@@ -85,9 +85,9 @@ def said(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin in (list, set):
-        return f"a list of [{said(args[0])}]"
+        return f"a list of {_PLURALS.get(args[0], said(args[0]))}"
     if origin is dict:
-        return f"a mapping from {said(args[0])} to {said(args[1])}"
+        return f"a mapping from {' to '.join(_PLURALS.get(arg, said(arg)) for arg in args)}"
     if origin is tuple:
         return f"({', '.join(map(said, args))})"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
@@ -159,5 +159,6 @@ _WORDS: dict[Any, str] = {
     type(None): "None",
     Any: "anything",
 }
+_PLURALS: dict[Any, str] = {int: "whole numbers", float: "finite numbers", str: "strings"}
 
 __all__ = ["check_types", "fits", "is_int", "is_number", "quoted", "said"]
