@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 #: Longer than anything here takes on a busy machine; a thread that waits longer is stuck.
-PATIENCE = 60.0
+PATIENCE = float(os.environ.get("MEETING_PATIENCE", 60))
 
 
 class Running:

@@ -289,6 +289,16 @@ def test_a_block_of_rows_keeps_its_adapters() -> None:
     deleting.result()
 
 
+def test_a_part_of_a_batch_in_another_thread_is_refused_rows() -> None:
+    model = adapted("a", "b")
+    replica = model.base_model._replicate_for_data_parallel()
+    with lorica.route_rows(model, ["b", "a", "b"]):
+        with pytest.raises(AdapterError, match=r"nn\.DataParallel"):
+            Running(compute, replica).result()
+        assert torch.equal(compute(replica), compute(model))
+    assert torch.equal(Running(compute, replica).result(), compute(model))
+
+
 class Meeting(nn.Module):
     """A model whose layers are in other threads' hands at the same time: a base with one module in the middle."""
 

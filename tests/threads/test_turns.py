@@ -31,8 +31,11 @@ class Inside:
             self.entered.set()
             self._leave.wait()
 
-    def leave(self) -> None:
+    def may_leave(self) -> None:
         self._leave.set()
+
+    def leave(self) -> None:
+        self.may_leave()
         self._thread.result()
 
 
@@ -50,6 +53,14 @@ def kept_out(turns: Turns, *contexts: AbstractContextManager[object], beside: in
     return threads
 
 
+def all_leave(threads: list[Inside]) -> None:
+    """Let threads come in and leave, in whichever order they take their turns."""
+    for thread in threads:
+        thread.may_leave()
+    for thread in threads:
+        thread.leave()
+
+
 def passes(context: AbstractContextManager[object]) -> None:
     entered(context).leave()
 
@@ -64,8 +75,7 @@ def test_any_number_read_at_once_and_one_writes() -> None:
     until(writer.entered.is_set)
     others = kept_out(turns, turns.reading, turns.holding(), turns.writing(), turns.changing())
     writer.leave()
-    for other in others:  # in whichever order they come
-        other.leave()
+    all_leave(others)
 
 
 def test_who_waits_to_write_goes_before_new_readers_but_not_before_those_who_read() -> None:
@@ -99,8 +109,7 @@ def test_a_change_lets_readers_pass_and_other_changes_wait() -> None:
     others = kept_out(turns, turns.changing(), turns.writing())
     passes(turns.reading)
     change.leave()
-    for other in others:
-        other.leave()
+    all_leave(others)
 
 
 def test_threads_that_a_block_waits_for_are_not_kept_out() -> None:
@@ -222,8 +231,7 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have() -> N
     held.open()
     holder.result()
     _, status = os.waitpid(child, 0)
-    for other in others:
-        other.leave()
+    all_leave(others)
     assert status == 0
 
 

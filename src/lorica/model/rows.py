@@ -60,10 +60,19 @@ def route_rows(
 
 
 def has_rows(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a ``LoraModel`` concerns rows: it names adapters, or an active one is activated by tokens."""
+    """Whether a call of a ``LoraModel`` concerns rows: it names adapters, or an active one is activated by tokens.
+
+    Raises:
+        AdapterError: a block of ``route_rows`` is around a forward of ``nn.DataParallel``.
+    """
     if not ARGUMENTS.isdisjoint(kwargs):
         return True
     switch: Switch = model.switch
+    if "_is_replica" in model.__dict__ and switch.routing and switch.rows is None:
+        raise AdapterError(
+            "route_rows does not reach the threads of nn.DataParallel, each of which has a part of the batch; run the "
+            "model itself"
+        )
     return switch.rows is None and switch.enabled and bool(_activated(model.peft_config, switch.active))
 
 
