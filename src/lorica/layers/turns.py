@@ -79,9 +79,9 @@ class Turns:
             if self._changer not in (None, me):
                 if me in self._readers:
                     raise AdapterError(
-                        "adapters cannot be changed here: this thread is in the middle of a forward, a `generate` or "
-                        "a `hold_adapters` block of the model, and another thread is changing its adapters. Change "
-                        "them before or after it"
+                        "adapters cannot be changed or saved here: this thread is in the middle of a forward, a "
+                        "`generate` or a `hold_adapters` or `route_rows` block of the model, and another thread is "
+                        "changing its adapters. Do it before or after that"
                     )
                 self._free.wait_for(lambda: self._changer is None)
             self._changer = me
