@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 from whole_runs import run, trace
 
+from lorica.checkpoint.shards import ShardWriter
 from lorica.cli.app import app
 from lorica.errors import CheckpointError, RecipeError
 from lorica.train import claim, job, metrics, state
@@ -111,6 +112,32 @@ def test_the_error_of_a_checkpoint_in_the_background_is_told_besides_the_one_tha
         run(values, told.append)
     assert sum("step-000004 could not be written" in said for said in told) == 1
     assert newest(values) == "step-000002"
+
+
+def test_a_checkpoint_that_overtakes_the_one_in_the_background_waits_for_it(
+    values: dict[str, Any], whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["checkpoint"]["asynchronous"] = True
+    save, write, begun, written = state.Saver.save, ShardWriter.write_data, [threading.Event()], []
+    overtook = []
+
+    def saves(saver: state.Saver) -> Path:
+        begun[-1].set()
+        begun.append(threading.Event())
+        overtook.append(len(begun) - 2 - len(written))
+        return save(saver)
+
+    def writes(writer: ShardWriter, *arguments: Any) -> Any:
+        if len(begun) < 4:  # there is another one to come
+            assert begun[-1].wait(60)
+        written.append(writer)
+        return write(writer, *arguments)
+
+    monkeypatch.setattr(state.Saver, "save", saves)
+    monkeypatch.setattr(ShardWriter, "write_data", writes)
+    run(values)
+    assert overtook == [0, 1, 1]
+    assert trace(Path(values["output_dir"])) == whole
 
 
 def test_a_signal_waits_for_the_checkpoint_in_the_background(

@@ -152,6 +152,11 @@ def test_a_directory_is_whole_or_not_there(act: str, tmp_path: Path) -> None:
     assert seen == {False, True}
 
 
+def test_a_long_name_stays_possible(tmp_path: Path) -> None:
+    fill(tmp_path / ("n" * 255))
+    assert atomic.is_complete(tmp_path / ("n" * 255))
+
+
 def test_of_two_that_make_one_directory_neither_has_a_part_in_the_others(tmp_path: Path) -> None:
     final = tmp_path / "final"
 

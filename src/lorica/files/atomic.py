@@ -30,6 +30,7 @@ from lorica.files import tensors as safetensors
 MARKER = marker.NAME
 _TEMPORARY = ".partial-"
 _THREADS = 16
+_LONGEST = 100  # of a name to which an owner's is added; file systems take 255
 _T = TypeVar("_T")
 
 
@@ -244,7 +245,7 @@ def complete_directory(final: str | os.PathLike[str], *, marker: bool = True) ->
     _refuse_existing(final)
     _remove_abandoned(final)
     owner = f"{os.getpid()}@{socket.gethostname()}"
-    temporary = final.parent / f"{_TEMPORARY}{final.name}.{uuid.uuid4().hex[:8]}.{owner}"
+    temporary = final.parent / f"{_TEMPORARY}{final.name[:_LONGEST]}.{uuid.uuid4().hex[:8]}.{owner}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -260,7 +261,7 @@ def _refuse_existing(final: Path) -> None:
 
 def _remove_abandoned(final: Path) -> None:
     """Remove what processes of this machine that are gone left of the same directory."""
-    named = rf"{re.escape(_TEMPORARY + final.name)}\.[0-9a-f]{{8}}\.(\d+)@{re.escape(socket.gethostname())}"
+    named = rf"{re.escape(_TEMPORARY + final.name[:_LONGEST])}\.[0-9a-f]{{8}}\.(\d+)@{re.escape(socket.gethostname())}"
     for entry in final.parent.glob(f"{_TEMPORARY}*@*"):
         match = re.fullmatch(named, entry.name)
         if match and not _is_alive(int(match.group(1))):

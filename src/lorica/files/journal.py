@@ -43,7 +43,7 @@ def read(folder: Path) -> dict[str, str]:
         CheckpointError: there is a journal that names anything but files beside it.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         return {}
     files = read_json_object(path, limit=_MAX_BYTES).get(_FILES)
     if not isinstance(files, dict) or not all(map(_is_plain, files, files.values())):
