@@ -31,7 +31,7 @@ from lorica.errors import LoricaError
 MIB = 2**20
 SECONDS, MEMORY = 1.0, 200 * MIB
 #: After so long a read is a hang, and is ended.
-_HANG = 20
+HANG = 20
 _FORBIDDEN = (
     "subprocess.Popen",
     "os.system",
@@ -127,7 +127,7 @@ class Fuzzer:
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         begin = time.perf_counter(), time.process_time()
-        signal.alarm(_HANG)
+        signal.alarm(HANG)
         with self._output() as output:
             _watched = []
             try:
@@ -139,7 +139,7 @@ class Fuzzer:
             except Exception as error:
                 problem = "".join(traceback.format_exception(error)[-8:])
             except BaseException as error:
-                problem = f"{type(error).__name__} after {_HANG} seconds: {traceback.format_exc()[-3000:]}"
+                problem = f"{type(error).__name__} after {HANG} seconds: {traceback.format_exc()[-3000:]}"
             finally:
                 signal.alarm(0)
                 seen, _watched = _watched, None

@@ -6,6 +6,7 @@ a format change what it says and leave the rest whole, so that a reader gets pas
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -110,7 +111,7 @@ def edit(value: Any, rng: random.Random) -> tuple[Any, str]:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = _places(value)
         if not places:
-            return rng.choice(VALUES), raw
+            return copy.deepcopy(rng.choice(VALUES)), raw
         owner, key = rng.choice(places)
         kind = rng.randrange(9)
         if kind == 0:
@@ -131,7 +132,7 @@ def edit(value: Any, rng: random.Random) -> tuple[Any, str]:
         elif kind == 6 and not raw:
             owner[key], raw = _MARK, rng.choice(_RAW)
         else:
-            owner[key] = rng.choice(VALUES)
+            owner[key] = copy.deepcopy(rng.choice(VALUES))
     return value, raw
 
 
