@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,6 +126,10 @@ def is_checkpointing(model: nn.Module) -> bool:
     return any(vars(module).get(word, getattr(type(module), word, False)) for module in every_module(model))
 
 
+#: How the attributes begin in which transformers keeps the handles of its hooks.
+_HANDLES = "_require_grads_hook"
+
+
 def let_inputs_require_grad(model: Any) -> None:
     """Make the output of the input embedding require a gradient.
 
@@ -135,6 +139,24 @@ def let_inputs_require_grad(model: Any) -> None:
         model.enable_input_require_grads()
     elif hasattr(model, "get_input_embeddings"):
         model.get_input_embeddings().register_forward_hook(_require_grad)
+
+
+def undo_of_inputs(model: nn.Module) -> Callable[[], None]:
+    """Return what undoes :func:`let_inputs_require_grad`, called beforehand."""
+    if not is_checkpointing(model):
+        return lambda: None
+    hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
+    own = {name: value for name, value in vars(model).items() if name.startswith(_HANDLES)}
+
+    def undo() -> None:
+        for module, before in hooks:
+            for key in module._forward_hooks.keys() - before.keys():
+                del module._forward_hooks[key]
+        for name in [name for name in vars(model) if name.startswith(_HANDLES)]:
+            delattr(model, name)
+        vars(model).update(own)
+
+    return undo
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:

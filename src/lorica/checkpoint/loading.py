@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorica.adapt import inject
 from lorica.adapt.replicate import restore_layers
+from lorica.adapt.trainable import undo_of_inputs
 from lorica.checkpoint import reading
 from lorica.checkpoint.bulk import read_whole
 from lorica.checkpoint.names import adapter_entries, config_of_adapter, embedding_entries, of_other_stages
@@ -237,11 +238,12 @@ def _as_it_was(model: nn.Module, adapter: str, parameters: Iterable[nn.Parameter
     known = None if configs is None else dict(configs)
     switch = inject.switch_of(model)
     active = None if switch is None else switch.active
-    random = torch.get_rng_state()
+    random, undo_inputs = torch.get_rng_state(), undo_of_inputs(model)
     try:
         yield
     except BaseException:
         torch.set_rng_state(random)
+        undo_inputs()
         with (switch or Switch()).turns.writing():
             if known is None or adapter not in known:
                 inject.take_out(model, adapter)

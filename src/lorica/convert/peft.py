@@ -111,8 +111,8 @@ def _check(folder: Path, config: Mapping[str, Any]) -> None:
         beyond.append(f"init_lora_weights={start!r} (its start changed the base weights)")
     if beyond:
         raise ExportError(
-            f"{folder / CONFIG_NAME}: other systems have no place for {', '.join(beyond)}; `lorica export --target peft` with "
-            "--as-lora or --initial makes plain LoRA of some of them first"
+            f"{folder / CONFIG_NAME}: other systems have no place for {', '.join(beyond)}; `lorica export --target "
+            "peft` with --as-lora or --initial makes plain LoRA of some of them first"
         )
 
 
