@@ -182,6 +182,22 @@ def test_more_names_than_a_model_has_cost_little() -> None:
         assert sum(map(meant, names)) == 1
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_file_full_of_patterns_costs_little(field, saved, tmp_path) -> None:
+    """As many as the largest mixture of experts has layers are read, in any form; more are refused."""
+    fields = json.loads((saved / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+    for form, count in (("n{}.x", 60_000), (r"^n\.{}", 60_000), ("....{:06d}", 60_000), ("n{}", 200_000)):
+        changed = fields | {field: {form.format(i): 1 for i in range(count)}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
+        with Bounds():
+            if count == 60_000:
+                lorica.PeftModel.from_pretrained(mlp(), tmp_path)
+                continue
+            with pytest.raises(ConfigError, match=rf"{field}: 200,000 entries"):
+                lorica.PeftModel.from_pretrained(mlp(), tmp_path)
+
+
 def test_plain_names_are_never_compiled(monkeypatch) -> None:
     monkeypatch.setattr(expressions, "_compiled", lambda _: pytest.fail("a name was taken for a pattern"))
     config = lorica.LoraConfig(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorica.config import expressions
-from lorica.config.expressions import plain
 from lorica.config.fields import quoted
 from lorica.config.options import OPTIONS, LoftQConfig, options_of
 from lorica.errors import ConfigError, suggest
@@ -35,6 +35,8 @@ FLOATING = {
 MAX_RANK, MAX_ALPHA = 2**20, 1e6
 #: Each name that may mean any module is compared with all of them, and each layer that is stacked anew is a module.
 _MOST_NAMES, _MOST_LAYERS = 2000, 10_000
+#: The largest mixtures of experts have some 70,000 linear layers, of which each may have a rank of its own.
+_MOST_PATTERNS = 100_000
 _LONGEST_INIT, _MOST_ROUNDS = 64, 1000
 
 
@@ -60,6 +62,11 @@ def _known_inits() -> list[str]:
 def _need(condition: bool, field: str, value: Any, wanted: str) -> None:
     if not condition:
         raise ConfigError(f"LoraConfig.{field}={quoted(value)}: {wanted}")
+
+
+def _need_few(field: str, value: Collection[Any], most: int) -> None:
+    if len(value) > most:
+        raise ConfigError(f"LoraConfig.{field}: {len(value):,} entries are too many (limit {most:,})")
 
 
 def _check_rank(config: LoraConfig) -> None:
@@ -154,7 +161,7 @@ def _check_names(config: LoraConfig) -> None:
     for name in ("target_parameters", "modules_to_save", "trainable_token_indices", "layers_pattern"):
         value = getattr(config, name)
         if isinstance(value, dict) or (isinstance(value, list | tuple) and name != "trainable_token_indices"):
-            _need(len(value) <= _MOST_NAMES, name, value, f"{len(value):,} entries (limit {_MOST_NAMES:,})")
+            _need_few(name, value, _MOST_NAMES)
 
 
 def _check_layers(config: LoraConfig) -> None:
@@ -174,11 +181,14 @@ def _check_patterns(config: LoraConfig) -> None:
         ("rank_pattern", config.rank_pattern, 1, MAX_RANK),
         ("alpha_pattern", config.alpha_pattern, -MAX_ALPHA, MAX_ALPHA),
     ):
-        for pattern, number in (value or {}).items():
+        if not value:
+            continue
+        _need_few(name, value, _MOST_PATTERNS)
+        for pattern, number in value.items() if min(value.values()) < least or max(value.values()) > most else ():
             if not least <= number <= most:
                 what = f"the value of {quoted(pattern)} is not a number that {name.split('_')[0]} can have"
                 raise ConfigError(f"LoraConfig.{name}: {quoted(number)}: {what} ({least:,} to {most:,})")
-        expressions.check_all(name, [one for one in value or () if plain(one) is None], "ending")
+        expressions.check_all(name, list(itertools.filterfalse(expressions.is_plain, value)), "ending")
 
 
 def _check_replication(config: LoraConfig) -> None:
@@ -188,7 +198,8 @@ def _check_replication(config: LoraConfig) -> None:
     wanted = "a list of pairs: the first layer of a run, and the one after its last"
     _need(len(ranges) > 0 and all(0 <= start < stop for start, stop in ranges), "layer_replication", ranges, wanted)
     layers = sum(stop - start for start, stop in ranges)
-    _need(layers <= _MOST_LAYERS, "layer_replication", ranges, f"{layers:,} layers (limit {_MOST_LAYERS:,})")
+    if layers > _MOST_LAYERS:
+        raise ConfigError(f"LoraConfig.layer_replication: {layers:,} layers are too many (limit {_MOST_LAYERS:,})")
 
 
 def _check_tokens(config: LoraConfig) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from lorica.config.fields import quoted
 from lorica.errors import ConfigError
@@ -50,6 +50,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.left = SECONDS
+        #: What is worked out once in a search: by the identity of what it is worked out from, which is kept with it.
+        self.kept: dict[int, tuple[object, Any]] = {}
 
     def spend(self, since: float, field: str, pattern: object) -> None:
         """Take away what has passed ``since`` (of ``time.perf_counter``).
@@ -102,7 +104,7 @@ def check(field: str, pattern: str, form: Form) -> None:
     Raises:
         ConfigError: it is no regular expression by the rules of ``re``, too long, or too large to be compiled.
     """
-    if form != "layers" and plain(pattern) is not None:
+    if form != "layers" and is_plain(pattern):
         return
     _check_length(field, pattern)
     _check_size(field, pattern)
@@ -146,42 +148,41 @@ def check_all(field: str, patterns: Collection[str], form: Form) -> None:
         check(field, pattern, form)
 
 
-class Plain(NamedTuple):
-    """A pattern that is as good as a name.
-
-    Attributes:
-        text: the name.
-        whole: whether it means the whole of a name, and not also its end.
-        pieces: what stands between its dots that mean any character, and where; nothing: it has no such dot.
-    """
-
-    text: str
-    whole: bool
-    pieces: tuple[tuple[int, str], ...]
-
-    def means(self, ending: str) -> bool:
-        """Whether it means this end of a name, which is as long as itself."""
-        return all(ending.startswith(piece, place) for place, piece in self.pieces)
-
-    def is_all_of(self, name: str) -> bool:
-        """Whether it means this name as a whole."""
-        return name == self.text or (bool(self.pieces) and len(name) == len(self.text) and self.means(name))
-
-
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
-@functools.lru_cache(maxsize=65536)
-def plain(pattern: str) -> Plain | None:
-    """Return the name that a pattern is, but for dots; None: it is a regular expression."""
-    if _PLAIN.fullmatch(pattern) is None:
-        return None
-    whole = pattern.startswith("^")
+def is_plain(pattern: str) -> bool:
+    """Whether a pattern is as good as a name: nothing in it but a name's characters, and dots."""
+    return _PLAIN.fullmatch(pattern) is not None
+
+
+def text_of(pattern: str) -> str:
+    """Return the name that a plain pattern is, if its dots are dots."""
+    text = pattern.removeprefix("^")
+    return _ESCAPE.sub(r"\1", text) if "\\" in text else text
+
+
+def is_loose(pattern: str) -> bool:
+    """Whether a plain pattern has a dot that stands for any character."""
+    return "." in (_ESCAPE.sub("", pattern) if "\\" in pattern else pattern)
+
+
+def means(pattern: str, name: str) -> bool:
+    """Whether a plain pattern means this name, as a whole."""
+    text = text_of(pattern)
+    if name == text or len(name) != len(text):
+        return name == text
+    return all(name.startswith(piece, place) for place, piece in _pieces(pattern))
+
+
+@functools.lru_cache(maxsize=4096)
+def _pieces(pattern: str) -> tuple[tuple[int, str], ...]:
+    """Return what stands between a plain pattern's dots that mean any character, and where."""
     letters = re.findall(r"\\?.", pattern.removeprefix("^"))
+    edges = [-1, *(place for place, letter in enumerate(letters) if letter == "."), len(letters)]
     text = "".join(letter[-1] for letter in letters)
-    edges = [-1, *(place for place, letter in enumerate(letters) if letter == "."), len(text)]
-    pieces = tuple((start + 1, text[start + 1 : stop]) for start, stop in itertools.pairwise(edges))
-    return Plain(text, whole, pieces if len(pieces) > 1 else ())
+    return tuple((start + 1, text[start + 1 : stop]) for start, stop in itertools.pairwise(edges))
 
 
 def matcher(field: str, pattern: str, form: Form) -> Callable[[str, Clock], Any]:
@@ -250,11 +251,13 @@ __all__ = [
     "SECONDS",
     "Clock",
     "Form",
-    "Plain",
     "check",
     "check_all",
     "clock",
+    "is_loose",
+    "is_plain",
     "matcher",
+    "means",
     "one_search",
-    "plain",
+    "text_of",
 ]

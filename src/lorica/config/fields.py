@@ -7,7 +7,7 @@ import functools
 import math
 import reprlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lorica.errors import ConfigError
@@ -118,15 +118,24 @@ def _is_class(hint: Any) -> bool:
 
 
 def _in_list(value: object, args: tuple[Any, ...]) -> bool:
-    return isinstance(value, list | tuple) and all(fits(item, args[0]) for item in value)
+    return isinstance(value, list | tuple) and _all_fit(value, args[0])
 
 
 def _in_set(value: object, args: tuple[Any, ...]) -> bool:
-    return isinstance(value, set | frozenset) and all(fits(item, args[0]) for item in value)
+    return isinstance(value, set | frozenset) and _all_fit(value, args[0])
 
 
 def _in_dict(value: object, args: tuple[Any, ...]) -> bool:
-    return isinstance(value, dict) and all(fits(key, args[0]) and fits(item, args[1]) for key, item in value.items())
+    return isinstance(value, dict) and _all_fit(value, args[0]) and _all_fit(value.values(), args[1])
+
+
+def _all_fit(values: Collection[Any], hint: Any) -> bool:
+    kinds = set(map(type, values))
+    if kinds <= {hint} and hint in (str, bool):
+        return True
+    if kinds <= {int} and hint in (int, float):  # there may be very many
+        return not values or (min(values) > -LARGEST and max(values) < LARGEST)
+    return all(fits(value, hint) for value in values)
 
 
 def _in_tuple(value: object, args: tuple[Any, ...]) -> bool:

@@ -7,7 +7,6 @@ cannot hold one, so neither can be meant by it.)
 
 from __future__ import annotations
 
-import functools
 import re
 import time
 from collections import defaultdict
@@ -15,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from lorica.config import LoraConfig, expressions
-from lorica.config.expressions import Clock, Plain, plain
+from lorica.config.expressions import Clock
 
 Names = Collection[str] | str
 
@@ -57,8 +56,8 @@ def meaning(names: Names | None, field: str = "target_modules") -> Meaning:
 
 
 def _expression(pattern: str, field: str, clock: Clock) -> Meaning:
-    if (name := plain(pattern)) is not None:
-        return name.is_all_of
+    if expressions.is_plain(pattern):
+        return lambda key: expressions.means(pattern, key)
     match = expressions.matcher(field, pattern, "name")
     return lambda key: match(key, clock) is not None
 
@@ -175,18 +174,19 @@ class Values:
     def __init__(self, patterns: Mapping[str, float] | None, field: str) -> None:
         self._field = field
         self._values = list((patterns or {}).items())
-        #: The text of a plain pattern → its places in the list.
-        self._named: dict[str, list[tuple[int, Plain]]] = defaultdict(list)
+        #: The text of a plain pattern → its place in the list, and whether it means the whole of a name alone.
+        self._named: dict[str, list[tuple[int, bool]]] = defaultdict(list)
         #: Length → number of dots → plain patterns of which a dot could stand for another character.
-        self._loose: dict[int, dict[int, list[tuple[int, Plain]]]] = defaultdict(lambda: defaultdict(list))
+        self._loose: dict[int, dict[int, list[tuple[int, bool, str]]]] = defaultdict(lambda: defaultdict(list))
         self._expressions: list[tuple[int, Callable[[str, Clock], Any]]] = []
         for place, (pattern, _) in enumerate(self._values):
-            if (name := plain(pattern)) is None:
+            if not expressions.is_plain(pattern):
                 self._expressions.append((place, expressions.matcher(field, pattern, "ending")))
                 continue
-            self._named[name.text].append((place, name))
-            if name.pieces:
-                self._loose[len(name.text)][name.text.count(".")].append((place, name))
+            text, whole = expressions.text_of(pattern), pattern.startswith("^")
+            self._named[text].append((place, whole))
+            if expressions.is_loose(pattern):
+                self._loose[len(text)][text.count(".")].append((place, whole, pattern))
 
     def of(self, key: str, default: float, clock: Clock) -> float:
         """Return the value of a name, or ``default``; ``clock`` is the search's.
@@ -210,27 +210,28 @@ class Values:
     def _places(self, key: str) -> Iterator[int]:
         """Yield the places of the plain patterns that mean a name."""
         for ending in _endings(key):
-            for place, name in self._named.get(ending, ()):
-                if ending == key or not name.whole:
-                    yield place
+            yield from (place for place, whole in self._named.get(ending, ()) if ending == key or not whole)
             # A character that is no dot is matched by itself alone. So another name of this length has more dots.
-            for dots, names in self._loose.get(len(ending), {}).items():
+            for dots, found in self._loose.get(len(ending), {}).items():
                 if dots > ending.count("."):
-                    yield from (at for at, name in names if (ending == key or not name.whole) and name.means(ending))
+                    fitting = ((place, one) for place, whole, one in found if ending == key or not whole)
+                    yield from (place for place, one in fitting if expressions.means(one, ending))
 
 
 def pattern_value(
     patterns: Mapping[str, float] | None, key: str, default: float, field: str = "alpha_pattern"
 ) -> float:
-    """Return the value of the first pattern that matches the end of ``key`` (at a dot), or ``default``."""
+    """Return the value of the first pattern that matches the end of ``key`` (at a dot), or ``default``.
+
+    In one search (:func:`lorica.config.expressions.one_search`) the patterns must not be changed in place.
+    """
     if not patterns:
         return default
-    return _values(tuple(patterns.items()), field).of(key, default, expressions.clock())
-
-
-@functools.lru_cache(maxsize=4)
-def _values(patterns: tuple[tuple[str, float], ...], field: str) -> Values:
-    return Values(dict(patterns), field)
+    clock = expressions.clock()
+    if id(patterns) not in clock.kept:
+        clock.kept[id(patterns)] = patterns, Values(patterns, field)
+    values: Values = clock.kept[id(patterns)][1]
+    return values.of(key, default, clock)
 
 
 def shortest_names(chosen: Collection[str], others: Collection[str]) -> set[str]:
