@@ -47,6 +47,7 @@ class Ranks:
         at: this rank's coordinate on each axis.
         mesh: the axes of more than one rank; None on one process.
         control: a group of all ranks over which numbers on the CPU are agreed on.
+        limit: how long ranks wait for each other in it and in others; None: as long as torch does.
     """
 
     rank: int = 0
@@ -55,6 +56,7 @@ class Ranks:
     at: Mapping[str, int] = field(default_factory=dict)
     mesh: DeviceMesh | None = None
     control: Any = None
+    limit: timedelta | None = None
 
     @property
     def first(self) -> bool:
@@ -116,7 +118,7 @@ class Ranks:
 
     def group(self) -> Any:
         """A new group of all ranks for tensors on the CPU, which nothing else uses; all ranks ask together."""
-        return dist.new_group(backend="gloo") if self.size > 1 else None
+        return dist.new_group(backend="gloo", timeout=self.limit) if self.size > 1 else None
 
     def first_does(self, act: Callable[[], object]) -> None:
         """Let the first rank do something while the others wait; where it fails, all fail.
@@ -227,7 +229,7 @@ def join(
         both = "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}"
         dist.init_process_group(both, timeout=limit)
     met()
-    ranks = Ranks(rank, size, control=dist.new_group(backend="gloo", timeout=limit))
+    ranks = Ranks(rank, size, control=dist.new_group(backend="gloo", timeout=limit), limit=limit)
     ranks.compare(agreed or {})
     axes = {name: count for name, count in fill(section, size).axes.items() if count > 1}
     mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
