@@ -67,9 +67,11 @@ def first_twice(names: Iterable[str]) -> str:
 def _text(path: Path, limit: int) -> str:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = b"" if size > limit else read_fully(file, size + 1)
-    if max(size, len(data)) > limit:
-        raise CheckpointError(f"{path}: {size:,} bytes is too large for a configuration (limit {limit:,})")
+        if size > limit:
+            raise CheckpointError(f"{path}: {size:,} bytes is too large for a configuration (limit {limit:,})")
+        data = read_fully(file, size + 1)
+    if len(data) != size:
+        raise CheckpointError(f"{path}: was changed while it was read")
     most = limit // _BYTES_PER_VALUE
     if sum(map(data.count, (b",", b"[", b"{"))) > most:
         raise CheckpointError(f"{path}: more values than a configuration has (limit {most:,})")
