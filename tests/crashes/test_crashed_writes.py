@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -84,6 +85,39 @@ def test_files_that_belong_together_are_never_of_two_versions(act: str, lasting:
         assert not (tmp_path / journal.NAME).exists()
         atomic.remove_partial(tmp_path)
     assert seen == {"old", "new"}
+
+
+def test_of_two_processes_that_write_at_once_one_waits_while_the_other_renames(tmp_path: Path) -> None:
+    save(tmp_path, "old")
+    rename = next(
+        number
+        for number, change in enumerate(faults.changes(tmp_path, lambda: save(tmp_path, "new")))
+        if change.startswith("os.remove") and "partial" not in change
+    )
+    save(tmp_path, "old")
+    (ready, told), (goes, go) = os.pipe(), os.pipe()
+
+    def pause(change: str) -> None:
+        os.write(told, b"x")
+        os.read(goes, 1)
+
+    def slow() -> None:
+        with faults.at(tmp_path, rename, pause):
+            save(tmp_path, "new")
+
+    first = threading.Thread(target=faults.in_child, args=(slow,))
+    first.start()
+    assert os.read(ready, 1) == b"x"
+    second = threading.Thread(target=save, args=(tmp_path, "newest"))
+    second.start()
+    second.join(0.2)
+    waits = second.is_alive()
+    os.write(go, b"x")
+    first.join()
+    second.join()
+    assert waits
+    assert versions(tmp_path, Path) == {"newest"}
+    assert {entry.name for entry in tmp_path.iterdir()} == set(NAMES)
 
 
 def test_an_unchanged_configuration_needs_no_journal_and_stays_where_it_is(tmp_path: Path) -> None:

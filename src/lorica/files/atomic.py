@@ -9,6 +9,7 @@ last, and then the directory gets its final name.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -95,13 +96,29 @@ def at_once() -> Iterator[None]:
     try:
         yield
         _at_the_same_time(sync, [temporary for temporary, _ in files])
-        _put(files)
+        with _alone_in({path.parent for _, path in files}):
+            _put(files)
     finally:
         _OPEN.reset(token)
         for temporary, path in files:
             with contextlib.suppress(OSError, CheckpointError):
                 if journal.read(path.parent).get(path.name) != temporary.name:
                     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone_in(folders: Collection[Path]) -> Iterator[None]:
+    """Let no other process rename files in these folders meanwhile: ranks that nobody told apart save all at once.
+
+    Some shared file systems have no locks of directories; it goes without there.
+    """
+    with contextlib.ExitStack() as held:
+        for folder in sorted(folders):
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _put(files: list[tuple[Path, Path]]) -> None:
