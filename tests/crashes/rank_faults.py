@@ -33,6 +33,9 @@ TIMEOUT = 20.0
 SOON = 10.0
 
 
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+
+
 class Struck(RuntimeError):
     """The fault of the kind ``error``."""
 
@@ -44,7 +47,7 @@ def strike(fault: str) -> None:
         raise Struck("struck")
     if fault == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a disk")
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[fault])
+    os.kill(os.getpid(), SIGNALS[fault])
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def attempt(
         ranks: how many.
         folder: an empty one.
         victim: the rank that has the fault.
-        fault: ``error``, ``full``, ``kill`` or ``term``.
+        fault: ``error``, ``full`` (a disk), or a signal: ``kill``, ``term``, ``int``.
         at: where.
         before: called in every rank with its number.
         options: of :func:`lorica.train.run`.

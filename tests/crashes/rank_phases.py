@@ -11,7 +11,7 @@ from rank_faults import Call, Operation, Outcome, attempt, prepare, printed
 
 from lorica.train import state
 
-FAULTS = ("error", "kill", "term", "full")
+FAULTS = ("error", "kill", "term", "full", "int")
 
 
 class Phase(NamedTuple):
@@ -86,10 +86,13 @@ class Told(NamedTuple):
 
 
 def chain(ranks: int, start: int = 0) -> list[Link]:
-    """Every phase once, ranks and faults in turn."""
+    """Every phase once, ranks and faults in turn; with ``start`` from 0 to ``5 * ranks`` every fault on every rank."""
+    kinds, numbers = len(FAULTS), range(len(PHASES))
+    faults = [FAULTS[(number + number // kinds + start) % kinds] for number in numbers]
+    ranks_in_turn = [(number + start // kinds) % ranks for number in numbers]
     return [
-        Link(phase, 0 if phase.first else number % ranks, FAULTS[(number + number // len(FAULTS) + start) % 4])
-        for number, phase in enumerate(PHASES)
+        Link(phase, 0 if phase.first else rank, fault)
+        for phase, rank, fault in zip(PHASES, ranks_in_turn, faults, strict=True)
     ]
 
 

@@ -20,7 +20,7 @@ import runs
 from lorica.train import metrics, state
 
 SPEEDS = ("seconds", "tokens_per_second")
-WORDS = {"error": "struck", "full": "No space left on device"}
+WORDS = {"error": "struck", "full": "No space left on device", "int": "KeyboardInterrupt"}
 
 
 def settings(base: Path, data: Path, output: Path, count: int, **checkpoint: Any) -> dict[str, Any]:
@@ -47,8 +47,12 @@ def assert_victim(link: Link, told: Told) -> None:
     outcome, context = told.outcomes[link.victim], (link, told)
     if link.fault == "kill":
         assert outcome.code == -9, context
+    elif link.fault in ("term", "int") and link.phase.noted:
+        assert outcome.kind == "Interrupted", context
     elif link.fault == "term":
-        assert outcome.kind == "Interrupted" if link.phase.noted else outcome.code == -15, context
+        assert outcome.code == -15, context
+    elif link.fault == "int":
+        assert outcome.kind == "KeyboardInterrupt", context
     else:
         assert outcome.kind, context
         assert WORDS[link.fault] in outcome.said, context
@@ -61,7 +65,7 @@ def assert_others(link: Link, told: Told) -> None:
         assert outcome.late < SOON, context
         if rank == link.victim:
             continue
-        if link.fault == "term" and link.phase.noted:
+        if link.fault in ("term", "int") and link.phase.noted:
             assert outcome.kind == "Interrupted", context
             continue
         assert outcome.kind in ("LostRankError", "RankError", "CheckpointError", "UnsavedError"), context
@@ -94,13 +98,19 @@ def final_state(output: Path) -> dict[str, Any]:
 def test_a_fault_in_every_phase_and_the_run_is_the_uninterrupted_one(
     count: int, start: int, checkpoint: dict[str, Any], base: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    whole = settings(base, data_file, tmp_path / "whole", count, **checkpoint)
-    (reference,) = ranks.run(1, rank_phases.run, whole, count, [], tmp_path / "one try", timeout=200)
-    assert [outcome.code for outcome in reference[-1].outcomes] == [0] * count, reference
-    cut = settings(base, data_file, tmp_path / "cut", count, **checkpoint)
     links = rank_phases.chain(count, start)
     assert {link.victim for link in links} == set(range(count))
-    (told,) = ranks.run(1, rank_phases.run, cut, count, links, tmp_path / "tries", timeout=600)
+    assert_chain(links, count, checkpoint, base, data_file, tmp_path)
+
+
+def assert_chain(
+    links: list[Link], count: int, checkpoint: dict[str, Any], base: Path, data_file: Path, folder: Path
+) -> None:
+    """A run that meets these faults is in the end that which met none."""
+    whole, cut = (settings(base, data_file, folder / name, count, **checkpoint) for name in ("whole", "cut"))
+    (reference,) = ranks.run(1, rank_phases.run, whole, count, [], folder / "one try", timeout=200)
+    assert [outcome.code for outcome in reference[-1].outcomes] == [0] * count, reference
+    (told,) = ranks.run(1, rank_phases.run, cut, count, links, folder / "tries", timeout=600)
     for each in told[:-1]:
         assert each.link is not None
         assert each.struck, each
@@ -108,7 +118,7 @@ def test_a_fault_in_every_phase_and_the_run_is_the_uninterrupted_one(
         assert_others(each.link, each)
         assert_nothing_lost(each)
     assert [outcome.code for outcome in told[-1].outcomes] == [0] * count, told[-1]
-    assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
+    assert final_state(folder / "cut") == final_state(folder / "whole")
 
 
 def test_a_fault_at_operations_on_the_disk_leaves_the_checkpoint_before(
@@ -117,7 +127,7 @@ def test_a_fault_at_operations_on_the_disk_leaves_the_checkpoint_before(
     for count, every in ((2, 6), (4, 13)):
         place = tmp_path / f"{count}"
         values = settings(base, data_file, place / "out", count)
-        arguments = values, count, place / "tries", every, ["kill", "full"]
+        arguments = values, count, place / "tries", every, ["kill", "full", "term", "int"]
         (told,) = ranks.run(1, rank_phases.save_and_fail, *arguments, timeout=600)
         struck = [each for each in told if each.link is not None]
         assert {each.link.victim for each in struck if each.link} == set(range(count))
@@ -131,4 +141,7 @@ def test_a_fault_at_operations_on_the_disk_leaves_the_checkpoint_before(
                 assert ended[each.link.victim] == (-9 if each.link.fault == "kill" else 3), each
             else:  # no fault any more, or one in what could wait: what is left of older checkpoints
                 assert [outcome.code for outcome in each.outcomes] == [0] * count, each
+                assert each.after == ["step-000001", "step-000002"], each
+            if each.link is not None and each.link.fault in ("term", "int"):
+                assert {outcome.kind for outcome in each.outcomes} == {"Interrupted"}, each
                 assert each.after == ["step-000001", "step-000002"], each
