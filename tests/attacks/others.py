@@ -240,6 +240,44 @@ METADATA_CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
+# ---- shards of neuronx-distributed -----------------------------------------------------------------------------------
+
+_CUT = {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 1, "num_partitions": 1}
+_LINEAR = {"fused_linear_name": "y", "linear_names": ["a", "b"], "fuse_axis": 0, "original_dims": [2, 2], "tp_size": 1}
+_HEADS = {"tp_size": 1, "num_attention_heads": 65536, "num_key_value_heads": 1, "kv_size_multiplier": 1}
+
+
+def _modules(kind: str, fields: dict[str, Any], count: int = 1) -> dict[str, Any]:
+    said = [{"module_fully_qualified_name": f"m{n}", "specs": [[kind, fields]]} for n in range(count)]
+    return {"parameters": {}, "model_weight_transformation_specs": said}
+
+
+def _lies(**about: Any) -> dict[str, Any]:
+    return {"parameters": {"x.lora_B.default.weight": _CUT | about}}
+
+
+#: What may be said of the shards of one rank that has one B of ``[4, 2]``.
+NEURON_METADATA: dict[str, Any] = {
+    "65,536 ranks": _lies(num_partitions=65536),
+    "10¹⁸ ranks": _lies(num_partitions=10**18),
+    "10¹⁸ strides": _lies(partition_stride=10**18),
+    "a dimension that is not there": _lies(partition_dim=10**18),
+    "a dimension before the first": _lies(partition_dim=-1),
+    "strides of text": _lies(partition_stride="x"),
+    "fused on 65,536 ranks": _modules("FusedLinearsSpec", _LINEAR | {"tp_size": 65536}),
+    "fused of 10¹⁸ rows": _modules("FusedLinearsSpec", _LINEAR | {"original_dims": [10**18] * 2}),
+    "fused of a million": _modules("FusedLinearsSpec", _LINEAR | {"original_dims": [1] * 1_000_001}),
+    "fused on a third axis": _modules("FusedLinearsSpec", _LINEAR | {"fuse_axis": 2}),
+    "a thousand layers of 65,536 heads": _modules("GQAQKVColumnParallelLinearSpec", _HEADS, 1000),
+    "more copies than heads": _modules("GQAQKVColumnParallelLinearSpec", _HEADS | {"kv_size_multiplier": 3}),
+    "a specification that is none": _modules("os.system", _LINEAR),
+    "a specification that is a list": {"parameters": {}, "model_weight_transformation_specs": [[[]]]},
+    "parameters that are a list": {"parameters": []},
+    "parameters that are none": {"parameters": {"x.lora_B.default.weight": None}},
+    "nothing": {},
+}
+
+
 # ---- an index of shards ----------------------------------------------------------------------------------------------
 
 _FILE = "shards-00000.safetensors"

@@ -15,8 +15,12 @@ import pytest
 import torch
 from doors import MIB, attempt
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from lorica.calibration import files
 from lorica.checkpoint.neuron import read_shards
 from lorica.checkpoint.shards import read_index
 from lorica.checkpoint.whole import consolidate
@@ -28,7 +32,8 @@ from lorica.files.pickles import Record, read_pickle
 from lorica.files.torch_files import read_torch_file
 from lorica.layout.tiling import tiles
 from lorica.merge.stream import weight_files
-from lorica.train import recipe, state
+from lorica.train import data, recipe, state
+from lorica.train.data import Format
 
 
 def refused(read: Callable[[], object], *says: str, error: type[Exception] = LoricaError) -> None:
@@ -95,6 +100,19 @@ def test_pipes_and_links_are_no_shards(tmp_path: Path) -> None:
     (shards / "mp_metadata_pp_rank_0.json").write_text("{}")
     (shards / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt").symlink_to("/etc/hostname")
     refused(lambda: read_shards(shards), "a link that leads out of")
+
+
+@pytest.mark.parametrize("name", others.NEURON_METADATA)
+def test_metadata_of_shards_say_what_there_is(name: str, tmp_path: Path) -> None:
+    shards = tmp_path / "adapter_default" / "adapter_shards"
+    (shards / "model").mkdir(parents=True)
+    (shards / "done").touch()
+    torch.save({"x.lora_B.weight": torch.ones(4, 2)}, shards / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt")
+    about = shards / "mp_metadata_pp_rank_0.json"
+    about.write_text(json.dumps({"parameters": {"x.lora_B.default.weight": {"tensor_model_parallel": False}}}))
+    assert read_shards(shards)["base_model.model.x.lora_B.weight"].shape == (4, 2)
+    about.write_text(json.dumps(others.NEURON_METADATA[name]))
+    refused(lambda: read_shards(shards), str(shards), error=CheckpointError)
 
 
 # ---- distributed checkpoints -----------------------------------------------------------------------------------------
@@ -232,6 +250,24 @@ def test_numbers_of_a_checkpoint_are_numbers(field: str, value: Any, tmp_path: P
 def test_files_of_a_model_lie_beside_their_index(name: Any, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     refused(lambda: weight_files(tmp_path), "model.safetensors.index.json", error=CheckpointError)
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ 1 / 0 }}", "{{ x.y.z }}"])
+def test_chat_templates_are_in_a_sandbox(template: str) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    tokenizer.chat_template = template
+    turns = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]}
+    form = Format.detect(["messages"])
+    with pytest.raises(RecipeError):  # which imports what jinja says its errors with
+        data.examples([turns], form, tokenizer, 8)
+    refused(lambda: data.examples([turns], form, tokenizer, 8), "Row 1", "the chat template", error=RecipeError)
+
+
+def test_what_calibration_kept_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    refused(lambda: files.read(tmp_path / "pipe", "cache_file"), "pipe", error=CheckpointError)
+    torch.save({"a": torch.ones(1)}, tmp_path / "pickle")
+    refused(lambda: files.read(tmp_path / "pickle", "cache_file"), "cache_file", "pickle", error=CheckpointError)
 
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}

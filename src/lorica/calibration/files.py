@@ -12,6 +12,7 @@ from lorica.adapt.inject import base_of
 from lorica.calibration import over_ranks
 from lorica.errors import CheckpointError
 from lorica.files.atomic import write_tensors
+from lorica.files.opening import open_regular
 from lorica.files.tensors import TensorReader
 
 #: How files of ``torch.save`` begin: a zip archive, or a bare pickle.
@@ -37,7 +38,7 @@ def read(path: str | os.PathLike[str], field: str) -> dict[str, Tensor]:
     try:
         reader = TensorReader(path)
     except CheckpointError as error:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(4)
         if head.startswith(_PICKLES):
             raise CheckpointError(

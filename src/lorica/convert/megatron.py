@@ -38,6 +38,7 @@ from lorica.convert.fuse import apart
 from lorica.convert.geometry import Geometry, geometry_of
 from lorica.convert.record import read_record
 from lorica.errors import CheckpointError, ExportError, LayoutError
+from lorica.files.opening import open_regular, read_fully
 from lorica.layout.neuron import number
 
 RUN_CONFIG = "run_config.yaml"
@@ -121,7 +122,8 @@ def find_iteration(path: Path) -> Path:
     if (path / METADATA).is_file():
         return path
     if (path / LATEST).is_file():
-        word = (path / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        with open_regular(path / LATEST) as file:
+            word = read_fully(file, 64).decode(errors="replace").strip()
         name = f"iter_{int(word):07d}" if word.isdecimal() else "release" if word == "release" else ""
         if name and (path / name / METADATA).is_file():
             return path / name

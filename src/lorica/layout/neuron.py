@@ -33,6 +33,8 @@ _FACTOR = re.compile(
 )
 _COPY = re.compile(r"(?P<owner>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>.+)")
 _MAX_RANKS = 65536
+#: Of all modules together.
+_MAX_INTERVALS = 1_000_000
 _QKV = ("q", "k", "v")
 _ORDERS: tuple[Literal["strided"], Literal["neighbours"]] = ("strided", "neighbours")
 
@@ -133,15 +135,26 @@ class _Metadata:
         Raises:
             LayoutError: a field is missing or not what it should be, or a specification is not known.
         """
+        left = _MAX_INTERVALS
         try:
             for module in self._modules:
                 name = str(module["module_fully_qualified_name"]).removeprefix(PREFIX.removesuffix("."))
                 for kind, fields in module["specs"]:
+                    left -= self._intervals(fields) if kind in _READERS else 0
+                    if left < 0:
+                        raise LayoutError(f"{name}: no model has more than {_MAX_INTERVALS:,} pieces on its ranks")
                     yield from spec_candidates(kind, fields, name.removeprefix("."), axis=self.axis)
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             if isinstance(error, LayoutError):
                 raise
             raise LayoutError(f"not the metadata of neuronx-distributed: {error!r}") from error
+
+    def _intervals(self, fields: Mapping[str, Any]) -> int:
+        """Return about how many pieces a specification means."""
+        ranks = number(fields["tp_size"])
+        if self.ranks is not None and ranks != self.ranks:
+            raise LayoutError(f"tp_size={ranks} where there are {self.ranks} ranks")
+        return ranks * len(fields.get("original_dims", ())) + int(fields.get("num_attention_heads", 0))
 
     def plain(self, name: str, shape: Sequence[int], *, here: bool) -> Spec:
         """Return how a tensor lies that no specification names: whole, or cut along one dimension, in strides or not.
@@ -177,7 +190,9 @@ class _Metadata:
         if about["tensor_model_parallel"]:
             dim, stride = int(about["partition_dim"]), int(about["partition_stride"])
             ranks = number(about.get("num_partitions", self.ranks))
-            if len(shape) > 2 or not 0 <= dim < len(shape) or stride < 1:
+            if self.ranks is not None and ranks != self.ranks:
+                raise LayoutError(f"{name}: num_partitions={ranks} where there are {self.ranks} ranks")
+            if len(shape) > 2 or not 0 <= dim < len(shape) or stride < 1 or 0 in shape:
                 raise LayoutError(f"{name}: {tuple(shape)} cut along {dim} in strides of {stride} is not supported")
             role: Dim = "out" if dim == 0 else "in"
             length = shape[dim] * (ranks if here else 1)

@@ -301,7 +301,15 @@ def _render(tokenizer: Any, conversation: list[dict[str, Any]], number: int, **o
 
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
-    except TemplateError as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise RecipeError(f"Row {number}: the chat template refuses the conversation: {error}") from None
 
 

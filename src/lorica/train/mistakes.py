@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorica.errors import suggest
+from lorica.errors import shown, suggest
 
 # What other tools call a setting; only used to suggest ours.
 _ALIASES = {
@@ -58,7 +58,7 @@ def explain(recipe: type[BaseModel], item: Mapping[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{where}: missing; it has no default"
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    expected = message if item["type"] == "value_error" else f"expected {message}, got {item['input']!r}"
+    expected = message if item["type"] == "value_error" else f"expected {message}, got {shown(repr(item['input']))}"
     return f"{where}: {expected}" if where else expected
 
 
