@@ -39,7 +39,7 @@ def trained(base: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_train_writes_what_it_says(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    assert names == {"adapter", "checkpoints", "loss.png", "metrics.jsonl", "recipe.yaml"}
+    assert names == {".lock", "adapter", "checkpoints", "loss.png", "metrics.jsonl", "recipe.yaml"}
     assert "base_model" in (trained / "adapter" / "README.md").read_text()
 
 
