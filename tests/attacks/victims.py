@@ -18,6 +18,7 @@ import lorica
 import models
 from lorica.checkpoint.whole import consolidate
 from lorica.convert import SYSTEMS, convert_adapter, read_adapter
+from lorica.layout.specs import same
 from lorica.train import optim, recipe, state
 from lorica.train.collate import Batches, Collator
 from lorica.train.data import Example
@@ -188,10 +189,13 @@ class Runs:
             numbers = state.read_numbers(folder)
             state.check_recipe(numbers["recipe"], recipe.parse(_RECIPE | {"output_dir": "other"}))
             state.restore(folder, live)
-            all_finite(parameter.detach() for parameter in live.model.parameters())
+            said = load_file(folder / "state" / "shards-00000.safetensors")
+            for name, tensor in lorica.get_peft_model_state_dict(live.model).items():
+                assert same(tensor, said[f"factors/{name}@0,0"]), name  # NaN too: a run may have come to it
         finally:
             torch.set_rng_state(randoms)
-        all_finite(load_file(consolidate(folder / "state", output)).values())
+        for name, tensor in load_file(consolidate(folder / "state", output)).items():
+            assert same(tensor, said[f"factors/{name}@0,0"]), name
 
 
 def make_recipe(folder: Path) -> None:
