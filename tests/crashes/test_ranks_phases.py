@@ -23,12 +23,16 @@ SPEEDS = ("seconds", "tokens_per_second")
 WORDS = {"error": "struck", "full": "No space left on device", "int": "KeyboardInterrupt"}
 
 
+#: How four ranks divide the model and the rows; two have the rows between them.
+LAYOUTS = {2: {"dp": 2}, 4: {"tp": 2, "dp": 2}}
+
+
 def settings(base: Path, data: Path, output: Path, count: int, **checkpoint: Any) -> dict[str, Any]:
     values = runs.settings(base, data, output, training__steps=8)
     values["training"] |= {"batch_size": 4, "eval_every": None}
     values["checkpoint"] = {"every": 1, "keep": 2, **checkpoint}
     values["log"] = {"every": 1}
-    values["parallel"] = {"dp": count, "timeout": TIMEOUT}
+    values["parallel"] = LAYOUTS[count] | {"timeout": TIMEOUT}
     return values
 
 
