@@ -134,7 +134,9 @@ SAVED: dict[str, Callable[[Any, Path], object]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA that is already")
+@pytest.mark.filterwarnings(
+    "ignore:Converting a PEFT adapter to LoRA that is already", "ignore:.*saving was interrupted"
+)
 @pytest.mark.parametrize("save", SAVED)
 def test_an_adapter_that_is_saved_over_another_is_one_of_them(save: str, tmp_path: Path) -> None:
     # Of the same shapes, so that nothing but the configuration would tell them apart.

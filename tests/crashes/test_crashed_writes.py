@@ -62,6 +62,7 @@ def outcomes(folder: Path, act: str, work: Callable[[], object], prepare: Callab
         yield number
 
 
+@pytest.mark.filterwarnings("ignore:.*saving was interrupted")
 @pytest.mark.parametrize(
     ("act", "lasting"), [*((act, False) for act in ACTS), *((act, True) for act in ACTS if act.startswith("E"))]
 )
@@ -152,14 +153,54 @@ def test_a_strangers_journal_leads_nowhere(files: object, tmp_path: Path) -> Non
         find_file(tmp_path, "adapter_config.json")
 
 
-def test_a_strangers_journal_leads_to_no_link(tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
+@pytest.mark.parametrize("link", ["file", "journal"])
+def test_a_strangers_journal_leads_to_no_link_and_is_none(link: str, tmp_path: Path) -> None:
+    folder, temporary = tmp_path / "adapter", f".partial-{'0' * 32}.json"
     folder.mkdir()
-    save(folder, "old")
     (tmp_path / "secret").write_text("secret")
-    (folder / f".partial-{'0' * 32}.json").symlink_to(tmp_path / "secret")
-    (folder / journal.NAME).write_text(json.dumps({"files": {"adapter_config.json": f".partial-{'0' * 32}.json"}}))
-    assert find_file(folder, "adapter_config.json") == folder / "adapter_config.json"
+    (tmp_path / "journal").write_text(json.dumps({"files": {"adapter_config.json": temporary}}))
+    if link == "file":
+        (folder / temporary).symlink_to(tmp_path / "secret")
+        (folder / journal.NAME).write_bytes((tmp_path / "journal").read_bytes())
+    else:
+        (folder / temporary).write_text("{}")
+        (folder / journal.NAME).symlink_to(tmp_path / "journal")
+    with pytest.raises(CheckpointError, match=r"Can't find 'adapter_config\.json'"):
+        find_file(folder, "adapter_config.json")
+
+
+@pytest.mark.parametrize("content", ["x" * 70_000, "[" * 60_000, "3", '{"files": {}, "files": {}}'])
+def test_a_strangers_journal_is_read_in_bounds(content: str, tmp_path: Path) -> None:
+    (tmp_path / journal.NAME).write_text(content)
+    with pytest.raises(CheckpointError, match=r"partial-journal\.json"):
+        find_file(tmp_path, "adapter_config.json")
+
+
+def test_a_strangers_journal_shows_no_other_adapter(tmp_path: Path) -> None:
+    save(tmp_path, "seen")
+    hidden = {name: f".partial-{number:032x}.json" for number, name in enumerate(NAMES)}
+    for name, temporary in hidden.items():
+        (tmp_path / temporary).write_text(f"hidden {name}")
+    (tmp_path / journal.NAME).write_text(json.dumps({"files": hidden}))
+    assert versions(tmp_path, find_file) == {"seen"}
+    (tmp_path / NAMES[1]).unlink()
+    with pytest.warns(UserWarning, match=rf"{tmp_path}: saving was interrupted; adapter_config\.json is read from"):
+        assert find_file(tmp_path, NAMES[1]).read_text() == f"hidden {NAMES[1]}"
+
+
+def test_what_somebody_puts_there_after_a_kill_stays(tmp_path: Path) -> None:
+    for number in count():
+        save(tmp_path, "old")
+        if not faults.killed_at(tmp_path, number, lambda: save(tmp_path, "new")):
+            break
+        for name in NAMES:  # as by cp
+            (tmp_path / name).write_text(f"copied {name}")
+        assert versions(tmp_path, find_file) == {"copied"}
+        atomic.finish_files(tmp_path)
+        assert versions(tmp_path, Path) == {"copied"}, number
+        assert not (tmp_path / journal.NAME).exists()
+        atomic.remove_partial(tmp_path)
+    assert number > 15
 
 
 def fill(final: Path) -> None:

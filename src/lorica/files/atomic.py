@@ -138,7 +138,7 @@ def _put(files: list[tuple[Path, Path]]) -> None:
         raise
     for folder, names in folders.items():
         if folder in announced:
-            _finish_announced(folder)
+            _carry_out(folder, names)
             continue
         for name, filled in names.items():
             (folder / filled).replace(folder / name)
@@ -158,26 +158,32 @@ def _announce(folder: Path, names: Mapping[str, str]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _finish_announced(folder: Path) -> None:
+def _carry_out(folder: Path, names: Mapping[str, str]) -> None:
+    def rename() -> None:
+        journal.rename(folder, names)
+        sync(folder)
+        (folder / journal.NAME).unlink(missing_ok=True)
+
     try:
-        finish_files(folder)
+        rename()
     except BaseException:  # also an interruption: what is announced is done, as far as it can be
         with contextlib.suppress(OSError):
-            finish_files(folder)
+            rename()
         raise
 
 
 def finish_files(folder: Path) -> None:
-    """Do what a writer of several files announced, and died before it could.
+    """Do what a writer of several files had begun to do and died, or forget it if it had not begun.
 
     Raises:
         OSError: a file cannot be renamed.
         CheckpointError: what should be a journal is none.
     """
-    if names := journal.read(folder):
-        journal.rename(folder, names)
-        sync(folder)
-        (folder / journal.NAME).unlink(missing_ok=True)
+    names = journal.read(folder)
+    if names and journal.is_unfinished(folder, names):
+        _carry_out(folder, names)
+    for name in [*names.values(), journal.NAME] if names else []:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _at_the_same_time(work: Callable[[Path], _T], paths: Collection[Path]) -> list[_T]:

@@ -2,9 +2,11 @@
 
 Weights under another configuration load without a complaint and are another adapter. So where a write replaces more
 than one file, it first says in a journal which temporary file is to be which, then takes away all old files but the
-first, and then renames. Whoever dies in between leaves either no journal (and the old files), or one by which
-:func:`resolve` finds the new files and the next writer finishes. A reader that knows nothing of the journal finds the
-old files, the new ones, or a file missing; never some of both.
+first, and then renames. Whoever dies before the first is taken away leaves the old files; after that, one is missing,
+:func:`resolve` finds the new files by the journal, and the next writer finishes. A reader that knows nothing of the
+journal finds the old files, the new ones, or one missing; never some of both. Where none is missing a journal counts
+for nothing: files that somebody else has put there are not replaced, and a stranger's journal shows no other adapter
+than the one that everybody sees.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import filecmp
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,15 +28,25 @@ _TEMPORARY = re.compile(r"\.partial-[0-9a-f]{32}(\.\w+)?")
 
 
 def resolve(directory: str | os.PathLike[str], name: str) -> Path:
-    """Return the path of a file of a directory: also where its writer died before it could give it its name.
+    """Return the path of a file of a directory: also where its writer died before it could give it its name, which is
+    a warning.
 
     Raises:
         CheckpointError: there is a journal, and it is none.
     """
-    waiting = read(Path(directory)).get(name)
-    if waiting is not None and (path := Path(directory, waiting)).is_file() and not path.is_symlink():
-        return path
-    return Path(directory, name)
+    folder = Path(directory)
+    files = read(folder)
+    if name in files and is_unfinished(folder, files):
+        path = folder / files[name]
+        if path.is_file() and not path.is_symlink():
+            warnings.warn(f"{folder}: saving was interrupted; {name} is read from {path.name}", stacklevel=2)
+            return path
+    return folder / name
+
+
+def is_unfinished(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether a file is missing that a journal names."""
+    return not all((folder / name).exists() for name in files)
 
 
 def read(folder: Path) -> dict[str, str]:
@@ -94,4 +107,4 @@ def rename(folder: Path, files: Mapping[str, str]) -> None:
         (folder / temporary).replace(folder / name)
 
 
-__all__ = ["NAME", "content", "is_needed", "read", "rename", "resolve"]
+__all__ = ["NAME", "content", "is_needed", "is_unfinished", "read", "rename", "resolve"]
