@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorica
+from lorica.adapt import inject
 from lorica.checkpoint import loading
 from lorica.errors import AdapterError, CheckpointError
 from lorica.model import hotswap
@@ -274,6 +275,25 @@ def test_an_adapter_that_is_deleted_while_rows_have_it_gives_them_their_whole_ou
         with pytest.raises(AdapterError, match="non-existing adapter"):
             late.result()
     assert torch.allclose(compute(model, ["a"] * 3)[1], before[1], atol=1e-6)
+
+
+def test_rows_do_not_find_an_adapter_that_is_half_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers have forgotten it and its name is still known: rows would be the base model's without a word."""
+    model, gate, take_out = adapted("a", "b"), Gate(), inject.take_out
+
+    def taken_out(*args: Any) -> None:
+        take_out(*args)
+        gate()
+
+    monkeypatch.setattr(inject, "take_out", taken_out)
+    deleting = Running(model.delete_adapter, "b")
+    gate.wait()
+    rows = Running(compute, model, ["b", "a", "b"])
+    waiters(model, 1)
+    gate.open()
+    deleting.result()
+    with pytest.raises(AdapterError, match="non-existing adapter"):
+        rows.result()
 
 
 def test_a_block_of_rows_keeps_its_adapters() -> None:

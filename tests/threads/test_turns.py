@@ -198,7 +198,9 @@ def test_a_wait_that_is_interrupted_leaves_nothing_behind() -> None:
     with pytest.raises(KeyboardInterrupt), turns.writing():
         raise AssertionError
     sender.result()
+    change = entered(turns.changing())
     passes(turns.reading)
+    change.leave()
     other.leave()
     passes(turns.writing())
 
