@@ -19,6 +19,9 @@ from models import ids, mlp, tiny_llama
 
 EVIL = "evil_module_of_a_stranger"
 
+#: A module that no test imports.
+UNUSED = "transformers.models.cvt.modeling_cvt"
+
 #: A value of a field, which names something that could be imported or called.
 NAMES = {
     "megatron_core": [EVIL, "os", "megatron.core.transformer", "megatron", "../evil"],
@@ -97,6 +100,7 @@ def test_a_configuration_on_its_own_imports_nothing(adapter, evil) -> None:
         ("transformers", "__name__"),
         ("transformers.utils.import_utils", "importlib"),
         ("transformers.models.llama", "sys"),
+        (UNUSED, "CvtLayer"),
         ("transformers", ["LlamaForCausalLM"]),
         (None, "LlamaForCausalLM"),
         ({"transformers": 1}, "LlamaForCausalLM"),
@@ -116,6 +120,7 @@ def test_the_class_of_a_base_model_is_one_of_a_tables(parent, name, adapter, evi
     with pytest.raises(ConfigError, match="parent_library"):
         compat.AutoPeftModel.from_pretrained(folder)
     assert f"transformers.{EVIL}" not in sys.modules
+    assert UNUSED not in sys.modules
 
 
 def test_a_base_model_s_own_code_runs_only_where_the_caller_says_so(tmp_path, evil) -> None:

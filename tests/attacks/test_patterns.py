@@ -10,7 +10,7 @@ import time
 import warnings
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import lorica
@@ -155,6 +155,9 @@ def test_all_patterns_of_a_search_share_its_time() -> None:
     values, clock = Values(slow, "rank_pattern"), Clock()
     with Bounds(), pytest.raises(ConfigError, match="rank_pattern"):
         [values.of(name, 8, clock) for name in names * 1000]
+    loose = Values({f"{'.' * 8}{i:05d}": 1 for i in range(60_000)}, "alpha_pattern")
+    with Bounds(), pytest.raises(ConfigError, match="alpha_pattern"):
+        [loose.of(f"{'a' * 8}x{i:04d}", 8, clock) for clock in [Clock()] for i in range(1000)]
     wild = [f"*{'a*' * 40}{i}" for i in range(3000)]
     with Bounds(), pytest.raises(ConfigError, match="exclude_modules"):
         list(map(meaning(wild, "exclude_modules"), names * 1000))
@@ -271,6 +274,9 @@ def test_the_first_pattern_counts_however_it_is_found(patterns, name) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab.*", min_size=1, max_size=8).filter(lambda text: "*" in text), st.text("ab.", min_size=1, max_size=8))
+@example("*a*a*", "a")
+@example("a*a", "a")
+@example("*ab*b", "ab")
 def test_wildcards_mean_anything_between(wildcard, name) -> None:
     assert entry_matches(wildcard, name) == bool(re.fullmatch(".*".join(map(re.escape, wildcard.split("*"))), name))
     assume("*" in wildcard)
