@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,12 +351,16 @@ def test_a_run_that_another_was_faster_than_is_refused(
     assert trace(Path(values["output_dir"])) == whole
 
 
-def test_where_the_disk_knows_no_locks_a_run_goes_without(
-    values: dict[str, Any], whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("system", ["with", "without"])
+def test_where_the_disk_or_the_system_knows_no_locks_a_run_goes_without(
+    system: str, values: dict[str, Any], whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(claim, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    if system == "without":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setitem(sys.modules, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
     run(values)
     assert trace(Path(values["output_dir"])) == whole

@@ -88,7 +88,9 @@ def test_files_that_belong_together_are_never_of_two_versions(act: str, lasting:
     assert seen == {"old", "new"}
 
 
-def test_of_two_processes_that_write_at_once_one_waits_while_the_other_renames(tmp_path: Path) -> None:
+def test_of_two_processes_that_write_at_once_one_waits_while_the_other_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, "old")
     rename = next(
         number
@@ -113,6 +115,9 @@ def test_of_two_processes_that_write_at_once_one_waits_while_the_other_renames(t
     second.start()
     second.join(0.2)
     waits = second.is_alive()
+    monkeypatch.setattr(atomic, "_PATIENCE", 0.0)
+    with pytest.raises(TimeoutError, match=f"renaming files here .*{tmp_path}"):
+        save(tmp_path, "impatient")
     os.write(go, b"x")
     first.join()
     second.join()

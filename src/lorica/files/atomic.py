@@ -9,7 +9,7 @@ last, and then the directory gets its final name.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
 import re
@@ -27,10 +27,12 @@ from torch import Tensor
 from lorica.errors import CheckpointError
 from lorica.files import journal, marker
 from lorica.files import tensors as safetensors
+from lorica.files.locks import wait_for_lock
 
 MARKER = marker.NAME
 _TEMPORARY = ".partial-"
 _THREADS = 16
+_PATIENCE = 30.0  # seconds for another process that renames files, which takes none
 _LONGEST = 100  # of a name to which an owner's is added; file systems take 255
 _T = TypeVar("_T")
 
@@ -111,13 +113,17 @@ def _alone_in(folders: Collection[Path]) -> Iterator[None]:
     """Let no other process rename files in these folders meanwhile: ranks that nobody told apart save all at once.
 
     Some shared file systems have no locks of directories; it goes without there.
+
+    Raises:
+        TimeoutError: another one does not come to an end.
     """
     with contextlib.ExitStack() as held:
         for folder in sorted(folders):
             descriptor = os.open(folder, os.O_RDONLY)
             held.callback(os.close, descriptor)
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not wait_for_lock(descriptor, _PATIENCE):
+                said = f"another process has been renaming files here for {_PATIENCE:g} s"
+                raise TimeoutError(errno.ETIMEDOUT, said, os.fspath(folder))
         yield
 
 

@@ -1,27 +1,18 @@
-"""One run at a time in a directory: a lock that the system takes back when its process ends, however it ends.
-
-``flock`` of the standard library, and no lock that is a file's being there: that one would outlive a killed run, and
-keep its continuation out.
-"""
+"""One run at a time in a directory: a lock that ends with the process, or it would keep the run's continuation out."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import socket
-import time
 from pathlib import Path
 from types import TracebackType
 
 from typing_extensions import Self
 
 from lorica.errors import RecipeError
+from lorica.files.locks import wait_for_lock
 
 NAME = ".lock"
-# What file systems without locks say of them.
-_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-_POLL_SECONDS = 0.05
 
 
 class Claim:
@@ -53,28 +44,22 @@ class Claim:
             RecipeError: another process has it, or it cannot be written.
         """
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RecipeError(f"output_dir: {self._path} cannot be written: {error.strerror}") from None
         try:
-            self._wait_for(descriptor)
+            if not wait_for_lock(descriptor, self._patience):
+                who = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                raise RecipeError(
+                    f"output_dir: {who} is training into {self._path.parent}. Wait for it, stop it, or choose another "
+                    "output_dir"
+                )
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except BaseException:
             os.close(descriptor)
             raise
         self._descriptor = descriptor
-
-    def _wait_for(self, descriptor: int) -> None:
-        deadline = time.monotonic() + self._patience
-        while not _locked(descriptor):
-            if time.monotonic() >= deadline:
-                who = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-                raise RecipeError(
-                    f"output_dir: {who} is training into {self._path.parent}. Wait for it, stop it, or choose another "
-                    "output_dir"
-                )
-            time.sleep(_POLL_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -85,17 +70,6 @@ class Claim:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-    return True
 
 
 __all__ = ["NAME", "Claim"]
