@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -275,6 +277,40 @@ def test_an_adapter_that_is_deleted_while_rows_have_it_gives_them_their_whole_ou
         with pytest.raises(AdapterError, match="non-existing adapter"):
             late.result()
     assert torch.allclose(compute(model, ["a"] * 3)[1], before[1], atol=1e-6)
+
+
+def test_a_refused_load_leaves_no_modules_behind(folder: Path, tmp_path: Path) -> None:
+    """Of a configuration that asks for magnitudes, over a file that has none."""
+    model = lorica.PeftModel.from_pretrained(base(), folder / "old").eval()
+    tree = [name for name, _ in model.named_modules()]
+    config(use_dora=True).save_pretrained(tmp_path)
+    shutil.copy(folder / "new" / "adapter_model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match="lora_magnitude_vector"):
+        model.load_adapter(tmp_path, "next")
+    assert [name for name, _ in model.named_modules()] == tree
+
+
+def test_its_state_is_collected_while_layers_come_and_go(folder: Path) -> None:
+    model = lorica.PeftModel.from_pretrained(base(), folder / "old").eval()
+    stop, wanted = threading.Event(), set(lorica.get_peft_model_state_dict(model))
+
+    def collect() -> None:
+        while not stop.is_set():
+            assert set(lorica.get_peft_model_state_dict(model)) == wanted
+            assert sum("next" in name for name in model.state_dict()) in (0, 2)
+            assert len(model.get_layer_status()) - len(TARGETS) in (0, 1)
+
+    collecting = Running(collect)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            model.add_adapter("next", lorica.LoraConfig(r=2, target_modules=["head"]))
+            model.delete_adapter("next")
+    finally:
+        sys.setswitchinterval(before)
+        stop.set()
+    collecting.result()
 
 
 def test_rows_do_not_find_an_adapter_that_is_half_deleted(monkeypatch: pytest.MonkeyPatch) -> None:

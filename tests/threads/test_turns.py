@@ -128,6 +128,22 @@ def test_threads_that_a_block_waits_for_are_not_kept_out() -> None:
     second.leave()
 
 
+def test_who_waits_to_write_lets_others_pass_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a ``generate`` of minutes would keep everybody out, and a forward that waits for another thread's for ever."""
+    monkeypatch.setattr(Turns, "patience", 0.01)
+    turns = Turns()
+    long = entered(turns.reading)
+    writer = Inside(turns.writing())
+    until(lambda: turns._changer is not None)
+    for _ in range(3):
+        passes(turns.reading)
+    passes(turns.holding())
+    assert not writer.entered.is_set()
+    long.leave()
+    until(writer.entered.is_set)
+    writer.leave()
+
+
 def test_each_context_may_be_entered_again_in_each_other_one() -> None:
     turns = Turns()
     with turns.writing(), turns.reading, turns.holding(), turns.changing(), turns.writing(), turns.reading:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorica.adapt.inject import base_of
+from lorica.adapt.inject import base_of, switch_of
 from lorica.checkpoint import card
 from lorica.checkpoint.names import WEIGHTS_NAME, saved_entries
 from lorica.checkpoint.pieces import collect, here, lie_over_ranks, pieces
@@ -20,6 +20,7 @@ from lorica.engines import Engines
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError, suggest
 from lorica.files.atomic import at_once, write_tensors
+from lorica.layers import Switch
 
 if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
@@ -51,16 +52,17 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    entries = saved_entries(model, adapter_name, save_embedding_layers)
-    if state_dict is not None:
-        values = {n: entry.tensor.detach() if entry.tied else state_dict[entry.live] for n, entry in entries.items()}
-        return {name: entries[name].saved(value) for name, value in values.items()}
-    if lie_over_ranks(base_of(model), entries):
-        return collect(pieces(entries))
-    return {
-        name: entry.saved(entry.tensor.detach()) if entry.window is None else here(name, entry)
-        for name, entry in entries.items()
-    }
+    with (switch_of(model) or Switch()).turns.reading:
+        entries = saved_entries(model, adapter_name, save_embedding_layers)
+        if state_dict is not None:
+            values = {n: e.tensor.detach() if e.tied else state_dict[e.live] for n, e in entries.items()}
+            return {name: entries[name].saved(value) for name, value in values.items()}
+        if lie_over_ranks(base_of(model), entries):
+            return collect(pieces(entries))
+        return {
+            name: entry.saved(entry.tensor.detach()) if entry.window is None else here(name, entry)
+            for name, entry in entries.items()
+        }
 
 
 def save_adapters(

@@ -184,6 +184,8 @@ class LoraLayer(Sharded, Scaled):
                 for key in {extra.container for extra in self.extras.pop(name).values()}:
                     container: Any = self._modules[key]
                     del container[name]
+                    if not (container._modules or container._parameters or container._buffers):
+                        del self._modules[key]
         self.owed.discard(name)
         self.notes.clear()
         self._look_again()

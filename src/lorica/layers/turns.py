@@ -2,7 +2,7 @@
 
 ::
 
-    reading     a forward, or a whole ``generate``; who waits to write goes first
+    reading     a forward, or a whole ``generate``; who waits to write goes first, for a while
     holding     the same for a block of any number of forwards, in this thread and in those that it waits for
     changing    one thread at a time works on the adapters: it reads files, computes; forwards go on
     writing     the part of a change that others must not see half done: no forward runs
@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
+from typing import ClassVar
 
 from lorica.errors import AdapterError
 
@@ -28,7 +29,10 @@ class Turns:
 
     Attributes:
         reading: a context in which nothing changes; entering it takes half a microsecond where nobody changes anything.
+        patience: for how many seconds nobody begins to read, at first, while somebody waits to write.
     """
+
+    patience: ClassVar[float] = 1.0
 
     def __init__(self) -> None:
         self.reading = _Reading(self)
@@ -105,11 +109,7 @@ class Turns:
         me = get_ident()
         with self.changing():
             with self._lock:
-                self._waits = True
-                try:
-                    self._free.wait_for(lambda: not self._readers.keys() - {me})
-                finally:
-                    self._waits = False
+                self._wait_to_write(me)
                 self._writes += 1
             try:
                 yield
@@ -117,6 +117,22 @@ class Turns:
                 with self._lock:
                     self._writes -= 1
                     self._free.notify_all()
+
+    def _wait_to_write(self, me: int) -> None:
+        """Wait until nobody else reads: for a while nobody begins to, then for as long all may, then for twice as long.
+
+        So forwards that overlap do not keep a change out for ever, a long ``generate`` that it waits for does not keep
+        everybody else out, and a thread that a forward waits for comes in.
+        """
+        patience = self.patience
+        try:
+            while self._readers.keys() - {me}:
+                self._waits = not self._waits
+                self._free.notify_all()
+                self._free.wait_for(lambda: not self._readers.keys() - {me}, patience)
+                patience *= 1 if self._waits else 2
+        finally:
+            self._waits = False
 
     def alone(self, thing: object) -> threading.RLock:
         """Return a lock for a module that a forward changes and puts back, or changes once."""
@@ -141,7 +157,7 @@ class Turns:
             del self._readers[me]
         else:
             self._readers[me] -= 1
-        if self._waits:
+        if self._changer is not None:
             self._free.notify_all()
 
     def keep_only(self, thread: int) -> None:

@@ -110,6 +110,11 @@ class LoraModel(nn.Module):
         with self.switch.turns.reading:
             return self._routed(generate, args, kwargs, generates=True)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what ``nn.Module`` does, while nothing changes."""
+        with self.switch.turns.reading:
+            return super().state_dict(*args, **kwargs)
+
     def _routed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool = False
     ) -> Any:

@@ -201,7 +201,8 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
-        return count_parameters(self)
+        with self.base_model.switch.turns.reading:
+            return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, and how many there are."""
