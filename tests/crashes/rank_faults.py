@@ -33,7 +33,7 @@ TIMEOUT = 20.0
 SOON = 10.0
 
 
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
 
 
 class Struck(RuntimeError):
@@ -166,7 +166,7 @@ def attempt(
         ranks: how many.
         folder: an empty one.
         victim: the rank that has the fault.
-        fault: ``error``, ``full`` (a disk), or a signal: ``kill``, ``term``, ``int``.
+        fault: ``error``, ``full`` (a disk), or a signal: ``kill``, ``term``, ``int``, ``stop`` (it hangs).
         at: where.
         before: called in every rank with its number.
         options: of :func:`lorica.train.run`.
@@ -234,7 +234,8 @@ def _collect(children: list[int], folder: Path) -> list[Outcome]:
     waiting = dict(enumerate(children))
     while waiting:
         for rank, child in list(waiting.items()):
-            over = time.monotonic() - started > TIMEOUT + SOON
+            hangs = len(waiting) == 1 and _is_stopped(child)
+            over = hangs or time.monotonic() - started > TIMEOUT + SOON
             if over:
                 os.kill(child, signal.SIGKILL)
             done, status = os.waitpid(child, 0 if over else os.WNOHANG)
@@ -246,6 +247,10 @@ def _collect(children: list[int], folder: Path) -> list[Outcome]:
                 found[rank] = Outcome(os.waitstatus_to_exitcode(status), kind, text, late)
         time.sleep(0.005)
     return [found[rank] for rank in range(len(children))]
+
+
+def _is_stopped(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
 def printed(folder: Path) -> str:

@@ -4,16 +4,17 @@ rank and the field.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ranks
 import torch
-from rank_faults import Outcome, attempt, prepare
+from rank_faults import SOON, Call, Outcome, attempt, prepare
 
 import runs
-from lorica.train import job, sources
+from lorica.train import job, models, sources
 
 ALIKE = Path("step-000001")
 
@@ -54,6 +55,18 @@ def another_random_state() -> None:
     job.adapt = adapted
 
 
+def another_base_model() -> None:
+    load = models.load_base
+
+    def loaded(*args: Any, **options: Any) -> Any:
+        base = load(*args, **options)
+        with torch.no_grad():
+            base.model.layers[1].mlp.down_proj.weight[3] += 1
+        return base
+
+    models.load_base = loaded
+
+
 def a_checkpoint_of_its_own() -> None:
     job._place = lambda *args, **options: ALIKE
 
@@ -69,6 +82,7 @@ FINDS: dict[str, tuple[Callable[[], None], str]] = {
     "the seed of the starts": (other_seed, "initial values of default/base_model.model"),
     "a row": (fewer_rows, "number of rows: [23, 6], not [24, 6]"),
     "the order of rows": (another_order, "tokens of the data: "),
+    "the base model": (another_base_model, "weights of the base model: "),
     "the checkpoint": (a_checkpoint_of_its_own, "checkpoint to go on from: step-000001, not none"),
 }
 
@@ -122,6 +136,24 @@ def test_ranks_that_differ_stop_before_anything_is_written(tmp_path: Path) -> No
             rank = "rank 3" if name == "of four" else "rank 1"
             assert f"{rank} differs from rank 0 in the " in outcome.said, (name, outcomes)
             assert _swapped(of, name) in outcome.said, (name, outcomes)
+
+
+def stop_one(values: dict[str, Any], folder: Path) -> list[Outcome]:
+    """What becomes of the ranks where one hangs in its first backward pass."""
+    prepare(values)
+    return attempt(values, 2, folder, victim=1, fault="stop", at=Call("torch.autograd", "backward"))
+
+
+def test_a_rank_that_hangs_is_waited_for_as_long_as_the_recipe_says(tmp_path: Path) -> None:
+    base = runs.save_base(tmp_path / "base")
+    data = runs.write_jsonl(tmp_path / "sums.jsonl", runs.sums(30))
+    values = runs.settings(base, data, tmp_path / "out", training__steps=1)
+    values["parallel"] = {"dp": 2, "timeout": 3.0}
+    ((waiting, hanging),) = ranks.run(1, stop_one, values, tmp_path / "tries", timeout=90)
+    assert hanging.code == -signal.SIGKILL
+    assert waiting.kind == "LostRankError", waiting
+    assert "rank 1 gave no sign of life" in waiting.said, waiting
+    assert 2 < waiting.late < 3 + SOON, waiting
 
 
 def _swapped(message: str, name: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lorica import parallel
 from lorica.adapt.inject import base_of
@@ -13,6 +15,9 @@ from lorica.errors import LayoutError, RecipeError
 from lorica.train import models
 from lorica.train.ranks import Ranks, limit_waiting
 from lorica.train.recipe import ParallelSection
+
+#: Numbers of each weight that ranks compare, about.
+_SAMPLE = 4096
 
 
 def load_base(section: ParallelSection, ranks: Ranks, where: torch.device, path: str, **options: Any) -> Any:
@@ -23,11 +28,24 @@ def load_base(section: ParallelSection, ranks: Ranks, where: torch.device, path:
     """
     if ranks.mesh is None or section.cut_by == "native":
         base = models.load_base(path, where=where, **options)
+        ranks.compare({"weights of the base model": _sampled(base)})
         lay_out(base, section, ranks)
     else:
         base = models.load_base(path, distributed=_transformers(section, ranks), **options)
     limit_waiting(timedelta(seconds=section.timeout))
     return base
+
+
+def _sampled(base: nn.Module) -> str:
+    """A hash of some numbers of every weight, and of all names, shapes and dtypes: another model has another one."""
+    digest = hashlib.sha256()
+    for name, parameter in base.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if type(parameter.data) is Tensor and not parameter.is_meta:  # quantisers' own kinds cannot always be indexed
+            flat = parameter.data.reshape(-1)
+            some = flat[:: max(1, len(flat) // _SAMPLE)].cpu().contiguous()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _transformers(section: ParallelSection, ranks: Ranks) -> Any:
