@@ -151,7 +151,7 @@ def test_what_is_no_pattern_where_it_is_used_is_refused_when_the_configuration_i
 def test_all_patterns_of_a_search_share_its_time() -> None:
     """None of these takes long by itself."""
     names = [f"model.layers.{i}.{part}" for i in range(60) for part in ("self_attn.q_proj", "mlp.up_proj")]
-    slow = {rf"(?:\w|.|[a-z_]){{14}}\d{i}!": i + 1 for i in range(300)}
+    slow = {rf"(?:\w|.|[a-z_]){{9}}[{i % 10}x]{{1}}.{{{i}}}": i + 1 for i in range(20, 320)}
     values, clock = Values(slow, "rank_pattern"), Clock()
     with Bounds(), pytest.raises(ConfigError, match="rank_pattern"):
         [values.of(name, 8, clock) for name in names * 1000]
@@ -165,12 +165,37 @@ def test_all_patterns_of_a_search_share_its_time() -> None:
         idle_entries(wild, [name * 5 for name in names * 100])
 
 
+ORDINARY = [
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|up_proj).*?)",
+    r"^(?!.*(?:visual|vision)).*(?:self_attn|mlp|experts).*(?:proj)$",
+    r"\w{1,20}\.\w{1,20}\.\w{1,20}\.\w{1,20}\.\w{1,20}\.\w{1,20}\.up_proj",
+    "|".join(f"language[a-z_]{{1,20}}{i}" for i in range(60)),
+    "|".join(rf"model\.language\.layers\.0\.mlp\.experts\.{i}\.up_proj" for i in range(300)),
+]
+
+
+@pytest.mark.parametrize("pattern", ORDINARY, ids=range(len(ORDINARY)))
+def test_ordinary_patterns_are_matched_with_the_names_of_large_models(pattern) -> None:
+    """A search may take as long as a model is large."""
+    names = [f"model.language.layers.{i}.mlp.experts.{j}.up_proj" for i in range(24) for j in range(128)]
+    config = lorica.LoraConfig(target_modules=pattern)
+    chosen = [name for name, meant in zip(names, map(meaning(config.target_modules), names), strict=True) if meant]
+    assert chosen == [name for name in names if re.fullmatch(pattern, name)]
+
+
+def test_many_patterns_with_something_to_match_are_taken() -> None:
+    config = lorica.LoraConfig(rank_pattern={rf"layers\.{i}\.(self_attn|mlp)\..*_proj": i + 1 for i in range(1000)})
+    values, clock = Values(config.rank_pattern, "rank_pattern"), Clock()
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(0, 1000, 250)]
+    assert [values.of(name, 8, clock) for name in names] == [1, 251, 501, 751]
+
+
 def test_one_search_shares_its_time_over_calls() -> None:
     with expressions.one_search():
         clock = expressions.clock()
         with expressions.one_search():
             assert expressions.clock() is clock
-        clock.left = 0.0
+        clock.left = clock._given = -1.0
         with pytest.raises(ConfigError, match="more than"):
             meaning(r".*\.q")("a.q")
     assert expressions.clock() is not clock

@@ -32,7 +32,7 @@ FLOATING = {
     name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype) and dtype.is_floating_point
 }
 #: A rank beyond it is no rank; a scale beyond it would turn every output into infinities.
-MAX_RANK, MAX_ALPHA = 2**20, 1e6
+MAX_RANK, MAX_ALPHA = 2**20, 1e9
 #: Each name that may mean any module is compared with all of them, and each layer that is stacked anew is a module.
 _MOST_NAMES, _MOST_LAYERS = 2000, 10_000
 #: The largest mixtures of experts have some 70,000 linear layers, of which each may have a rank of its own.

@@ -19,16 +19,18 @@ from typing import Any, Literal
 from lorica.config.fields import quoted
 from lorica.errors import ConfigError
 
-#: Characters that a pattern may have. Compiling one of this length takes some hundredths of a second at most.
-MAX_LENGTH = 4096
-#: What the numbers in a pattern's repetitions may come to, multiplied: ``regex`` writes ``(?:a{99}){99}`` out.
-MAX_REPEATS = 10_000
+#: Characters that a pattern may have. Compiling one of this length takes a few tenths of a second at most.
+MAX_LENGTH = 20_000
+#: Characters that a pattern may come to where its repetitions are written out, as ``regex`` does: ``(?:a{99}){99}``.
+MAX_REPEATS = 20_000
 #: Sets that may reach beyond ASCII: ``re`` goes through their characters one by one.
 MAX_WIDE_SETS = 8
 #: The same for all patterns of one field.
-MOST_CHARACTERS = 32_768
-#: Seconds that matching may take in one search. Ordinary patterns take a microsecond a name.
-SECONDS = 0.3
+MOST_CHARACTERS = 131_072
+#: Seconds that compiling all patterns of a field may take.
+COMPILING = 0.6
+#: Seconds that matching may take in one search, and for each name besides. Ordinary patterns take some microseconds.
+SECONDS, PER_NAME = 0.3, 150e-6
 
 #: How PEFT puts a pattern together with the rest of a name: ``target_modules``, ``rank_pattern``, ``layers_pattern``.
 Form = Literal["name", "ending", "layers"]
@@ -39,6 +41,7 @@ FORMS: dict[Form, str] = {
 }
 #: What stands in a pattern: a character by its name, an escape, a set of characters, a repetition, a brace.
 _PIECES = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?:\d+(?:,\d*)?|,\d*)\}|\{", re.DOTALL)
+_TOKENS = re.compile(rf"{_PIECES.pattern}|.", re.DOTALL)
 _IN_A_SET = re.compile(r"\\.|\[", re.DOTALL)
 #: A piece that stands for a single character (no reference to a group, no repetition).
 _IS_CHARACTER = re.compile(r"\\[^1-9{].*|\[.*", re.DOTALL)
@@ -49,9 +52,21 @@ class Clock:
     """The time that is left to a search."""
 
     def __init__(self) -> None:
-        self.left = SECONDS
+        self.left = self._given = SECONDS
+        self._begin = time.thread_time()
         #: What is worked out once in a search: by the identity of what it is worked out from, which is kept with it.
         self.kept: dict[int, tuple[object, Any]] = {}
+
+    def next_name(self) -> None:
+        """Give the search the time of one more name: it may take as long as a model is large."""
+        self.left += PER_NAME
+        self._given += PER_NAME
+
+    def is_over(self) -> bool:
+        """Whether nothing is left. What a thread has waited for a processor does not count."""
+        if self.left <= 0:
+            self.left = self._given - (time.thread_time() - self._begin)
+        return self.left <= 0
 
     def spend(self, since: float, field: str, pattern: object) -> None:
         """Take away what has passed ``since`` (of ``time.perf_counter``).
@@ -60,7 +75,7 @@ class Clock:
             ConfigError: nothing is left; the field and the pattern are named.
         """
         self.left -= time.perf_counter() - since
-        if self.left <= 0:
+        if self.is_over():
             raise too_long(field, pattern)
 
 
@@ -118,21 +133,34 @@ def check(field: str, pattern: str, form: Form) -> None:
 
 def _check_size(field: str, pattern: str) -> None:
     """Refuse what is short but becomes large when it is compiled."""
-    repeats, wide = 1, 0
-    for piece in (found[0] for found in _PIECES.finditer(pattern)):
-        if piece.startswith("{") and len(piece) > 1:
-            numbers = [int(number[:9]) for number in re.findall(r"\d+", piece)]
-            repeats *= max(1, *numbers, 1)
-        elif piece.startswith("["):
-            wide += _WIDE.search(piece) is not None
+    wide = sum(found[0].startswith("[") and bool(_WIDE.search(found[0])) for found in _PIECES.finditer(pattern))
     for what, count, limit in (
-        ("repetitions that come to", repeats, MAX_REPEATS),
+        ("repetitions, which written out come to", _written_out(pattern), MAX_REPEATS),
         ("sets of characters beyond ASCII:", wide, MAX_WIDE_SETS),
     ):
         if count > limit:
             raise ConfigError(
                 f"LoraConfig.{field}={quoted(pattern)}: the pattern has {what} {quoted(count)} (limit {limit:,})"
             )
+
+
+def _written_out(pattern: str) -> int:
+    """Return how many characters a pattern comes to where its repetitions with numbers are written out."""
+    groups, last = [0], 0  # what the groups that are open come to, and what the last piece does
+    for piece in (found[0] for found in _TOKENS.finditer(pattern)):
+        if piece == "(":
+            groups.append(0)
+            continue
+        if piece == ")" and len(groups) > 1:
+            last = groups.pop()
+        elif piece.startswith("{") and len(piece) > 1:
+            most = max([1, *(int(number[:9]) for number in re.findall(r"\d+", piece))])
+            last, groups[-1] = last * most, groups[-1] + last * (most - 1)
+            continue
+        else:
+            last = 1
+        groups[-1] += last
+    return sum(groups)
 
 
 def check_all(field: str, patterns: Collection[str], form: Form) -> None:
@@ -144,8 +172,14 @@ def check_all(field: str, patterns: Collection[str], form: Form) -> None:
             f"LoraConfig.{field}: {len(patterns):,} regular expressions of {length:,} characters together are too long "
             f"(limit {MOST_CHARACTERS:,}); full names of modules are no expressions, and as many as you like"
         )
+    begin = time.thread_time()
     for pattern in patterns:
         check(field, pattern, form)
+        if time.thread_time() - begin > COMPILING:
+            raise ConfigError(
+                f"LoraConfig.{field}={quoted(pattern)}: compiling its {len(patterns):,} patterns takes more than "
+                f"{COMPILING} s; full names of modules are no expressions, and as many as you like"
+            )
 
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
@@ -198,11 +232,11 @@ def matcher(field: str, pattern: str, form: Form) -> Callable[[str, Clock], Any]
     def match(name: str, clock: Clock) -> Any:
         begin = now()
         try:
-            found = how(name) if simple else how(name, concurrent=False, timeout=clock.left)
+            found = how(name) if simple else how(name, concurrent=False, timeout=max(1e-3, min(clock.left, SECONDS)))
         except (TimeoutError, MemoryError):
             raise too_long(field, pattern) from None
         clock.left -= now() - begin
-        if clock.left <= 0:
+        if clock.left <= 0 and clock.is_over():
             raise too_long(field, pattern)
         return found
 

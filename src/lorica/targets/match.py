@@ -59,7 +59,12 @@ def _expression(pattern: str, field: str, clock: Clock) -> Meaning:
     if expressions.is_plain(pattern):
         return lambda key: expressions.means(pattern, key)
     match = expressions.matcher(field, pattern, "name")
-    return lambda key: match(key, clock) is not None
+
+    def means(key: str) -> bool:
+        clock.next_name()
+        return match(key, clock) is not None
+
+    return means
 
 
 def _wild(names: Collection[str], field: str, clock: Clock) -> Meaning:
@@ -67,6 +72,7 @@ def _wild(names: Collection[str], field: str, clock: Clock) -> Meaning:
     split = [name.split("*") for name in names]
 
     def means(key: str) -> bool:
+        clock.next_name()
         begin = time.perf_counter()
         found = any(_fits_wildcard(parts, key) for parts in split)
         clock.spend(begin, field, names)
@@ -110,7 +116,12 @@ def idle_entries(names: Collection[str], keys: Collection[str]) -> set[str]:
             break
         idle.difference_update(_endings(key))
     clock = expressions.clock()
-    return {name for name in idle if "*" not in name or not any(map(_wild([name], "target_modules", clock), keys))}
+    for name in [name for name in idle if "*" in name]:
+        begin, parts = time.perf_counter(), name.split("*")
+        if any(_fits_wildcard(parts, key) for key in keys):
+            idle.remove(name)
+        clock.spend(begin, "target_modules", name)
+    return idle
 
 
 def excluded(config: LoraConfig, key: str) -> bool:
@@ -155,6 +166,7 @@ def in_chosen_layers(config: LoraConfig) -> Meaning:
     matchers = [expressions.matcher("layers_pattern", one, "layers") for one in patterns]
 
     def means(key: str) -> bool:
+        clock.next_name()
         found = next(filter(None, (match(key, clock) for match in matchers)), None)
         return found is not None and int(found["layer"]) in chosen
 
@@ -196,6 +208,7 @@ class Values:
         """
         if not self._values:
             return default
+        clock.next_name()
         begin = time.perf_counter()
         first = min(self._places(key), default=len(self._values))
         clock.spend(begin, self._field, "its patterns")
