@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import signal
 import threading
 import warnings
@@ -142,6 +143,50 @@ def test_who_waits_to_write_lets_others_pass_from_time_to_time(monkeypatch: pyte
     long.leave()
     until(writer.entered.is_set)
     writer.leave()
+
+
+def test_a_thread_that_ended_in_its_turn_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Turns, "glance", 0.01)
+    turns = Turns()
+    block = turns.holding()
+    Running(block.__enter__).result()  # a framework forgot to leave it
+    Running(turns.reading.__enter__).result()
+    passes(turns.writing())
+    passes(turns.reading)
+
+
+def test_who_waits_for_long_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Turns, "glance", 0.01)
+    monkeypatch.setattr(Turns, "told_after", 0.02)
+    turns = Turns()
+
+    def write() -> None:
+        with turns.writing():
+            raise AssertionError
+
+    here = re.escape(threading.current_thread().name)
+    with turns.reading, pytest.raises(UserWarning, match=f"goes on waiting, for the threads \\['{here}'\\]"):
+        Running(write).result()  # warnings are errors here
+    passes(turns.writing())
+
+
+def test_an_interrupt_on_the_way_in_takes_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+    lock = turns._lock
+
+    class Interrupted:
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+            monkeypatch.setattr(turns, "_lock", lock)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(turns, "_lock", Interrupted())
+    with pytest.raises(KeyboardInterrupt), turns.reading:
+        raise AssertionError
+    passes(turns.writing())
 
 
 def test_each_context_may_be_entered_again_in_each_other_one() -> None:

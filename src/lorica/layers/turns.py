@@ -14,7 +14,9 @@ that read are done.
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +32,13 @@ class Turns:
     Attributes:
         reading: a context in which nothing changes; entering it takes half a microsecond where nobody changes anything.
         patience: for how many seconds nobody begins to read, at first, while somebody waits to write.
+        glance: after how many seconds who waits looks whether the others are still there.
+        told_after: after how many seconds who waits says for whom.
     """
 
     patience: ClassVar[float] = 1.0
+    glance: ClassVar[float] = 1.0
+    told_after: ClassVar[float] = 30.0
 
     def __init__(self) -> None:
         self.reading = _Reading(self)
@@ -66,9 +72,7 @@ class Turns:
             yield
         finally:
             with self._lock:
-                self._holders[me] -= 1
-                if not self._holders[me]:
-                    del self._holders[me]
+                _leave(self._holders, me)
                 self._exit(me)
 
     @contextmanager
@@ -124,15 +128,26 @@ class Turns:
         So forwards that overlap do not keep a change out for ever, a long ``generate`` that it waits for does not keep
         everybody else out, and a thread that a forward waits for comes in.
         """
-        patience = self.patience
+        patience, left, waited = self.patience, 0.0, 0.0
         try:
-            while self._readers.keys() - {me}:
-                self._waits = not self._waits
-                self._free.notify_all()
-                self._free.wait_for(lambda: not self._readers.keys() - {me}, patience)
-                patience *= 1 if self._waits else 2
+            while others := self._readers.keys() - {me}:
+                if left <= 0:
+                    self._waits, left = not self._waits, patience
+                    patience *= 1 if self._waits else 2
+                    self._free.notify_all()
+                pause = min(left, self.glance)
+                self._free.wait_for(lambda: not self._readers.keys() - {me}, pause)
+                left, waited = left - pause, waited + pause
+                self._forget(others - sys._current_frames().keys())  # those that ended in a block
+                if waited >= self.told_after > waited - pause:
+                    _tell(others, waited)
         finally:
             self._waits = False
+
+    def _forget(self, threads: set[int]) -> None:
+        for counts in (self._readers, self._holders):
+            for thread in threads & counts.keys():
+                del counts[thread]
 
     def alone(self, thing: object) -> threading.RLock:
         """Return a lock for a module that a forward changes and puts back, or changes once."""
@@ -153,10 +168,7 @@ class Turns:
         return not self._writes
 
     def _exit(self, me: int) -> None:
-        if self._readers[me] == 1:
-            del self._readers[me]
-        else:
-            self._readers[me] -= 1
+        _leave(self._readers, me)
         if self._changer is not None:
             self._free.notify_all()
 
@@ -164,9 +176,7 @@ class Turns:
         """Forget all threads but one, in a process that has only this one of those that it was forked from."""
         self._begin()
         self._locks = weakref.WeakKeyDictionary()
-        for counts in (self._readers, self._holders):
-            for other in counts.keys() - {thread}:
-                del counts[other]
+        self._forget(self._readers.keys() - {thread})
         self._waits = False
         if self._changer != thread:
             self._changer, self._changes, self._writes = None, 0, 0
@@ -180,16 +190,38 @@ class _Reading:
 
     def __enter__(self) -> None:
         turns, me = self._turns, get_ident()
-        with turns._lock:
-            if turns._changer is None and me not in turns._readers:  # every forward comes here
-                turns._readers[me] = 1
-            else:
-                turns._enter(me)
+        before = turns._readers.get(me, 0)
+        try:
+            with turns._lock:
+                if turns._changer is None and not before:  # every forward comes here
+                    turns._readers[me] = 1
+                else:
+                    turns._enter(me)
+        except BaseException:  # an interrupt, perhaps after this thread was counted
+            if turns._readers.get(me, 0) > before:
+                self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         turns = self._turns
         with turns._lock:
             turns._exit(get_ident())
+
+
+def _leave(counts: dict[int, int], thread: int) -> None:
+    count = counts.pop(thread, 0)  # a block that is left long after its thread ended is not there any more
+    if count > 1:
+        counts[thread] = count - 1
+
+
+def _tell(threads: set[int], seconds: float) -> None:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    warnings.warn(
+        f"A change of a model's adapters has waited for {seconds:.0f} s, and goes on waiting, for the threads "
+        f"{[names.get(thread, thread) for thread in threads]}: each is in a forward, a `generate` or a block of "
+        "`hold_adapters` or `route_rows`.",
+        stacklevel=5,
+    )
 
 
 _ALL: weakref.WeakSet[Turns] = weakref.WeakSet()
