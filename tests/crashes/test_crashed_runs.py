@@ -287,6 +287,18 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(
     assert trace(output) == whole
 
 
+def test_a_checkpoint_of_a_version_that_listed_no_files_is_gone_on_from(
+    values: dict[str, Any], whole: dict[str, Any]
+) -> None:
+    output = Path(values["output_dir"])
+    run(values)
+    before, last = state.complete(output)
+    shutil.rmtree(last)
+    (before / "COMPLETE").write_bytes(b"")
+    run(values, resume=True)
+    assert trace(output) == whole
+
+
 def _flipped(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
