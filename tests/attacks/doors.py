@@ -131,7 +131,7 @@ class Attempt(NamedTuple):
 
     Attributes:
         error: what was raised.
-        seconds: how long it took, the shorter of wall clock and processor: others use the machine too.
+        seconds: how long it took, less the time in which it could have run and others had the processors.
         memory: by how many bytes the resident memory was larger than before, at most.
     """
 
@@ -144,14 +144,19 @@ def attempt(door: Door, world: World, folder: Path) -> Attempt:
     """Knock at a door, with no more address space than would hold what is allowed."""
     before, error = _memory("VmRSS"), None
     _forget_peak()
-    begin = time.perf_counter(), time.process_time()
+    begin = time.perf_counter() - _waited()
     with _little_space(), _watched():
         try:
             door(world, folder)
         except BaseException as caught:
             error = caught
-    seconds = min(time.perf_counter() - begin[0], time.process_time() - begin[1])
+    seconds = time.perf_counter() - _waited() - begin
     return Attempt(error, seconds, _memory("VmHWM") - before)
+
+
+def _waited() -> float:
+    """Return how long this process waited for a processor, in seconds (of the scheduler's account of it)."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 
 
 def _memory(field: str) -> int:

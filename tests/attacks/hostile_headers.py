@@ -62,8 +62,10 @@ def _holding(value: float, name: str = FIRST_A) -> Callable[[], bytes]:
     return content
 
 
-def many_tensors(count: int, *, width: int = 0) -> bytes:
-    entries = (f'"{number:0{width}}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(count))
+def many_tensors(count: int, *, width: int = 0, stem: str = "") -> bytes:
+    entries = (
+        f'"{stem}{number:0{width}}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(count)
+    )
     return safetensors("{" + ",".join(entries) + "}")
 
 

@@ -36,6 +36,10 @@ class Attack(NamedTuple):
     but: frozenset[str] = frozenset()
 
 
+_ALL = frozenset(
+    {"first", "first, warned", "load", "load over another", "swap", "configuration", "weights alone", "peft's model"}
+    | {"peft's load", "inspect", "convert", "merge", "export"}
+)
 #: Doors that do not read the weights.
 _NO_WEIGHTS = frozenset({"configuration"})
 #: Doors that do not read the configuration.
@@ -89,6 +93,8 @@ def _tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Adapter]
     return lambda adapter: adapter.tensors.update({name: change(adapter.tensors[name])})
 
 
+#: Doors that refuse a variant for other reasons, and those that warn of what is missing.
+_NO_VARIANT = _NO_CONFIG | _LENIENT | {"configuration", "swap", "inspect", "convert", "merge", "export"}
 _FITS: dict[str, tuple[Callable[[Adapter], None], str, str, frozenset[str]]] = {
     # the file that is named is the one that is wrong, or of two that differ the one with tensors
     "rank 20,000,000": (_rank(20_000_000), "r=20000000|20,000,000", "", _NO_CONFIG),
@@ -136,6 +142,27 @@ _FITS: dict[str, tuple[Callable[[Adapter], None], str, str, frozenset[str]]] = {
         r"missing.*layers\.1",
         WEIGHTS,
         _NO_MODEL | _LENIENT | {"swap"},  # a swap leaves the other layers without an adapter
+    ),
+    "finite as it is stored, infinite as it is used": (
+        _tensor(FIRST_A, lambda a: a.double() * 1e300),
+        f"{FIRST_A} holds NaN or infinity",
+        WEIGHTS,
+        frozenset({"weights alone", "inspect", "convert", "export"}),  # which keep the dtype
+    ),
+    "DoRA without magnitudes": (_rank(RANK, use_dora=True), "missing.*magnitude", WEIGHTS, _NO_VARIANT),
+    "VeLoRA without its tensors": (_rank(RANK, velora_config={}), "missing", WEIGHTS, _NO_VARIANT),
+    "MonteCLoRA without its tensors": (_rank(RANK, monteclora_config={}), "missing", WEIGHTS, _NO_VARIANT),
+    "another variant than what it replaces": (
+        _rank(RANK, use_dora=True),
+        "for use_dora, False != True",
+        CONFIG,
+        _ALL - {"swap"},
+    ),
+    "many rows for another adapter's": (
+        _rank(RANK, trainable_token_indices=[*range(30)] * 10_000),
+        "trainable_token_indices",
+        CONFIG,
+        _ALL - {"swap"},
     ),
     "tensors of no layer": (
         lambda adapter: adapter.tensors.update({"base_model.model.model.layers.9.lora_A.weight": torch.ones(1)}),
@@ -319,8 +346,8 @@ def attacks() -> dict[str, Attack]:
     found |= {
         f"config: {n}": Attack(_content(CONFIG, make), says, CONFIG, but) for n, (make, says, but) in _TARGETS.items()
     }
-    found["as many empty tensors as are read"] = Attack(
-        _content(WEIGHTS, lambda: many_tensors(139_000, width=90)),
+    found["100,000 empty tensors"] = Attack(
+        _content(WEIGHTS, lambda: many_tensors(100_000, stem=f"{FIRST_A}.")),
         "missing|unexpected|factor",
         WEIGHTS,
         _NO_WEIGHTS

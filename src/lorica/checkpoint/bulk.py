@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorica.checkpoint.reading import is_finite
+from lorica.checkpoint.reading import is_finite, narrows
 from lorica.errors import CheckpointError
 from lorica.files.tensors import OpenTensors, TensorReader
 
@@ -87,22 +87,25 @@ def _fill(file: OpenTensors, names: Sequence[str], memory: Tensor, source: torch
         part = scratch[: len(goal)] if converts else goal
         place = at + start * source.itemsize
         file.read_into(part, place)
-        if not is_finite(part):
-            _complain(file, names, part, place)
+        if not is_finite(part, memory.dtype):
+            _complain(file, names, part, place, memory.dtype)
         if converts:
             goal.copy_(part)
 
 
-def _complain(file: OpenTensors, names: Sequence[str], part: Tensor, place: int) -> None:
+def _complain(file: OpenTensors, names: Sequence[str], part: Tensor, place: int, dtype: torch.dtype) -> None:
     """Name the tensor that is not finite.
 
     Args:
         names: the tensors it may be.
         part: what was read.
         place: where in the file that begins.
+        dtype: that it is for.
     """
     for name in names:
         stored = file.reader.tensors[name]
         start, stop = ((edge - place) // part.itemsize for edge in (stored.start, stored.stop))
-        if stop > 0 and not is_finite(part[max(start, 0) : stop]):
-            raise CheckpointError(f"{file.reader.path}: {name} holds NaN or infinity")
+        values = part[max(start, 0) : max(stop, 0)]
+        if not is_finite(values, dtype):
+            beyond = f", or what is infinite as {dtype}" if narrows(part.dtype, dtype) else ""
+            raise CheckpointError(f"{file.reader.path}: {name} holds NaN or infinity{beyond}")

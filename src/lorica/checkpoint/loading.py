@@ -162,6 +162,7 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
+    good = {name: reading.narrowed(tensor, known[name].tensor.dtype) for name, tensor in good.items()}
     reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
     whole = {name for name in good if place_of(known[name]) is not Place.IN_PIECES and not known[name].tied}
     parts = {n: piece_of(n, known[n]).read(tensor) for n, tensor in good.items() if n not in whole}
@@ -208,7 +209,7 @@ def _fill(
     known = {name: entry for name, entry in {**extra, **wanted}.items() if name in stored and not entry.tied}
     places = {name: place_of(entry) for name, entry in known.items()}
     dtypes = {
-        stored[name]: known[name].tensor.dtype if place is Place.TAKES_OVER else None
+        stored[name]: _dtype_of(file, stored[name], known[name].tensor.dtype, place)
         for name, place in places.items()
         if place is not Place.IN_PIECES
     }
@@ -226,6 +227,11 @@ def _fill(
     return result
 
 
+def _dtype_of(file: TensorReader, key: str, live: torch.dtype, place: Place) -> torch.dtype | None:
+    """Return the dtype that a tensor is read in; None: as it is stored."""
+    return live if place is Place.TAKES_OVER or reading.narrows(file.tensors[key].dtype, live) else None
+
+
 @contextmanager
 def _as_it_was(model: nn.Module, adapter: str, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Undo, when the block fails, what putting an adapter into ``model`` changed.
@@ -234,6 +240,7 @@ def _as_it_was(model: nn.Module, adapter: str, parameters: Iterable[nn.Parameter
         parameters: those that it may freeze or thaw.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    inside = [(module, set(module._modules)) for module in inject.adapted(model)]
     configs: dict[str, LoraConfig] | None = getattr(model, "peft_config", None)
     known = None if configs is None else dict(configs)
     switch = inject.switch_of(model)
@@ -247,6 +254,9 @@ def _as_it_was(model: nn.Module, adapter: str, parameters: Iterable[nn.Parameter
         with (switch or Switch()).turns.writing():
             if known is None or adapter not in known:
                 inject.take_out(model, adapter)
+                for module, names in inside:  # what a variant keeps its tensors in, where there was none before
+                    for name in module._modules.keys() - names:
+                        del module._modules[name]
                 if not any(config.layer_replication for config in (known or {}).values()):
                     restore_layers(model)
             if known is None:

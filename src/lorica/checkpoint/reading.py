@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lorica.checkpoint.pieces import Piece
 from lorica.config import CONFIG_NAME
 from lorica.errors import CheckpointError, UnfittingError, shown, suggest
 from lorica.files.hub import find_file
-from lorica.files.tensors import TensorReader
+from lorica.files.tensors import OpenTensors, TensorReader
 
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
@@ -68,10 +68,34 @@ def read_pieces(reader: TensorReader, stored: Mapping[str, str], wanted: Iterabl
     if not there:
         return {}
     with reader.opened() as file:
-        parts = {piece.name: piece.read(file.slices(stored[piece.name])) for piece in there}
+        parts = {
+            piece.name: [narrowed(part, piece.tensor.dtype) for part in piece.read(file.slices(stored[piece.name]))]
+            for piece in there
+        }
     for number in range(max(map(len, parts.values()), default=0)):
         check_finite({name: read[number] for name, read in parts.items() if number < len(read)}, str(reader.path))
     return parts
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read and checked when it is asked for."""
+
+    def __init__(self, file: OpenTensors) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._file.slices(name)[...]
+        check_finite({name: tensor}, str(self._file.reader.path))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.reader.tensors)
+
+    def __len__(self) -> int:
+        return len(self._file.reader.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file.reader.tensors
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -93,12 +117,25 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
                 raise CheckpointError(f"{where}: {name} holds NaN or infinity")
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, found out without a copy of the tensor."""
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no element is NaN or infinite, also in another dtype, found out without a copy of the tensor."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    most = torch.finfo(dtype).max if dtype is not None and dtype.is_floating_point else math.inf
+    return all(math.isfinite(end) and abs(end) <= most for end in (low.item(), high.item()))
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in the dtype that it will have, where that holds no numbers as large as its own."""
+    return tensor.to(dtype) if narrows(tensor.dtype, dtype) else tensor
+
+
+def narrows(have: torch.dtype | None, want: torch.dtype) -> bool:
+    """Whether numbers that are finite in one floating dtype may be infinite in another."""
+    if have is None or not (have.is_floating_point and want.is_floating_point):
+        return False
+    return torch.finfo(want).max < torch.finfo(have).max
 
 
 def check_names(

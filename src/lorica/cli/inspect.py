@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _A = re.compile(r"(?:base_model\.model\.)?(?P<target>.+)\.(?:lora_A\.weight|lora_embedding_A)")
 
 
+_ENDS = ("lora_A.weight", "lora_embedding_A")
+
+
 @dataclass(frozen=True)
 class Delta:
     """One target's factors in numbers. Norms are Frobenius norms; ``singular_values`` are those of ``ΔW``, falling."""
@@ -47,9 +50,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show each target's rank, scale, norms and effective rank."""
-    from lorica.checkpoint.bulk import read_whole
     from lorica.checkpoint.loading import read_config
-    from lorica.checkpoint.reading import find_weights
+    from lorica.checkpoint.reading import Tensors, find_weights
     from lorica.config.expressions import one_search
     from lorica.files.tensors import TensorReader
     from lorica.train.models import check_adapter
@@ -57,9 +59,8 @@ def inspect(
     directory = check_adapter(adapter)
     config = read_config(directory, None, {}, is_trainable=False).to_dict()
     file = TensorReader(find_weights(directory))
-    factors = [name for name in file.tensors if ".lora_" in name]
-    with one_search(), naming(file.path, CheckpointError):
-        found = measure(read_whole(file, dict.fromkeys(factors)), config)
+    with one_search(), naming(file.path, CheckpointError), file.opened() as opened:
+        found = measure(Tensors(opened), config)
     if not found:
         raise CheckpointError(f"{file.path} holds no LoRA factors")
     if as_json:
@@ -77,7 +78,7 @@ def measure(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[De
         CheckpointError: a factor is missing, or the two do not fit together.
     """
     found = []
-    for key in sorted(tensors, key=_natural):
+    for key in sorted((key for key in tensors if key.endswith(_ENDS)), key=_natural):
         match = _A.fullmatch(key)
         if match is None:
             continue

@@ -105,7 +105,9 @@ def _check(folder: Path, config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         kind = shown(config["peft_type"])
         raise CheckpointError(f"{folder / CONFIG_NAME}: peft_type={kind!r}: an adapter of another kind than LORA")
-    beyond = [f"{name}={shown(config[name])}" for name, nothing in _BEYOND.items() if config.get(name) not in nothing]
+    beyond = [
+        f"{name}={shown(repr(config[name]))}" for name, nothing in _BEYOND.items() if config.get(name) not in nothing
+    ]
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
         beyond.append(f"init_lora_weights={start!r} (its start changed the base weights)")

@@ -117,7 +117,8 @@ class Changes:
     def _check_finite(self) -> None:
         with self._file.opened() as file:
             for key in self._file.tensors:
-                reading.check_finite({key: file.slices(key)[...]}, str(self._file.path))
+                values = reading.narrowed(file.slices(key)[...], torch.float32)  # as sums are computed
+                reading.check_finite({key: values}, str(self._file.path))
 
     @property
     def names(self) -> set[str]:

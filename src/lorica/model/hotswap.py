@@ -24,10 +24,10 @@ from lorica.checkpoint.loading import read_config
 from lorica.checkpoint.names import Entry, adapter_entries, config_of_adapter, of_other_stages
 from lorica.checkpoint.pieces import piece_of
 from lorica.checkpoint.placing import write_pieces
-from lorica.config import AdapterSpec, LoraConfig
+from lorica.config import CONFIG_NAME, AdapterSpec, LoraConfig
 from lorica.config.expressions import one_search
 from lorica.engines.together import together
-from lorica.errors import AdapterError, CheckpointError, SwapError, shown
+from lorica.errors import AdapterError, CheckpointError, SwapError, naming, shown
 from lorica.files.tensors import TensorReader
 from lorica.layers import LoraLayer, Switch
 from lorica.model.padding import Padded, blocks_of, check_growth, grow, is_b, rank_dim
@@ -49,11 +49,11 @@ def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
     """
     if config0.peft_type != config1.peft_type:
         kinds = [getattr(config.peft_type, "value", config.peft_type) for config in (config0, config1)]
-        raise ValueError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
+        raise AdapterError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
     for key in CONFIG_KEYS_TO_CHECK:
         old, new = getattr(config0, key, None), getattr(config1, key, None)
         if (old or None) != (new or None):
-            raise ValueError(f"Configs are incompatible: for {key}, {old} != {new}")
+            raise AdapterError(f"Configs are incompatible: for {key}, {shown(old)} != {shown(new)}")
 
 
 def prepare_model_for_compiled_hotswap(
@@ -137,13 +137,16 @@ def hotswap_adapter(
     """
     plain = _plain(model)
     old, turns = _config(plain, adapter_name), (inject.switch_of(plain) or Switch()).turns
+    where = os.path.join(model_name_or_path, CONFIG_NAME)
     with ExitStack() as change:
         with together(inject.base_of(plain), f"swapping in {model_name_or_path}"):
             config = read_config(model_name_or_path, None, kwargs, is_trainable=False)
-            check_hotswap_configs_compatible(old, config)
+            with naming(where, AdapterError):
+                check_hotswap_configs_compatible(old, config)
             reader = TensorReader(reading.find_weights(model_name_or_path, **kwargs))
             change.enter_context(turns.changing())  # what there was to fetch is here
-            swap = _Swap(plain, adapter_name, config, reader.shapes, str(reader.path))
+            with naming(where, AdapterError):
+                swap = _Swap(plain, adapter_name, config, reader.shapes, str(reader.path))
             with reader.opened() as file:
                 parts = swap.read({name: file.slices(name) for name in reader.tensors})
         with turns.writing():
@@ -307,10 +310,13 @@ class _Swap:
                     source = Padded(source, self._shapes[name], tuple(entry.shape), dim, blocks_of(entry, change.layer))
                 parts = piece_of(name, entry).read(source)
                 scaled = is_b(name) and change.ratio != 1
-                found[name] = [part * change.ratio for part in parts] if scaled else parts
+                parts = [part * change.ratio for part in parts] if scaled else parts
+                found[name] = [reading.narrowed(part, entry.tensor.dtype) for part in parts]
         for name in self._shapes:
             if name not in found and not self._entries[name].tied:
-                found[name] = piece_of(name, self._entries[name]).read(sources[name])
+                entry = self._entries[name]
+                parts = piece_of(name, entry).read(sources[name])
+                found[name] = [reading.narrowed(part, entry.tensor.dtype) for part in parts]
         for number in range(max(map(len, found.values()), default=0)):
             reading.check_finite({n: parts[number] for n, parts in found.items() if number < len(parts)}, self._where)
         return found
@@ -380,7 +386,8 @@ def _refuse(model: nn.Module, adapter: str, old: LoraConfig, new: LoraConfig) ->
                 )
     for key in _ALSO:
         if (getattr(old, key) or None) != (getattr(new, key) or None):
-            raise AdapterError(f"Configs are incompatible: for {key}, {getattr(old, key)} != {getattr(new, key)}")
+            both = f"{shown(getattr(old, key))} != {shown(getattr(new, key))}"
+            raise AdapterError(f"Configs are incompatible: for {key}, {both}")
 
 
 @torch.no_grad()
