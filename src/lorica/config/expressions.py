@@ -126,7 +126,7 @@ def check(field: str, pattern: str, form: Form) -> None:
     try:
         if form != "name":
             re.compile(pattern)  # by itself too: "a)|(b" would pass inside of a group
-        _compiled(FORMS[form].replace("{}", pattern))
+        re.compile(FORMS[form].replace("{}", pattern))
     except (re.error, RecursionError, OverflowError, Warning) as error:
         raise ConfigError(f"LoraConfig.{field}={quoted(pattern)} is not a valid regular expression: {error}") from error
 
@@ -142,6 +142,24 @@ def _check_size(field: str, pattern: str) -> None:
             raise ConfigError(
                 f"LoraConfig.{field}={quoted(pattern)}: the pattern has {what} {quoted(count)} (limit {limit:,})"
             )
+
+
+def check_compiling(field: str, pattern: str, begin: float) -> None:
+    """Refuse patterns that take too long to be compiled, all of a field together.
+
+    Args:
+        field: the field.
+        pattern: the last one.
+        begin: when compiling began, by ``time.thread_time``.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if time.thread_time() - begin > COMPILING:
+        raise ConfigError(
+            f"LoraConfig.{field}={quoted(pattern)}: compiling the patterns takes more than {COMPILING} s; full names "
+            "of modules are no expressions, and as many as you like"
+        )
 
 
 def _written_out(pattern: str) -> int:
@@ -175,11 +193,7 @@ def check_all(field: str, patterns: Collection[str], form: Form) -> None:
     begin = time.thread_time()
     for pattern in patterns:
         check(field, pattern, form)
-        if time.thread_time() - begin > COMPILING:
-            raise ConfigError(
-                f"LoraConfig.{field}={quoted(pattern)}: compiling its {len(patterns):,} patterns takes more than "
-                f"{COMPILING} s; full names of modules are no expressions, and as many as you like"
-            )
+        check_compiling(field, pattern, begin)
 
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
@@ -225,7 +239,10 @@ def matcher(field: str, pattern: str, form: Form) -> Callable[[str, Clock], Any]
     Where that time is over, it raises ConfigError, which names the field and the pattern.
     """
     simple = form == "name" and _is_simple(pattern)
-    compiled = re.compile(pattern) if simple else _compiled(FORMS[form].replace("{}", pattern))
+    try:
+        compiled = re.compile(pattern) if simple else _compiled(FORMS[form].replace("{}", pattern))
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"LoraConfig.{field}={quoted(pattern)} is too large to be matched: {error}") from None
     how: Callable[..., Any] = compiled.fullmatch if form == "name" else compiled.match
     now = time.perf_counter
 
@@ -260,8 +277,10 @@ def _is_simple(pattern: str) -> bool:
 def _compiled(expression: str) -> Any:
     import regex  # takes 20 ms, and most configurations name modules without a pattern
 
-    re.compile(expression)  # has the last word on what is a pattern
-    return regex.compile(_translated(expression), regex.VERSION0)
+    try:
+        return regex.compile(_translated(expression), regex.VERSION0)
+    except regex.error as error:
+        raise ValueError(str(error)) from None
 
 
 def _translated(expression: str) -> str:
@@ -287,6 +306,7 @@ __all__ = [
     "Form",
     "check",
     "check_all",
+    "check_compiling",
     "clock",
     "is_loose",
     "is_plain",
