@@ -31,7 +31,7 @@ from lorica.errors import LoricaError
 MIB = 2**20
 SECONDS, MEMORY = 1.0, 200 * MIB
 #: After so long a read is a hang, and is ended.
-HANG = 20
+HANG = 10
 _FORBIDDEN = (
     "subprocess.Popen",
     "os.system",

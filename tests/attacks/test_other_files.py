@@ -58,7 +58,8 @@ def canary(tmp_path):
 @pytest.mark.parametrize("name", others.pickles(Path("canary")))
 def test_metadata_are_no_program(name: str, tmp_path: Path, canary: Path) -> None:
     (tmp_path / METADATA).write_bytes(others.pickles(canary)[name])
-    refused(lambda: Distributed(tmp_path), str(tmp_path / METADATA), error=CheckpointError)
+    reason = others.REASONS.get(name, "")
+    refused(lambda: Distributed(tmp_path), str(tmp_path / METADATA), reason, error=CheckpointError)
 
 
 def test_what_a_pickle_names_is_a_record() -> None:
@@ -140,6 +141,14 @@ def test_chunks_are_where_they_can_be(name: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["bad"]
 
 
+def test_chunks_make_up_a_tensor(tmp_path: Path) -> None:
+    for second, place in ((12, tmp_path / "beside"), (6, tmp_path / "on")):
+        place.mkdir()
+        others.halves(place, second)
+    assert torch.equal(Distributed(tmp_path / "beside").lazy("a").read(), torch.ones(2, 24))
+    refused(lambda: Distributed(tmp_path / "on").lazy("a"), "some elements are stored twice", error=CheckpointError)
+
+
 def test_files_of_a_checkpoint_are_its_own(tmp_path: Path) -> None:
     for name in ("__0_0.distcp", METADATA):
         folder = tmp_path / name.strip("._")
@@ -155,7 +164,8 @@ def test_files_of_a_checkpoint_are_its_own(tmp_path: Path) -> None:
 
 def sharded(folder: Path, content: Any) -> Path:
     """Write sharded state with one file, and an index of one tensor."""
-    save_file({"factors/a@0": torch.ones(4), "factors/a@0,0": torch.ones(4, 2)}, folder / "shards-00000.safetensors")
+    tensors = {"factors/a@0": torch.ones(4), "factors/a@0,0": torch.ones(4, 2), "factors/a@0,1": torch.ones(4, 2)}
+    save_file(tensors, folder / "shards-00000.safetensors")
     (folder / "index.json").write_text(json.dumps({"format": "lorica.shards.1", "tensors": {"factors/a": content}}))
     return folder
 

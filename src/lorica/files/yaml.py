@@ -15,7 +15,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 #: Characters; reading a thousand takes a few milliseconds.
 _MAX_LENGTH = 128 * 1024
-_MAX_VALUES = 20_000
+_MAX_VALUES = 10_000
 _MAX_DEPTH = 64
 #: Characters of a number, a date, or a truth value.
 _MAX_PLAIN = 128
