@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 from huggingface_hub import ModelCard
 
 import lorica
 import models
+from lorica.checkpoint import card as cards_of
 
 
 def adapted(**fields):
@@ -32,3 +36,23 @@ def test_a_card_that_somebody_wrote_keeps_their_words(tmp_path):
     assert card.data.license == "mit"
     assert {"mine", "lora"} <= set(card.data.tags)
     assert card.text.strip() == "# My words"
+
+
+def test_a_card_that_a_stranger_made_stays_as_it_is_and_is_not_followed(tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    lines = [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
+    bomb = "\n".join(["---", "a0: &a0 [x, x]", *lines, "---", ""])
+    cards = {
+        "pipe": os.mkfifo,
+        "link": lambda path: path.symlink_to(tmp_path / "secret"),
+        "bomb": lambda path: path.write_text(bomb),
+        "large": lambda path: path.write_text("x" * (5 * 2**20)),
+    }
+    for name, make in cards.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        make(folder / "README.md")
+        before = os.lstat(folder / "README.md")
+        with pytest.warns(UserWarning, match=r"stays as it is: .*README\.md"):
+            cards_of.write(folder / "README.md", lorica.LoraConfig(), trainable=1, total=2)
+        assert os.lstat(folder / "README.md") == before

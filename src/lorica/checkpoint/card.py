@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lorica.config import LoraConfig, TaskType
+from lorica.errors import CheckpointError
 from lorica.files.atomic import write_bytes
+from lorica.files.opening import open_regular, read_fully, refuse_links_out
+from lorica.files.yaml import parse_yaml
 
 _LIBRARY = "peft"  # the hub's word for adapters in these files
 _PIPELINES = {
@@ -16,6 +21,8 @@ _PIPELINES = {
     TaskType.QUESTION_ANS: "question-answering",
     TaskType.FEATURE_EXTRACTION: "feature-extraction",
 }
+
+_MAX_BYTES = 4 * 1024 * 1024
 
 _PAGE = """\
 # LoRA adapter for {base}
@@ -45,7 +52,12 @@ def write(path: Path, config: LoraConfig, *, trainable: int, total: int) -> None
     """Write the card, or, where there is one, renew only the facts in its head."""
     from huggingface_hub import ModelCard
 
-    page = ModelCard.load(path) if path.exists() else None
+    try:
+        text = _text(path) if os.path.lexists(path) else None
+    except ValueError as error:
+        warnings.warn(f"the model card stays as it is: {path}: {error}", stacklevel=2)
+        return
+    page = None if text is None else ModelCard(text)
     if page is None:
         base = config.base_model_name_or_path or "the base model"
         names = config.target_modules
@@ -60,6 +72,22 @@ def write(path: Path, config: LoraConfig, *, trainable: int, total: int) -> None
         page = ModelCard(f"---\nlibrary_name: {_LIBRARY}\n---\n{text}")
     _renew(page.data, config)
     write_bytes(path, str(page).encode())
+
+
+def _text(path: Path) -> str:
+    """Return a card, which a stranger may have put there: a page of this directory with a small head.
+
+    Raises:
+        ValueError: it is none; of lorica's errors, CheckpointError.
+    """
+    refuse_links_out(path, path.parent)
+    with open_regular(path) as file:
+        text = read_fully(file, _MAX_BYTES + 1).decode()
+    if len(text) > _MAX_BYTES:
+        raise CheckpointError(f"more than {_MAX_BYTES:,} bytes")
+    if text.startswith("---"):
+        parse_yaml(text[3:].partition("\n---")[0])  # which bounds what aliases make of it
+    return text
 
 
 def _renew(data: Any, config: LoraConfig) -> None:
