@@ -140,7 +140,7 @@ SAVED: dict[str, Callable[[Any, Path], object]] = {
 @pytest.mark.parametrize("save", SAVED)
 def test_an_adapter_that_is_saved_over_another_is_one_of_them(save: str, tmp_path: Path) -> None:
     # Of the same shapes, so that nothing but the configuration would tell them apart.
-    folder, old, new = tmp_path / "adapter", adapted(1, lora_alpha=2), adapted(2, lora_alpha=64)
+    folder, old, new = tmp_path / "adapter", adapted(1, lora_alpha=16), adapted(2, lora_alpha=64)
     SAVED[save](new, tmp_path / "new")
     old.save_pretrained(tmp_path / "old")
     wanted, seen = [factors(tmp_path / name) for name in ("old", "new")], set()
