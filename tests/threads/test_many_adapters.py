@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from meeting import Gate, Running, stopping_at, until
 from safetensors.torch import load_file
 
 import lorica
+from lorica.adapt import inject
 from lorica.checkpoint import loading
 from lorica.errors import AdapterError, CheckpointError
 from lorica.model import hotswap
@@ -181,8 +180,8 @@ def test_a_load_that_fails_leaves_what_is_in_use(folder: Path) -> None:
     assert torch.equal(compute(model), alone(folder / "new"))
 
 
-def test_a_refused_load_leaves_no_modules_behind(folder: Path, tmp_path: Path) -> None:
-    """Of a configuration that asks for magnitudes, over a file that has none."""
+def test_what_is_refused_or_deleted_leaves_no_modules_behind(folder: Path, tmp_path: Path) -> None:
+    """A configuration that asks for magnitudes, over a file that has none; and an adapter that has some."""
     model = lorica.PeftModel.from_pretrained(base(), folder / "old").eval()
     tree = [name for name, _ in model.named_modules()]
     config(use_dora=True).save_pretrained(tmp_path)
@@ -190,29 +189,31 @@ def test_a_refused_load_leaves_no_modules_behind(folder: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="lora_magnitude_vector"):
         model.load_adapter(tmp_path, "next")
     assert [name for name, _ in model.named_modules()] == tree
+    model.add_adapter("next", config(use_dora=True))
+    model.delete_adapter("next")
+    assert [name for name, _ in model.named_modules()] == tree
 
 
-def test_its_state_is_collected_while_layers_come_and_go(folder: Path) -> None:
+def test_what_walks_over_the_model_waits_until_layers_are_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lorica.PeftModel.from_pretrained(base(), folder / "old").eval()
-    stop, wanted = threading.Event(), set(lorica.get_peft_model_state_dict(model))
+    gate, introduce = Gate(), inject.introduce
 
-    def collect() -> None:
-        while not stop.is_set():
-            assert set(lorica.get_peft_model_state_dict(model)) == wanted
-            assert sum("next" in name for name in model.state_dict()) in (0, 2)
-            assert len(model.get_layer_status()) - len(TARGETS) in (0, 1)
+    def slowly(*args: Any) -> None:
+        gate()
+        introduce(*args)
 
-    collecting = Running(collect)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(20):
-            model.add_adapter("next", lorica.LoraConfig(r=2, target_modules=["head"]))
-            model.delete_adapter("next")
-    finally:
-        sys.setswitchinterval(before)
-        stop.set()
-    collecting.result()
+    monkeypatch.setattr(inject, "introduce", slowly)
+    adding = Running(model.add_adapter, "next", lorica.LoraConfig(r=2, target_modules=["head"]))
+    gate.wait()
+    walks = [lorica.get_peft_model_state_dict, type(model).state_dict, type(model).get_layer_status]
+    walking = [Running(walk, model) for walk in (*walks, type(model).get_nb_trainable_parameters)]
+    waiters(model, len(walking))
+    gate.open()
+    adding.result()
+    tensors, state, status, _ = (walk.result() for walk in walking)
+    assert len(tensors) == 2 * len(TARGETS)
+    assert sum("next" in name for name in state) == 2
+    assert len(status) == len(TARGETS) + 1
 
 
 # ---- a thread's own change in the middle of its forward --------------------------------------------------------------

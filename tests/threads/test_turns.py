@@ -145,12 +145,39 @@ def test_who_waits_to_write_lets_others_pass_from_time_to_time(monkeypatch: pyte
     writer.leave()
 
 
+def test_who_waited_for_a_write_comes_before_the_next_one() -> None:
+    turns, order = Turns(), []
+    queued = threading.Event()
+
+    def write_twice() -> None:
+        with turns.writing():
+            order.append("write")
+            queued.wait()
+        with turns.writing():
+            order.append("write")
+
+    def read() -> None:
+        with turns.reading:
+            order.append("read")
+
+    writer = Running(write_twice)
+    until(lambda: order)
+    reader = Running(read)
+    until(lambda: turns._queue)
+    queued.set()
+    writer.result()
+    reader.result()
+    assert order == ["write", "read", "write"]
+
+
 def test_a_thread_that_ended_in_its_turn_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Turns, "glance", 0.01)
     turns = Turns()
     block = turns.holding()
     Running(block.__enter__).result()  # a framework forgot to leave it
     Running(turns.reading.__enter__).result()
+    passes(turns.writing())
+    block.__exit__(None, None, None)  # when it is collected
     passes(turns.writing())
     passes(turns.reading)
 

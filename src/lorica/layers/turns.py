@@ -47,6 +47,7 @@ class Turns:
         self._changer: int | None = None
         self._changes = 0  # how often the changer has entered
         self._writes = 0
+        self._queue = 0  # those who wait to read
         self._waits = False  # whether the changer waits until nobody else reads
         self._locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
         self._begin()
@@ -113,6 +114,8 @@ class Turns:
         me = get_ident()
         with self.changing():
             with self._lock:
+                if not self._writes:  # those who waited for the last write come before the next
+                    self._free.wait_for(lambda: not self._queue, self.glance)
                 self._wait_to_write(me)
                 self._writes += 1
             try:
@@ -159,7 +162,12 @@ class Turns:
 
     def _enter(self, me: int, *, holds: bool = False) -> None:
         if me not in self._readers and self._changer not in (None, me):
-            self._free.wait_for(lambda: self._may_read(holds))
+            self._queue += 1
+            try:
+                self._free.wait_for(lambda: self._may_read(holds))
+            finally:
+                self._queue -= 1
+                self._free.notify_all()
         self._readers[me] = self._readers.get(me, 0) + 1
 
     def _may_read(self, holds: bool) -> bool:
@@ -177,7 +185,7 @@ class Turns:
         self._begin()
         self._locks = weakref.WeakKeyDictionary()
         self._forget(self._readers.keys() - {thread})
-        self._waits = False
+        self._queue, self._waits = 0, False
         if self._changer != thread:
             self._changer, self._changes, self._writes = None, 0, 0
 
