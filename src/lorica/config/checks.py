@@ -177,13 +177,15 @@ def _check_layers(config: LoraConfig) -> None:
 
 
 def _check_patterns(config: LoraConfig) -> None:
+    left = _MOST_PATTERNS  # of both together
     for name, value, least, most in (
         ("rank_pattern", config.rank_pattern, 1, MAX_RANK),
         ("alpha_pattern", config.alpha_pattern, -MAX_ALPHA, MAX_ALPHA),
     ):
         if not value:
             continue
-        _need_few(name, value, _MOST_PATTERNS)
+        _need_few(name, value, left)
+        left -= len(value)
         for pattern, number in value.items() if min(value.values()) < least or max(value.values()) > most else ():
             if not least <= number <= most:
                 what = f"the value of {quoted(pattern)} is not a number that {name.split('_')[0]} can have"
