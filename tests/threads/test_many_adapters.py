@@ -141,6 +141,25 @@ def test_files_are_read_while_forwards_go_on(folder: Path, monkeypatch: pytest.M
     assert torch.equal(compute(model), alone(folder / "new"))
 
 
+def test_a_router_does_not_see_an_adapter_before_it_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router goes over all adapters of a layer."""
+    routed = lorica.ArrowConfig(top_k=3)
+    model = lorica.create_arrow_model(base(), [folder / "old", folder / "new"], routed).eval()
+    before, gate, read = compute(model), Gate(), loading.read_whole
+
+    def read_slowly(*args: Any) -> Any:
+        gate()
+        return read(*args)
+
+    monkeypatch.setattr(loading, "read_whole", read_slowly)
+    loaded = Running(model.load_adapter, folder / "new", "task_2")
+    gate.wait()
+    assert torch.equal(compute(model), before)
+    gate.open()
+    loaded.result()
+    assert not torch.equal(compute(model), before)
+
+
 def test_two_threads_that_load_one_name_load_one_adapter(folder: Path) -> None:
     model = lorica.PeftModel.from_pretrained(base(), folder / "old").eval()
     loads = [Running(model.load_adapter, folder / "new", "next") for _ in range(4)]
