@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import io
 import math
-import mmap
+import os
 import struct
 import zipfile
 from collections.abc import Collection
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -68,43 +69,54 @@ def read_torch_file(path: str | Path, *, also: Collection[str] = ()) -> Any:
     """
     with open_regular(path) as file:
         try:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:  # it has no bytes
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return read_saved(memory, str(path), also=also)
+            memory = torch.UntypedStorage.from_file(os.fspath(path), False, os.fstat(file.fileno()).st_size)
+        except (OSError, RuntimeError) as error:  # it has no bytes, or fewer than a moment ago
+            raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}") from error
+        assert isinstance(memory, torch.UntypedStorage)
+        return _read(_Archive(file, memory, str(path)), also)
 
 
-def read_saved(memory: mmap.mmap | bytearray, where: str, *, also: Collection[str] = ()) -> Any:
+def read_saved(data: bytearray, where: str) -> Any:
     """Return what ``torch.save`` wrote, from memory that its tensors then share; see :func:`read_torch_file`."""
-    archive = _Archive(memory, where)
+    if not data:
+        raise CheckpointError(f"{where}: it has no bytes")
+    memory = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+    return _read(_Archive(io.BytesIO(data), memory, where), ())
+
+
+def _read(archive: _Archive, also: Collection[str]) -> Any:
     known = _KNOWN | set(also)
-    value = read_pickle(archive.pickle(), where, known.__contains__)
+    value = read_pickle(archive.pickle(), archive.where, known.__contains__)
     try:
         return _Builder(archive).build(value)
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(f"{where}: not what torch saves: {str(error)[:300]}") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{archive.where}: not what torch saves: {str(error)[:300]}") from error
 
 
 class _Archive:
     """The members of a zip archive that lie in it as they are.
 
+    Args:
+        file: the open file.
+        memory: all of it.
+        where: its name, for messages.
+
     Attributes:
         members: name, without the archive's → first byte and length.
     """
 
-    def __init__(self, memory: mmap.mmap | bytearray, where: str) -> None:
-        self.memory, self.where = memory, where
+    def __init__(self, file: FileIO | io.BytesIO, memory: torch.UntypedStorage, where: str) -> None:
+        self._file, self.memory, self.where = file, memory, where
         self.members: dict[str, tuple[int, int]] = {}
         try:
-            file = io.BytesIO(memory) if isinstance(memory, bytearray) else memory
-            with zipfile.ZipFile(file) as archive:  # type: ignore[arg-type]  # a mapped file is read like any other
+            with zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
                     self._enter(member)
         except CheckpointError:
             raise
         except Exception as error:  # a reader of archives that is fed nonsense complains in any way
             raise CheckpointError(f"{where}: no archive of torch.save's: {str(error)[:200]}") from error
-        if sum(length for _, length in self.members.values()) > len(memory):
+        if sum(length for _, length in self.members.values()) > memory.nbytes():
             raise CheckpointError(f"{where}: its members lie on one another")
 
     def _enter(self, member: zipfile.ZipInfo) -> None:
@@ -112,9 +124,10 @@ class _Archive:
             raise CheckpointError(
                 f"{self.where}: {member.filename[:100]} is compressed, and unpacks to {member.file_size} bytes"
             )
-        name, extra = _LOCAL_HEADER.unpack_from(self.memory, member.header_offset)
+        self._file.seek(member.header_offset)
+        name, extra = _LOCAL_HEADER.unpack(self._file.read(_LOCAL_HEADER.size))
         start = member.header_offset + _LOCAL_HEADER.size + name + extra
-        if start + member.file_size > len(self.memory):
+        if start + member.file_size > self.memory.nbytes():
             raise CheckpointError(f"{self.where}: {member.filename[:100]} ends too early")
         self.members[member.filename.partition("/")[2]] = (start, member.file_size)
 
@@ -127,9 +140,15 @@ class _Archive:
         start, length = self.members.get(name, (0, -1))
         if not 0 <= length <= most:
             raise CheckpointError(f"{self.where}: {name} is missing or too large")
-        return bytes(self.memory[start : start + length])
+        self._file.seek(start)
+        return self._file.read(length)
 
     def pickle(self) -> bytes:
+        """Return what was saved, as a pickle.
+
+        Raises:
+            CheckpointError: it is missing, or the numbers beside it are written in another way.
+        """
         if "byteorder" in self.members and self.bytes_of("byteorder", 16) != b"little":
             raise CheckpointError(f"{self.where}: its numbers have their bytes in another order")
         return self.bytes_of("data.pkl", _MAX_PICKLE)
@@ -140,7 +159,7 @@ class _Builder:
 
     def __init__(self, archive: _Archive) -> None:
         self._archive = archive
-        self._left = _MAX_SHARING * len(archive.memory)
+        self._left = _MAX_SHARING * archive.memory.nbytes()
 
     def build(self, value: Any) -> Any:
         if isinstance(value, Record):
@@ -191,8 +210,10 @@ class _Builder:
             raise ValueError(f"storage {key} has {length} bytes, not {count} numbers of {dtype}")
         if not count:
             return torch.empty(0, dtype=dtype)
-        raw = torch.frombuffer(self._archive.memory, dtype=torch.uint8, count=length, offset=start)
-        return raw.clone().view(dtype) if start % dtype.itemsize else raw.view(dtype)
+        part = self._archive.memory[start : start + length]  # a storage of its own, as torch's reader makes it
+        if start % dtype.itemsize:
+            part = part.clone()
+        return torch.empty(0, dtype=dtype).set_(part, 0, (count,), (1,))
 
 
 __all__ = ["read_saved", "read_torch_file"]
