@@ -23,20 +23,30 @@ DENSE = [Division(tp=2, sp=True), Division(tp=2, pp=2), Division(tp=2, sp=True, 
 RANDOM = {"lora_A_init_method": "normal", "lora_B_init_method": "kaiming"}
 
 
+#: What one process gives, with which several divisions are compared.
+_ORACLES: dict[str, Outcome] = {}
+
+
 def bridged(division: Division, method: Any, **changes: Any) -> Outcome:
     """What a method gives under a division, after one step without an optimiser."""
     from lorica.parallel import sum_gradients
 
+    alone = division == WHOLE  # one process, for whose gradients nothing is done
+    key = f"{method!r} {changes}"
+    if alone and key in _ORACLES:
+        return _ORACLES[key]
     with world.divided(division):
         models = chunks(division, **changes)
         torch.manual_seed(7)
         assert method(models) is models
         model = method.peft_model(models)
-        alone = division == WHOLE  # one process, for whose gradients nothing is done
         loss = world.train(models, world.tokens(4), alone=alone)
         if not alone:
             sum_gradients(model)
-        return Outcome(loss, outcomes.logical(model, gradients=True), outcomes.logical(model))
+        found = Outcome(loss, outcomes.logical(model, gradients=True), outcomes.logical(model))
+    if alone:
+        _ORACLES[key] = found
+    return found
 
 
 def targets(models: list[Any]) -> set[str]:
@@ -88,7 +98,7 @@ def default_starts(division: Division) -> None:
             torch.testing.assert_close(tensor.std(), torch.tensor((2 / fans) ** 0.5), rtol=0.4, atol=0)
 
 
-@world.case(ranks=4, divisions=DENSE)
+@world.case(ranks=4, divisions=DENSE[2:])
 def canonical(division: Division) -> None:
     """Each projection has its own pair, under its own name; one alone may be adapted."""
     from lorica.compat.megatron_bridge import CanonicalLoRA
@@ -293,7 +303,7 @@ def a_shared_adapter_has_the_gradient_of_all_its_experts() -> None:
                     torch.testing.assert_close(getattr(layer, factor)["default"].weight.grad, wanted)
 
 
-@world.case(ranks=4, divisions=MIXTURES[1:])
+@world.case(ranks=4, divisions=MIXTURES[1::2])
 def experts_get_a_share_of_the_rank(division: Division) -> None:
     from lorica.adapt.found import lora_layers
     from lorica.compat.megatron_bridge import CanonicalLoRA, LoRA

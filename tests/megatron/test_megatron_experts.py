@@ -116,9 +116,7 @@ def replicas_stay_equal(division: Division) -> None:
 @world.case(
     ranks=4,
     divisions=[
-        Division(ep=2),
         Division(tp=2, sp=True, etp=1),
-        Division(tp=2, sp=True, ep=2),
         Division(ep=2, etp=2),
         Division(tp=2, sp=True, ep=2, etp=1, pp=2),
         Division(tp=4, sp=True, ep=2, etp=1),
