@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -19,6 +20,12 @@ from lorica.kernels import recorded
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a part of the contract be run: ``--cases "dora,dropout"``."""
     parser.addoption("--cases", default="", help="only those cases of the contract whose names hold one of these words")
+
+
+def pytest_configure() -> None:
+    """Let interrupts be seen: shells start jobs in the background with SIGINT ignored, which is inherited."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

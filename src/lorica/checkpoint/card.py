@@ -23,6 +23,8 @@ _PIPELINES = {
 }
 
 _MAX_BYTES = 4 * 1024 * 1024
+#: A head that is shorter and has none of these means little, and is not read twice.
+_PLAIN_LENGTH, _NESTING = 1024, frozenset("&[{")
 
 _PAGE = """\
 # LoRA adapter for {base}
@@ -80,13 +82,15 @@ def _text(path: Path) -> str:
     Raises:
         ValueError: it is none; of lorica's errors, CheckpointError.
     """
-    refuse_links_out(path, path.parent)
+    if path.is_symlink():
+        refuse_links_out(path, path.parent)
     with open_regular(path) as file:
         text = read_fully(file, _MAX_BYTES + 1).decode()
     if len(text) > _MAX_BYTES:
         raise CheckpointError(f"more than {_MAX_BYTES:,} bytes")
-    if text.startswith("---"):
-        parse_yaml(text[3:].partition("\n---")[0])  # which bounds what aliases make of it
+    head = text[3:].partition("\n---")[0] if text.startswith("---") else ""
+    if len(head) > _PLAIN_LENGTH or not _NESTING.isdisjoint(head):
+        parse_yaml(head)  # which bounds its depth, and what aliases make of it
     return text
 
 

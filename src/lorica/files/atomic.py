@@ -103,9 +103,10 @@ def at_once() -> Iterator[None]:
     finally:
         _OPEN.reset(token)
         for temporary, path in files:
-            with contextlib.suppress(OSError, CheckpointError):
-                if journal.read(path.parent).get(path.name) != temporary.name:
-                    temporary.unlink(missing_ok=True)
+            if os.path.lexists(temporary):
+                with contextlib.suppress(OSError, CheckpointError):
+                    if journal.read(path.parent).get(path.name) != temporary.name:
+                        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
