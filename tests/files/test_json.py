@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lorica.errors import CheckpointError
@@ -97,6 +97,7 @@ def is_impossible(value: Any) -> bool:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.dictionaries(st.text(max_size=3), values, max_size=4), only_ascii=st.booleans())
+@example(value={"\0": []}, only_ascii=False)
 def test_any_object_is_read_as_it_is_or_refused(value: dict[str, Any], only_ascii: bool, tmp_path: Path):
     path = written(tmp_path, json.dumps(value, ensure_ascii=only_ascii))
     if is_impossible(value):

@@ -25,7 +25,7 @@ def test_faults_at_every_write_step_of_a_checkpoint(base: Path, data_file: Path,
     }
     for name in ("kills", "errors", "two_signals"):
         before, new = found[name]
-        assert before > 30, name  # so many changes come before the new checkpoint has its name
+        assert before > 25, name  # so many changes come before the new checkpoint has its name
         assert new > 5, name  # and so many after: the one before is deleted
     assert found["one_signal"][0] == 0
     assert found["one_signal"][1] == sum(found["kills"])

@@ -96,11 +96,13 @@ def reshard(
 
 
 def _check(checkpoint: Path) -> None:
-    """Refuse a checkpoint that has changed since it was written."""
+    """Refuse a checkpoint that has changed since it was written; that its adapter's file is gone is no harm here."""
     from lorica.files import marker
+    from lorica.train.state import ADAPTER
 
     if marker.is_there(checkpoint):
-        marker.check(checkpoint, but=("README.md", "adapter_config.json"))
+        gone = () if (checkpoint / ADAPTER).exists() else (ADAPTER,)
+        marker.check(checkpoint, but=("README.md", "adapter_config.json", *gone))
 
 
 def find_checkpoint(directory: Path, *, adapter: bool = False) -> Path:

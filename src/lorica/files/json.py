@@ -142,13 +142,13 @@ def _refuse_characters(value: Any) -> None:
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what is no list and no object, and where it is: ``alpha_pattern.q_proj``, ``target_modules[3]``."""
+    """Yield what has nothing inside, and where it is: ``alpha_pattern.q_proj``, ``target_modules[3]``."""
     waiting = [("", value)]
     while waiting:
         place, one = waiting.pop()
-        if isinstance(one, dict):
+        if isinstance(one, dict) and one:
             waiting += [(f"{place}.{key}" if place else key, inner) for key, inner in reversed(one.items())]
-        elif isinstance(one, list):
+        elif isinstance(one, list) and one:
             waiting += [(f"{place}[{index}]", inner) for index, inner in reversed([*enumerate(one)])]
         else:
             yield place, one
