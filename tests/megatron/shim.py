@@ -96,10 +96,15 @@ class Event(Stream):
     """An event that has happened."""
 
 
+_SPECIAL = {Tensor.cuda, Tensor.pin_memory, Tensor.record_stream, Tensor.type}
+
+
 class _OnTheCpu(TorchFunctionMode):
     """Whatever is asked of a CUDA device is done on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and func not in _SPECIAL:
+            return func(args[0])  # most calls ask a tensor for its shape and the like
         kwargs = dict(kwargs or {})
         if func in (Tensor.cuda, Tensor.pin_memory):
             return args[0]

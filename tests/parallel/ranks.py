@@ -213,8 +213,7 @@ def _text(path: Path) -> str:
 
 def _end(process: Any) -> None:
     process.join(GRACE)
-    if process.is_alive():
-        _kill(process)
+    _kill(process)  # a rank that has left may have left something behind
     process.close()
 
 
