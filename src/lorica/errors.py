@@ -90,8 +90,9 @@ def require_extra(module: str, extra: str) -> ModuleType:
         ) from error
 
 
-#: Looking for what is near takes a time that grows with the square of the words' lengths.
-_NEAR_LENGTH, _NEAR_WORDS = 200, 5_000
+#: Looking for what is near takes a time that grows with the square of the words' lengths: a tenth of a second for so
+#: many pairs of characters.
+_NEAR_LENGTH, _NEAR_WORDS, _NEAR_PAIRS = 200, 5_000, 4_000_000
 
 
 def shown(value: object, most: int = 160) -> str:
@@ -107,7 +108,8 @@ def suggest(wrong: str, known: Iterable[str], *, limit: int = 5) -> str:
     """Return ``" Did you mean …?"`` with the nearest of ``known``, or an empty string; long words are near to none."""
     if len(wrong) > _NEAR_LENGTH:
         return ""
-    words = [word for word in dict.fromkeys(itertools.islice(known, _NEAR_WORDS)) if len(word) <= _NEAR_LENGTH]
+    most = min(_NEAR_WORDS, _NEAR_PAIRS // max(1, len(wrong)) ** 2)
+    words = [word for word in dict.fromkeys(itertools.islice(known, most)) if len(word) <= _NEAR_LENGTH]
     near = difflib.get_close_matches(wrong, words, n=limit, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
 
