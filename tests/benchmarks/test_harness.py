@@ -97,6 +97,14 @@ def test_saved_bytes_are_distinct_and_without_parameters():
     assert saved.total == x.numel() * FP32, "saved twice, held once"
 
 
+def test_what_was_saved_and_let_go_counts_though_another_lies_in_its_place():
+    x = torch.randn(1000, requires_grad=True)
+    with SavedBytes() as saved:
+        for _ in range(50):
+            x.exp()
+    assert saved.total == 50 * x.numel() * FP32
+
+
 def test_the_backward_is_counted_too():
     linear = nn.Linear(5, 7, bias=False)
     linear.weight.requires_grad_(False)

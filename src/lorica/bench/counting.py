@@ -159,23 +159,26 @@ class SavedBytes:
 
     Args:
         model: its parameters and buffers do not count: they stay whether saved or not.
+
+    Attributes:
+        total: bytes saved so far.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         own = [] if model is None else [*model.parameters(), *model.buffers()]
         self._own = {_key(tensor) for tensor in own if not tensor.is_meta}
-        self._saved: dict[int, int] = {}
+        self._alive: set[int] = set()
+        self.total = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if _key(tensor) not in self._own:
-            self._saved[_key(tensor)] = tensor.untyped_storage().nbytes()
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key not in self._own and key not in self._alive:
+            self._alive.add(key)
+            self.total += storage.nbytes()
+            # Another storage may come to lie at its address, and be saved too.
+            weakref.finalize(storage, self._alive.discard, key).atexit = False
         return tensor
-
-    @property
-    def total(self) -> int:
-        """Bytes saved so far."""
-        return sum(self._saved.values())
 
     def __enter__(self) -> SavedBytes:
         self._hooks.__enter__()
