@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from functools import partial
 
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +32,7 @@ def build(
     base = llama(2 if quick else layers, width)
     names = [f"a{row % adapters}" for row in range(rows)]
     models = {side: _adapted(side, base, adapters) for side in (PEFT, LORICA)}
-    with quiet():
-        for name in models[PEFT].peft_config:  # type: ignore[union-attr]
-            state = peft.get_peft_model_state_dict(models[PEFT], adapter_name=name)
-            lorica.set_peft_model_state_dict(models[LORICA], state, adapter_name=name)
+    models[LORICA].load_state_dict(models[PEFT].state_dict())  # the names are the same
     x = torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(1))
     block = lorica.route_rows(models[LORICA], names)
     if kept:
