@@ -82,8 +82,7 @@ def _text(path: Path) -> str:
     Raises:
         ValueError: it is none; of lorica's errors, CheckpointError.
     """
-    if path.is_symlink():
-        refuse_links_out(path, path.parent)
+    refuse_links_out(path)
     with open_regular(path) as file:
         text = read_fully(file, _MAX_BYTES + 1).decode()
     if len(text) > _MAX_BYTES:

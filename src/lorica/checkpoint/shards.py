@@ -264,8 +264,7 @@ def opened(path: Path) -> AbstractContextManager[OpenTensors]:
     Raises:
         CheckpointError: it is missing or damaged, or lies elsewhere.
     """
-    if path.is_symlink():
-        refuse_links_out(path, path.parent)
+    refuse_links_out(path)
     return TensorReader(path).opened()
 
 

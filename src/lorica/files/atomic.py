@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 def sync(path: Path) -> None:
     """Flush a file's or directory's data to the disk."""
-    with naming(path):
+    with naming_path(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -48,7 +48,7 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming_path(path: str | os.PathLike[str]) -> Iterator[None]:
     """Let an error of the system that names no file name this one: writes and flushes know only descriptors."""
     try:
         yield
@@ -71,7 +71,7 @@ def write_file(path: str | os.PathLike[str], writer: Callable[[Path], None]) -> 
         path = Path(path)
         temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix}"
         _OPEN.get().append((temporary, path))
-        with naming(temporary):
+        with naming_path(temporary):
             writer(temporary)
 
 
@@ -155,7 +155,7 @@ def _put(files: list[tuple[Path, Path]]) -> None:
 def _announce(folder: Path, names: Mapping[str, str]) -> None:
     temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}.json"
     try:
-        with naming(temporary):
+        with naming_path(temporary):
             temporary.write_text(json.dumps(journal.content(names)), encoding="utf-8")
         sync(temporary)
         temporary.replace(folder / journal.NAME)

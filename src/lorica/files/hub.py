@@ -30,8 +30,7 @@ def find_file(source: str | os.PathLike[str], name: str, *, subfolder: str | Non
     directory = Path(source, subfolder or "")
     path = journal.resolve(directory, name)
     if path.is_file():
-        if subfolder or path.is_symlink():
-            refuse_links_out(path, source)
+        refuse_links_out(path, source)
         return path
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: not a regular file, or a link that leads nowhere")

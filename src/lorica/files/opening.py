@@ -50,16 +50,19 @@ def read_fully(file: FileIO, length: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def refuse_links_out(path: Path, root: str | os.PathLike[str]) -> None:
-    """Refuse a file that links lead to somewhere else than ``root``.
+def refuse_links_out(path: Path, root: str | os.PathLike[str] | None = None) -> None:
+    """Refuse a file that links lead to somewhere else than ``root``, or than its own directory.
 
     In a snapshot of the hub's cache, files are links to the blobs of the same repository; these are its own.
 
     Raises:
         CheckpointError: names where the link leads.
     """
+    root = path.parent if root is None else Path(root)
+    if path.parent == root and not path.is_symlink():
+        return  # as nearly all files
     try:
-        real, home = path.resolve(strict=True), Path(root).resolve(strict=True)
+        real, home = path.resolve(strict=True), root.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links is either of the first two
         raise CheckpointError(f"{path}: cannot be followed: {error}") from error
     if real.is_relative_to(home):

@@ -34,7 +34,7 @@ class Metrics:
                 self._close.append(close)
 
     def write(self, record: Record) -> None:
-        with atomic.naming(self._path):
+        with atomic.naming_path(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         for sink in self._sinks:
@@ -42,11 +42,11 @@ class Metrics:
 
     def sync(self) -> None:
         """Put the records on the disk; a checkpoint must not be ahead of them."""
-        with atomic.naming(self._path):
+        with atomic.naming_path(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with atomic.naming(self._path), ExitStack() as last:
+        with atomic.naming_path(self._path), ExitStack() as last:
             for close in self._close:
                 last.callback(close)
 
