@@ -21,31 +21,46 @@ _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os
 
 _watching: Callable[[str], None] | None = None
 _root = ""
+_reads = False
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    watch = _watching
-    if watch is not None and (event in _CHANGES or (event == "open" and arguments[2] & _WRITES)):
-        path = arguments[0]
-        if event == "faults.fsync":
-            path = os.readlink(f"/proc/self/fd/{path}")
-        within_tree = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # a name in an open directory
-        if within_tree or (not isinstance(path, int) and os.fspath(path).startswith(_root)):
-            watch(f"{event} {os.fspath(path)}")
+    watch, path = _watching, arguments[0] if arguments else None
+    if watch is None or not (event in _CHANGES or event == "open"):
+        return
+    if event == "open" and not arguments[2] & _WRITES:
+        if not _reads:
+            return
+        event = "read"
+    if event == "faults.fsync":
+        path = os.readlink(f"/proc/self/fd/{path}")
+    within_tree = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # a name in an open directory
+    if within_tree or (not isinstance(path, int) and os.fspath(path).startswith(_root)):
+        watch(f"{event} {os.fspath(path)}")
 
 
 sys.addaudithook(_hook)
 
 
-@contextlib.contextmanager
-def watched(root: Path, watch: Callable[[str], None]) -> Iterator[None]:
+def begin(root: Path, watch: Callable[[str], None], *, reads: bool = False) -> None:
     """Tell ``watch`` each change below ``root``, just before it is made; what it raises is what the change raises.
 
     Nothing is really flushed: what a process leaves when it dies is in the system's memory.
+
+    Args:
+        reads: of files that are opened to be read too.
     """
-    global _watching, _root
-    fsync, _watching, _root = os.fsync, watch, str(root)
+    global _watching, _root, _reads
+    _watching, _root, _reads = watch, str(root), reads
     os.fsync = lambda descriptor: sys.audit("faults.fsync", descriptor)
+
+
+@contextlib.contextmanager
+def watched(root: Path, watch: Callable[[str], None]) -> Iterator[None]:
+    """:func:`begin`, for the length of a block."""
+    global _watching
+    fsync = os.fsync
+    begin(root, watch)
     try:
         yield
     finally:

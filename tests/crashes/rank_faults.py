@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import faults
 import torch
 import torch.distributed as dist
 
-from lorica.train import job, lost, models, recipe, signals, sources
+from lorica.train import job, lost, models, recipe, signals, sources, state
 
 #: Seconds after which a rank that waits for a collective gives up: ``parallel.timeout`` of the runs.
 TIMEOUT = 20.0
@@ -34,19 +36,24 @@ SOON = 10.0
 
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
+DISKS = {"full": errno.ENOSPC, "io": errno.EIO, "readonly": errno.EROFS}
+#: Faults of a disk that stay.
+LASTING = ("readonly",)
 
 
 class Struck(RuntimeError):
     """The fault of the kind ``error``."""
 
 
-def strike(fault: str) -> None:
-    """Let this rank have the fault, now."""
-    Path(os.environ["STRUCK"]).touch()
+def strike(fault: str, change: str = "open a-disk") -> None:
+    """Let this rank have the fault, now, at this change of the file system if it is one of the disk."""
+    struck = Path(os.environ["STRUCK"])
+    if not struck.exists():
+        struck.touch()
     if fault == "error":
         raise Struck("struck")
-    if fault == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a disk")
+    if fault in DISKS:
+        faults.error(DISKS[fault])(change)
     os.kill(os.getpid(), SIGNALS[fault])
 
 
@@ -80,38 +87,47 @@ class Call:
 
 @dataclass(frozen=True)
 class Operation:
-    """Just before the ``count``-th operation on the file system from the ``save``-th checkpoint on."""
+    """Just before the ``count``-th operation on the file system below ``checkpoints`` from the ``save``-th one on.
 
-    count: int
+    Attributes:
+        count: from 0; None: there is no fault, but the rank writes down in the folder of the attempt what it does.
+    """
+
+    count: int | None
     save: int = 1
 
     def arm(self, fault: str) -> None:
-        from lorica.train import state
-
         original, saves = state.Saver.save, 0
-        seen = 0
+        watch = self._note() if self.count is None else self._strike(fault)
 
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal seen
-            if saves >= self.save and event in _OPERATIONS and _is_watched(arguments):
-                seen += 1
-                if seen == self.count:
-                    strike(fault)
-
-        def save(self: Any) -> Any:
+        def save(saver: state.Saver) -> Path:
             nonlocal saves
             saves += 1
-            return original(self)
+            if saves == self.save:
+                faults.begin(state.directory_of(saver._recipe.output), watch, reads=True)
+            return original(saver)
 
         state.Saver.save = save  # type: ignore[method-assign]
-        sys.addaudithook(hook)
+
+    def _strike(self, fault: str) -> Callable[[str], None]:
+        seen = count(0)
+
+        def watch(change: str) -> None:
+            number = next(seen)
+            if number == self.count or (fault in LASTING and number > self.count):
+                strike(fault, change)
+
+        return watch
+
+    @staticmethod
+    def _note() -> Callable[[str], None]:
+        noted = operations_file(Path(os.environ["STRUCK"]).parent, int(os.environ["RANK"])).open("a", buffering=1)
+        return lambda change: print(change, file=noted)
 
 
-_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
-
-
-def _is_watched(arguments: tuple[object, ...]) -> bool:
-    return bool(arguments) and isinstance(arguments[0], str | os.PathLike) and "checkpoints" in str(arguments[0])
+def operations_file(folder: Path, rank: int) -> Path:
+    """Where the operations are that a rank noted in an attempt."""
+    return folder / f"operations-{rank}"
 
 
 class Outcome(NamedTuple):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rank_faults import Call, Operation, Outcome, attempt, prepare, printed
+from rank_faults import Call, Operation, Outcome, attempt, operations_file, prepare, printed
 
 from lorica.train import state
 
 FAULTS = ("error", "kill", "term", "full", "int")
+#: At operations on the disk.
+OPERATION_FAULTS = ("io", "kill", "readonly", "term", "full", "int")
 
 
 class Phase(NamedTuple):
@@ -85,14 +89,21 @@ class Told(NamedTuple):
     seconds: float
 
 
-def chain(ranks: int, start: int = 0) -> list[Link]:
-    """Every phase once, ranks and faults in turn; with ``start`` from 0 to ``5 * ranks`` every fault on every rank."""
-    kinds, numbers = len(FAULTS), range(len(PHASES))
-    faults = [FAULTS[(number + number // kinds + start) % kinds] for number in numbers]
-    ranks_in_turn = [(number + start // kinds) % ranks for number in numbers]
+def chain(ranks: int, start: int = 0, names: Collection[str] = ()) -> list[Link]:
+    """Every phase once, ranks and faults in turn; with ``start`` from 0 to ``5 * ranks`` every fault on every rank.
+
+    Args:
+        names: of phases; empty: all.
+    """
+    phases, kinds = [phase for phase in PHASES if not names or phase.name in names], len(FAULTS)
+    assert len(phases) == len(names or PHASES)
     return [
-        Link(phase, 0 if phase.first else rank, fault)
-        for phase, rank, fault in zip(PHASES, ranks_in_turn, faults, strict=True)
+        Link(
+            phase,
+            0 if phase.first else (number + start // kinds) % ranks,
+            FAULTS[(number + number // kinds + start) % kinds],
+        )
+        for number, phase in enumerate(phases)
     ]
 
 
@@ -113,33 +124,50 @@ def run(values: dict[str, Any], ranks: int, links: list[Link], folder: Path) -> 
     return told
 
 
-def save_and_fail(values: dict[str, Any], ranks: int, folder: Path, every: int, faults: list[str]) -> list[Told]:
-    """Let each rank in turn meet a fault at every ``every``-th operation on the file system of the second checkpoint.
+def save_and_fail(values: dict[str, Any], ranks: int, folder: Path, most: int | None = None) -> list[Told]:
+    """Let each rank in turn meet a fault at operations on the file system of the third checkpoint.
 
-    Each attempt begins with the first one.
+    Each attempt begins with the first two, of which the third takes the place of the first.
+
+    Args:
+        most: at so many operations of a rank, evenly among those that :func:`telling` names; None: at all there are.
     """
     prepare(values)
     output = Path(values["output_dir"])
-    short = values | {"training": values["training"] | {"steps": 2}}
-    attempt(short, ranks, folder / "clean", at=Call("lorica.train.state:Saver", "save", 2), victim=0, fault="error")
+    short = values | {"training": values["training"] | {"steps": 3}}
+    attempt(short, ranks, folder / "clean", at=Call("lorica.train.state:Saver", "save", 3), victim=0, fault="error")
     begun = output.with_name("begun")
     output.rename(begun)
-    told = []
+    told: list[Told] = []
+
+    def hit(name: str, victim: int = -1, fault: str = "", number: int | None = None) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(begun, output)
+        place, started = folder / name, time.monotonic()
+        at = Operation(number)
+        note = (lambda rank: at.arm("")) if number is None else (lambda rank: None)
+        outcomes = attempt(short, ranks, place, resume=True, victim=victim, fault=fault, at=at, before=note)
+        for checkpoint in state.complete(output):
+            state.check(checkpoint)
+        link = None if number is None else Link(Phase(done[victim][number], Call("", ""), noted=True), victim, fault)
+        struck, seconds = (place / "struck").exists(), time.monotonic() - started
+        told.append(Told(link, outcomes, struck, _complete(begun), _complete(output), printed(place), seconds))
+
+    hit("noted")
+    done = [operations_file(folder / "noted", rank).read_text().splitlines() for rank in range(ranks)]
     for victim in range(ranks):
-        number, struck = 1 + victim % every, True
-        while struck:
-            shutil.rmtree(output, ignore_errors=True)
-            shutil.copytree(begun, output)
-            place, started = folder / f"{victim}-{number}", time.monotonic()
-            fault = faults[len(told) % len(faults)]
-            outcomes = attempt(short, ranks, place, resume=True, victim=victim, fault=fault, at=Operation(number))
-            for checkpoint in state.complete(output):
-                state.check(checkpoint)
-            struck, seconds = (place / "struck").exists(), time.monotonic() - started
-            link = Link(Phase(f"operation {number}", Call("", "")), victim, fault) if struck else None
-            told.append(Told(link, outcomes, struck, _complete(begun), _complete(output), printed(place), seconds))
-            number += every
+        chosen = list(range(len(done[victim]))) if most is None else telling(done[victim])
+        step = 1 if most is None else max(1, math.ceil(len(chosen) / most))
+        for number in chosen[::step]:
+            hit(f"{victim}-{number}", victim, OPERATION_FAULTS[len(told) % len(OPERATION_FAULTS)], number)
     return told
+
+
+def telling(operations: list[str]) -> list[int]:
+    """The first and the last operation of each kind, as numbers in order."""
+    kinds = [operation.split()[0] for operation in operations]
+    ends = {(kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind)) for kind in kinds}
+    return sorted({number for pair in ends for number in pair})
 
 
 def _complete(output: Path) -> list[str]:

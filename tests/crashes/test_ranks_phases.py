@@ -21,10 +21,19 @@ from lorica.train import metrics, state
 
 SPEEDS = ("seconds", "tokens_per_second")
 WORDS = {"error": "struck", "full": "No space left on device", "int": "KeyboardInterrupt"}
+WORDS |= {"io": "Input/output error", "readonly": "Read-only file system"}
 
+
+#: What may fail: removing what is left of older checkpoints, making a directory that is there.
+NOT_NEEDED = ("os.remove", "os.rmdir", "os.mkdir")
 
 #: How four ranks divide the model and the rows; two have the rows between them.
 LAYOUTS = {2: {"dp": 2}, 4: {"tp": 2, "dp": 2}}
+#: Where ranks that divide the model do something else than ranks that have all of it.
+DIVIDED = (
+    *("the layout", "the comparison", "the sum of gradients", "the adapter's files", "the pieces of the state"),
+    *("the plan of the shards", "the shards", "the old checkpoints", "the shards that are read", "the last files"),
+)
 
 
 def settings(base: Path, data: Path, output: Path, count: int, **checkpoint: Any) -> dict[str, Any]:
@@ -104,14 +113,24 @@ def test_a_fault_in_every_phase_and_the_run_is_the_uninterrupted_one(
 ) -> None:
     links = rank_phases.chain(count, start)
     assert {link.victim for link in links} == set(range(count))
-    assert_chain(links, count, checkpoint, base, data_file, tmp_path)
+    both = [settings(base, data_file, tmp_path / name, count, **checkpoint) for name in ("whole", "cut")]
+    assert_chain(links, count, both, tmp_path)
 
 
-def assert_chain(
-    links: list[Link], count: int, checkpoint: dict[str, Any], base: Path, data_file: Path, folder: Path
+@pytest.mark.parametrize(("layout", "start"), [({"fsdp": 2}, 5), ({"pp": 2}, 3)], ids=str)
+def test_where_ranks_divide_the_model_a_fault_loses_nothing_either(
+    layout: dict[str, int], start: int, base: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    """A run that meets these faults is in the end that which met none."""
-    whole, cut = (settings(base, data_file, folder / name, count, **checkpoint) for name in ("whole", "cut"))
+    links = rank_phases.chain(2, start, DIVIDED)
+    both = [settings(base, data_file, tmp_path / name, 2) for name in ("whole", "cut")]
+    for values in both:
+        values["parallel"] = layout | {"timeout": TIMEOUT}
+    assert_chain(links, 2, both, tmp_path)
+
+
+def assert_chain(links: list[Link], count: int, both: list[dict[str, Any]], folder: Path) -> None:
+    """A run that meets these faults is in the end that which met none; ``both`` are the settings of that and of it."""
+    whole, cut = both
     (reference,) = ranks.run(1, rank_phases.run, whole, count, [], folder / "one try", timeout=200)
     assert [outcome.code for outcome in reference[-1].outcomes] == [0] * count, reference
     (told,) = ranks.run(1, rank_phases.run, cut, count, links, folder / "tries", timeout=600)
@@ -122,30 +141,37 @@ def assert_chain(
         assert_others(each.link, each)
         assert_nothing_lost(each)
     assert [outcome.code for outcome in told[-1].outcomes] == [0] * count, told[-1]
-    assert final_state(folder / "cut") == final_state(folder / "whole")
+    assert final_state(Path(cut["output_dir"])) == final_state(Path(whole["output_dir"]))
 
 
+@pytest.mark.parametrize(("count", "most"), [(2, 20), (4, 2)], ids=["2 ranks", "4 ranks"])
 def test_a_fault_at_operations_on_the_disk_leaves_the_checkpoint_before(
-    base: Path, data_file: Path, tmp_path: Path
+    count: int, most: int, base: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    for count, every in ((2, 6), (4, 13)):
-        place = tmp_path / f"{count}"
-        values = settings(base, data_file, place / "out", count)
-        arguments = values, count, place / "tries", every, ["kill", "full", "term", "int"]
-        (told,) = ranks.run(1, rank_phases.save_and_fail, *arguments, timeout=600)
-        struck = [each for each in told if each.link is not None]
-        assert {each.link.victim for each in struck if each.link} == set(range(count))
-        for each in struck:
-            assert each.link is not None
-            assert "step-000001" in each.after, each
-            assert all(outcome.late < SOON for outcome in each.outcomes), each
-        for each in told:
-            ended = [outcome.code for outcome in each.outcomes]
-            if each.link is not None and any(ended):
-                assert ended[each.link.victim] == (-9 if each.link.fault == "kill" else 3), each
-            else:  # no fault any more, or one in what could wait: what is left of older checkpoints
-                assert [outcome.code for outcome in each.outcomes] == [0] * count, each
-                assert each.after == ["step-000001", "step-000002"], each
-            if each.link is not None and each.link.fault in ("term", "int"):
-                assert {outcome.kind for outcome in each.outcomes} == {"Interrupted"}, each
-                assert each.after == ["step-000001", "step-000002"], each
+    told = assert_operations(settings(base, data_file, tmp_path / "out", count), count, most, tmp_path)
+    struck = {(link.victim, link.phase.name.split()[0]) for each in told if (link := each.link)}
+    assert {victim for victim, _ in struck} == set(range(count))
+    if count == 2:
+        every = {"open", "read", "faults.fsync", "os.rename"}
+        assert every | {"os.mkdir", "os.remove", "os.rmdir"} == {kind for victim, kind in struck if victim == 0}
+        assert every == {kind for victim, kind in struck if victim == 1}
+
+
+def assert_operations(values: dict[str, Any], count: int, most: int | None, folder: Path) -> list[Told]:
+    """A checkpoint that meets these faults is written or not, but that before it is there."""
+    (found,) = ranks.run(1, rank_phases.save_and_fail, values, count, folder / "tries", most, timeout=1200)
+    told: list[Told] = found
+    for each in told:
+        assert "step-000002" in each.after, each
+        assert each.struck == (each.link is not None), each
+        link, ended = each.link, [outcome.code for outcome in each.outcomes]
+        if not any(ended):
+            assert each.after[-1] == "step-000003", each
+            assert link is None or link.phase.name.startswith(NOT_NEEDED), each
+            continue
+        assert link is not None, each
+        assert_victim(link, each)
+        assert_others(link, each)
+        if link.fault in ("term", "int"):
+            assert each.after == ["step-000002", "step-000003"], each
+    return told

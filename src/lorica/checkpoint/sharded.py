@@ -219,9 +219,10 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        own, _ = error.failures.get(0 if _alone() else dist.get_rank(), (None, None))
+        if isinstance(own, KeyboardInterrupt):  # torch gathers also what is no error, and stops only this rank
+            raise own from None
+        if _alone() and isinstance(own, (OSError, CheckpointError)):
+            raise own from None
         rank, (cause, _) = next(iter(error.failures.items()))
-        if isinstance(cause, KeyboardInterrupt):  # torch gathers also what is no error
-            raise cause from None
-        if _alone() and isinstance(cause, (OSError, CheckpointError)):
-            raise cause from None
-        raise CheckpointError(f"{'' if _alone() else f'rank {rank}: '}{cause}") from cause
+        raise CheckpointError(f"{'' if _alone() else f'rank {rank}: '}{str(cause) or type(cause).__name__}") from cause
