@@ -168,3 +168,13 @@ def test_the_largest_numbers_are_taken(saved):
     given = {name: torch.full_like(t, 3e38) for name, t in lorica.get_peft_model_state_dict(model).items()}
     lorica.set_peft_model_state_dict(model, given)
     assert all(torch.equal(t, given[name]) for name, t in lorica.get_peft_model_state_dict(model).items())
+
+
+def test_weights_trained_with_another_scale_are_told_of_and_taken(saved: Path) -> None:
+    """Over an adapter that is there; its configuration stays."""
+    model = lorica.get_peft_model(mlp(), lorica.LoraConfig(**CONFIG, lora_alpha=32, alpha_pattern={"lin1": 3}))
+    with pytest.warns(UserWarning, match=r"adapter_config\.json: lora_alpha is 8 there, 32 here, or alpha_pattern is"):
+        model.load_adapter(saved, "default")
+    assert model.peft_config["default"].lora_alpha == 32
+    (saved / "adapter_config.json").unlink()
+    model.load_adapter(saved, "default")  # nothing to compare with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from lorica.checkpoint.reading import LoadResult
 from lorica.checkpoint.walk import base_parameters
 from lorica.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lorica.engines.together import together
-from lorica.errors import CheckpointError, ConfigError, TargetError, UnfittingError, naming
+from lorica.errors import CheckpointError, ConfigError, TargetError, UnfittingError, naming, shown
 from lorica.files.tensors import TensorReader
 from lorica.layers import Switch
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from lorica.model.peft_model import PeftModel
 
 T = TypeVar("T")
+
+#: The fields of a configuration that factors are scaled by.
+_SCALES = ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")
 
 
 def load_first(
@@ -86,7 +90,9 @@ def load_further(
     with together(base, what):
         file = TensorReader(reading.find_weights(model_id, **source))
         config = None
-        if adapter not in model.peft_config:
+        if adapter in model.peft_config:
+            _warn_of_other_scales(model.peft_config[adapter], model_id, source)
+        else:
             config = read_config(model_id, None, source, is_trainable=is_trainable)
             config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=offload)
 
@@ -187,6 +193,23 @@ def read_config(
     config = copy.copy(config)
     config.inference_mode = not is_trainable
     return config
+
+
+def _warn_of_other_scales(known: LoraConfig, model_id: str | os.PathLike[str], source: Mapping[str, Any]) -> None:
+    """Say so where weights that are loaded over an adapter were trained with other scales than it keeps."""
+    if not os.path.isfile(os.path.join(model_id, source.get("subfolder") or "", CONFIG_NAME)):
+        return
+    found = read_config(model_id, None, source, is_trainable=False)
+    other = [field for field in _SCALES if (getattr(found, field) or None) != (getattr(known, field) or None)]
+    if other:
+        said = ", or ".join(
+            f"{field} is {shown(getattr(found, field))} there, {shown(getattr(known, field))} here" for field in other
+        )
+        warnings.warn(
+            f"{os.path.join(model_id, CONFIG_NAME)}: {said}. Weights that are loaded over an adapter are used with "
+            "the configuration it has; to have the other one too, delete the adapter first or hotswap_adapter",
+            stacklevel=4,
+        )
 
 
 def _fill(

@@ -352,7 +352,8 @@ class PeftModel(nn.Module):
         """Load a further adapter, or the weights of one that is there; see :meth:`from_pretrained` for the arguments.
 
         It is not active before :meth:`set_adapter` makes it so. ``torch_device`` is accepted and has no effect: factors
-        lie where their base layer lies.
+        lie where their base layer lies. Over an adapter that is there, its configuration stays (as in PEFT); where the
+        files have another scale, a warning says so.
 
         Returns:
             The names of missing and unexpected tensors; both empty unless ``strict`` is false.
