@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kept_groups
 import pytest
 import ranks as spawned
 import torch
@@ -158,25 +159,25 @@ def divided(division: Division) -> Iterator[Any]:
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(
-        division.tp,
-        division.pp,
-        division.vpp,
-        context_parallel_size=division.cp,
-        expert_model_parallel_size=division.ep,
-        expert_tensor_parallel_size=division.etp,
-    )
+    with kept_groups.made():
+        parallel_state.initialize_model_parallel(
+            division.tp,
+            division.pp,
+            division.vpp,
+            context_parallel_size=division.cp,
+            expert_model_parallel_size=division.ep,
+            expert_tensor_parallel_size=division.etp,
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     torch.manual_seed(0)
     try:
         yield parallel_state
-    except BaseException:  # the others may not come here
-        parallel_state.destroy_model_parallel()
-        raise
-    else:
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
-        for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+    finally:
+        with kept_groups.not_destroyed():
+            parallel_state.destroy_model_parallel()
+    dist.barrier()  # not after an error: the others may not come here
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+        if not kept_groups.among(group):
             dist.destroy_process_group(group)  # each has threads
 
 
