@@ -7,13 +7,13 @@ import os
 import random
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from costs import MIB, bounded
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,8 +22,6 @@ import models
 from lorica.cli.app import app
 from lorica.compat import peft
 from lorica.errors import LoricaError
-
-MIB = 2**20
 
 
 class World:
@@ -131,50 +129,46 @@ class Attempt(NamedTuple):
 
     Attributes:
         error: what was raised.
-        seconds: how long it took, less the time in which it could have run and others had the processors.
-        memory: by how many bytes the resident memory was larger than before, at most.
+        excess: what it took too much of, at each of some attempts.
     """
 
     error: BaseException | None
-    seconds: float
-    memory: int
+    excess: str
 
 
-def attempt(door: Door, world: World, folder: Path) -> Attempt:
-    """Knock at a door, with no more address space than would hold what is allowed."""
-    before, error = _memory("VmRSS"), None
-    _forget_peak()
-    gc.freeze()  # a collection while it works looks at what it made, and not at all that tests have imported
-    begin = time.perf_counter() - _waited()
-    with _little_space(), _watched():
-        try:
-            door(world, folder)
-        except BaseException as caught:
-            error = caught
-    seconds = time.perf_counter() - _waited() - begin
-    gc.unfreeze()
-    return Attempt(error, seconds, _memory("VmHWM") - before)
+def attempt(run: Callable[[], object]) -> Attempt:
+    """Do what is to be refused with no more address space than may be taken; again where it takes too long."""
+
+    def once() -> BaseException | None:
+        with _little_space(), _watched():
+            try:
+                run()
+            except BaseException as caught:
+                return caught
+        return None
+
+    return Attempt(*bounded(once))
 
 
-def _waited() -> float:
-    """Return how long this process waited for a processor, in seconds (of the scheduler's account of it)."""
-    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+def refused(read: Callable[[], object], *says: str, error: type[Exception] = LoricaError) -> None:
+    """Read what is to be refused: quickly, with little memory, and with an error that says these words."""
+    raised, excess = attempt(read)
+    assert isinstance(raised, error), repr(raised)[:2000]
+    assert all(word in str(raised) for word in says), str(raised)[:2000]
+    assert len(str(raised)) < 5000
+    assert not excess, excess
 
 
-def _memory(field: str) -> int:
+def _space() -> int:
     status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    return int(status.split("VmSize:")[1].split()[0]) * 1024
 
 
 @contextmanager
 def _little_space() -> Iterator[None]:
     """Refuse memory, also what is never touched, beyond what there is and as much again as a refusal may take."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 400 * MIB, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (_space() + 400 * MIB, hard))
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -23,15 +22,12 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
+from costs import HangError, bounded
 from mutations import mutate
 from victims import Victim, quietly, victims
 
 from lorica.errors import LoricaError
 
-MIB = 2**20
-SECONDS, MEMORY = 1.0, 200 * MIB
-#: After so long a read is a hang, and is ended.
-HANG = 10
 _FORBIDDEN = (
     "subprocess.Popen",
     "os.system",
@@ -115,19 +111,18 @@ class Fuzzer:
         shutil.copytree(self.place / "good" / name, bad)
         mutation = mutate(bad, rng)
         try:
-            problem = self._read(self.victims[name], bad)
+            (outcome, problem), excess = bounded(lambda: self._read(self.victims[name], bad))
         finally:
             if bad.is_dir():
                 shutil.rmtree(bad)
+        problem = problem or excess
+        self.outcomes[outcome if not problem else "PROBLEM"] += 1
         return Finding(seed, name, mutation, problem) if problem else None
 
-    def _read(self, victim: Victim, folder: Path) -> str:
+    def _read(self, victim: Victim, folder: Path) -> tuple[str, str]:
+        """Return what came of reading, and what is wrong with that."""
         global _watched
         problem, outcome = "", "nothing"
-        before = _memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        begin = time.perf_counter(), time.process_time()
-        signal.alarm(HANG)
         with self._output() as output:
             _watched = []
             try:
@@ -138,37 +133,11 @@ class Fuzzer:
                     problem = f"an error of {len(str(error))} characters"
             except Exception as error:
                 problem = "".join(traceback.format_exception(error)[-8:])
-            except BaseException as error:
-                problem = f"{type(error).__name__} after {HANG} seconds: {traceback.format_exc()[-3000:]}"
+            except HangError:
+                problem = f"a hang: {traceback.format_exc()[-3000:]}"
             finally:
-                signal.alarm(0)
                 seen, _watched = _watched, None
-        # The shorter of both: others use the machine, and torch may use several threads.
-        seconds = min(time.perf_counter() - begin[0], time.process_time() - begin[1])
-        memory = _memory("VmHWM") - before
-        self.outcomes[outcome if not problem else "PROBLEM"] += 1
-        if problem or seen:
-            return problem or f"it {seen[:5]}"
-        if seconds > SECONDS:
-            return f"it took {seconds:.2f} s"
-        return f"it took {memory // MIB} MiB" if memory > MEMORY else ""
-
-
-def _memory(field: str) -> int:
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
-
-
-class _HangError(BaseException):
-    """A read that does not end."""
-
-
-def end_hangs() -> None:
-    """Let a read that takes too long be ended by an alarm."""
-
-    def ring(*_: object) -> None:
-        raise _HangError
-
-    signal.signal(signal.SIGALRM, ring)
+        return outcome, problem or (f"it {seen[:5]}" if seen else "")
 
 
 def main() -> None:
@@ -179,7 +148,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10**9)
     parser.add_argument("--only", nargs="*")
     asked = parser.parse_args()
-    end_hangs()
     place = Path(tempfile.mkdtemp(prefix="fuzz-"))
     fuzzer = Fuzzer(place, asked.only)
     begin, findings, rounds, told = time.monotonic(), 0, 0, Counter[str]()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from doors import DOORS, MIB, World, attempt, differences
+from doors import DOORS, World, attempt, differences
 from good_adapter import write_good
 from make import Attack, attacks
 
@@ -23,7 +23,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("pydantic")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SECONDS, MEMORY = 1.0, 200 * MIB
 ATTACKS = attacks()
 
 
@@ -70,13 +69,8 @@ def test_it_is_refused_at_every_door(name: str, world: World, tmp_path: Path):
     before = world.state()
     wrong = {}
     for door in DOORS:
-        if door not in attack.but:
-            for _ in range(3):  # a machine that is busy with something else may be slow once
-                found = problems(attack, door, world, folder)
-                if not any("took" in problem for problem in found):
-                    break
-            if found:
-                wrong[door] = found
+        if door not in attack.but and (found := problems(attack, door, world, folder)):
+            wrong[door] = found
     if changed := differences(before, world.state()):
         wrong["any"] = [f"changed {place}" for place in changed]
     assert not wrong, "\n".join(f"{door}: {found}" for door, found in wrong.items())
@@ -85,7 +79,7 @@ def test_it_is_refused_at_every_door(name: str, world: World, tmp_path: Path):
 
 def problems(attack: Attack, door: str, world: World, folder: Path) -> list[str]:
     """Return what a refusal is not as it has to be."""
-    error, seconds, memory = attempt(DOORS[door], world, folder)
+    error, excess = attempt(lambda: DOORS[door](world, folder))
     if not isinstance(error, LoricaError):
         return [f"not refused: {type(error).__name__}: {str(error)[:300]}"]
     message, found = str(error), []
@@ -95,8 +89,4 @@ def problems(attack: Attack, door: str, world: World, folder: Path) -> list[str]
         found.append(f"does not say {attack.says}: {message[:400]}")
     if len(message) > 4000 or not message.replace("\n", "").isprintable():
         found.append(f"says too much, or what does not print: {len(message)} characters")
-    if seconds > SECONDS:
-        found.append(f"took {seconds:.2f} s")
-    if memory > MEMORY:
-        found.append(f"took {memory / MIB:.0f} MiB")
-    return found
+    return [*found, excess] if excess else found

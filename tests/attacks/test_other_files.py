@@ -6,14 +6,13 @@ import encodings.cp437  # noqa: F401 (archives' names are looked up in it; nothi
 import json
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import others
 import pytest
 import torch
-from doors import MIB, attempt
+from doors import refused
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -27,22 +26,13 @@ from lorica.checkpoint.whole import consolidate
 from lorica.convert import convert_adapter
 from lorica.convert.dcp import METADATA, Distributed
 from lorica.convert.geometry import Geometry, geometry_of
-from lorica.errors import CheckpointError, ExportError, LoricaError, RecipeError
+from lorica.errors import CheckpointError, ExportError, RecipeError
 from lorica.files.pickles import Record, read_pickle
 from lorica.files.torch_files import read_torch_file
 from lorica.layout.tiling import tiles
 from lorica.merge.stream import weight_files
 from lorica.train import data, recipe, state
 from lorica.train.data import Format
-
-
-def refused(read: Callable[[], object], *says: str, error: type[Exception] = LoricaError) -> None:
-    """Read what is to be refused: quickly, with little memory, and with an error that says these words."""
-    tried = attempt(lambda *_: read(), None, Path())  # type: ignore[arg-type]
-    assert isinstance(tried.error, error), repr(tried.error)[:2000]
-    assert all(word in str(tried.error) for word in says), str(tried.error)[:2000]
-    assert len(str(tried.error)) < 5000
-    assert (tried.seconds < 1.0, tried.memory < 200 * MIB) == (True, True), tried
 
 
 @pytest.fixture

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-import resource
-import signal
-import time
 import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
+from costs import SECONDS, bounded, ending
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +21,8 @@ from lorica.config.expressions import FORMS, Clock
 from lorica.errors import ConfigError, LoricaError
 from lorica.targets.match import Values, entry_matches, idle_entries, meaning, pattern_value
 from models import mlp
+
+T = TypeVar("T")
 
 #: Each takes ``re`` longer than anybody waits for, on the names of a small network.
 CATASTROPHES = [
@@ -53,34 +57,26 @@ BOMBS = [
 @pytest.fixture(autouse=True)
 def _alarm():
     """End a match that nothing else would end: ``re`` and ``regex`` look for signals."""
-
-    def ring(*_: object) -> None:
-        raise AssertionError("a pattern was matched without a bound")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with ending(100):
+        yield
 
 
-#: Seconds of the processor. A quiet one takes less than a second; beside others everything takes up to twice as long.
-LIMIT = 2.5
+def within(run: Callable[[], T], seconds: float = SECONDS) -> T:
+    """Return what it returns, and fail where it takes longer, or 200 MB."""
+    result, excess = bounded(run, seconds)
+    assert not excess, excess
+    return result
 
 
-class Bounds:
-    """Refuses what takes more than the limit, or 200 MB."""
+def refused(run: Callable[[], object], says: str | None = None) -> LoricaError:
+    """Return the error of what is refused, in a second and 200 MB."""
 
-    def __enter__(self) -> None:
-        self._time, self._memory = time.process_time(), _peak()
+    def refuse() -> LoricaError:
+        with pytest.raises(LoricaError, match=says) as caught:
+            run()
+        return caught.value
 
-    def __exit__(self, *_: object) -> None:
-        assert time.process_time() - self._time < LIMIT
-        assert _peak() - self._memory < 200 * 2**20
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return within(refuse)
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +112,11 @@ def test_no_pattern_of_a_file_is_matched_without_a_bound(field, saved, tmp_path)
         (tmp_path / "adapter_config.json").write_text(json.dumps(fields | FIELDS[field](pattern)))
         base = _with_long_names()
         before = _state(base)
-        with Bounds(), pytest.raises(LoricaError) as caught:
-            lorica.PeftModel.from_pretrained(base, tmp_path)
+        error = refused(lambda base=base: lorica.PeftModel.from_pretrained(base, tmp_path))
         assert _state(base) == before
-        if isinstance(caught.value, ConfigError):  # otherwise it was matched in time, and meant nothing
-            assert f"adapter_config.json: LoraConfig.{field}" in str(caught.value)
-            assert repr(pattern)[:20] in str(caught.value)
+        if isinstance(error, ConfigError):  # otherwise it was matched in time, and meant nothing
+            assert f"adapter_config.json: LoraConfig.{field}" in str(error)
+            assert repr(pattern)[:20] in str(error)
         else:
             assert pattern not in BOMBS
 
@@ -156,17 +151,14 @@ def test_all_patterns_of_a_search_share_its_time() -> None:
     """None of these takes long by itself."""
     names = [f"model.layers.{i}.{part}" for i in range(60) for part in ("self_attn.q_proj", "mlp.up_proj")]
     slow = {rf"(?:\w|.|[a-z_]){{9}}[{i % 10}x]{{1}}.{{{i}}}": i + 1 for i in range(20, 320)}
-    values, clock = Values(slow, "rank_pattern"), Clock()
-    with Bounds(), pytest.raises(ConfigError, match="rank_pattern"):
-        [values.of(name, 8, clock) for name in names * 1000]
+    values = Values(slow, "rank_pattern")
+    refused(lambda: [values.of(name, 8, clock) for clock in [Clock()] for name in names * 1000], "rank_pattern")
     loose = Values({f"{'.' * 8}{i:05d}": 1 for i in range(60_000)}, "alpha_pattern")
-    with Bounds(), pytest.raises(ConfigError, match="alpha_pattern"):
-        [loose.of(f"{'a' * 8}x{i:04d}", 8, clock) for clock in [Clock()] for i in range(1000)]
+    others = [f"{'a' * 8}x{i:04d}" for i in range(1000)]
+    refused(lambda: [loose.of(name, 8, clock) for clock in [Clock()] for name in others], "alpha_pattern")
     wild = [f"*{'a*' * 40}{i}" for i in range(3000)]
-    with Bounds(), pytest.raises(ConfigError, match="exclude_modules"):
-        list(map(meaning(wild, "exclude_modules"), names * 1000))
-    with Bounds(), pytest.raises(ConfigError, match="target_modules"):
-        idle_entries(wild, [name * 5 for name in names * 100])
+    refused(lambda: list(map(meaning(wild, "exclude_modules"), names * 1000)), "exclude_modules")
+    refused(lambda: idle_entries(wild, [name * 5 for name in names * 100]), "target_modules")
 
 
 ORDINARY = [
@@ -199,19 +191,70 @@ def test_one_search_shares_its_time_over_calls() -> None:
         clock = expressions.clock()
         with expressions.one_search():
             assert expressions.clock() is clock
-        clock.left = clock._given = -1.0
+        clock.left = -1.0
         with pytest.raises(ConfigError, match="more than"):
             meaning(r".*\.q")("a.q")
     assert expressions.clock() is not clock
 
 
+def _halves(patterns: list[str]) -> dict[str, dict[str, int]]:
+    middle = len(patterns) // 2
+    return {"rank_pattern": dict.fromkeys(patterns[:middle], 3), "alpha_pattern": dict.fromkeys(patterns[middle:], 3)}
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [f"[a]{i}" for i in range(3500)],
+        [f"(?:{'a|' * 90}b{i})" for i in range(400)],
+        [f"(?:ab?){{3000}}{i}" for i in range(100)],
+        [f"(?i:[\u0100-\uffff]){i}" for i in range(120)],
+    ],
+    ids=["many", "long", "repeated", "wide"],
+)
+def test_patterns_of_both_fields_are_counted_together(patterns, saved, tmp_path) -> None:
+    """Few enough are taken and compiled, and one of them that is slow is refused; more are refused."""
+    fields = json.loads((saved / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+    loads = lambda: lorica.PeftModel.from_pretrained(_with_long_names(), tmp_path)  # noqa: E731
+    for some, says in (
+        (patterns, "as much work as"),
+        ([*patterns[: len(patterns) // 2], CATASTROPHES[0]], "more than"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(fields | _halves(some)))
+        error = refused(loads, says)
+        assert "adapter_config.json: LoraConfig.alpha_pattern=" in str(error)
+
+
+def test_what_two_fields_share_counts_once() -> None:
+    same = {rf"layers\.{i}\.(self_attn|mlp)\..*_proj": i + 1 for i in range(1000)}
+    assert lorica.LoraConfig(rank_pattern=same, alpha_pattern=same).alpha_pattern == same
+
+
+def test_a_machine_that_is_slow_or_busy_takes_what_a_quick_one_takes(monkeypatch) -> None:
+    """Whether patterns are too many to be compiled is counted; what a thread waits is not what matching takes."""
+    wall = itertools.count(0, 2.0)  # seconds, of which none is the thread's own
+    slow = SimpleNamespace(perf_counter=lambda: next(wall), thread_time=lambda: 0.0)
+    monkeypatch.setattr(expressions, "time", slow)
+    config = lorica.LoraConfig(rank_pattern={rf"layers\.{i}\.(self_attn|mlp)\..*_proj": i + 1 for i in range(900)})
+    values, clock = Values(config.rank_pattern, "rank_pattern"), Clock()
+    assert values.of("model.layers.7.mlp.up_proj", 8, clock) == 8
+    own = itertools.count(0, 4.0)  # more than goes by on the wall
+    monkeypatch.setattr(slow, "thread_time", lambda: next(own))
+    with pytest.raises(ConfigError, match="more than"):
+        [values.of("model.layers.7.mlp.up_proj", 8, clock) for _ in range(10_000)]
+
+
 def test_more_names_than_a_model_has_cost_little() -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(32) for j in range(64)]
-    with Bounds():
+
+    def search() -> None:
         values, clock = Values({name: i + 1 for i, name in enumerate(names)}, "rank_pattern"), Clock()
         assert [values.of(f"base.{name}", 8, clock) for name in names] == list(range(1, len(names) + 1))
         meant = meaning([f"x{i}" for i in range(200_000)] + names[:1])
         assert sum(map(meant, names)) == 1
+
+    within(search)
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -222,12 +265,11 @@ def test_a_file_full_of_patterns_costs_little(field, saved, tmp_path) -> None:
     for form, count in (("n{}.x", 60_000), (r"^n\.{}", 60_000), ("....{:06d}", 60_000), ("n{}", 200_000)):
         changed = fields | {field: {form.format(i): 1 for i in range(count)}}
         (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
-        with Bounds():
-            if count == 60_000:
-                lorica.PeftModel.from_pretrained(mlp(), tmp_path)
-                continue
-            with pytest.raises(ConfigError, match=rf"{field}: 200,000 entries"):
-                lorica.PeftModel.from_pretrained(mlp(), tmp_path)
+        load = lambda: lorica.PeftModel.from_pretrained(mlp(), tmp_path)  # noqa: E731
+        if count == 60_000:
+            within(load)
+        else:
+            refused(load, rf"{field}: 200,000 entries")
 
 
 def test_plain_names_are_never_compiled(monkeypatch) -> None:

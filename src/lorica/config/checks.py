@@ -153,10 +153,7 @@ def _check_dtype(config: LoraConfig) -> None:
 def _check_names(config: LoraConfig) -> None:
     for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
         value = getattr(config, name)
-        if isinstance(value, str):
-            if not value.startswith("*"):  # a wildcard; no regular expression begins so
-                expressions.check(name, value, "name")
-        elif value is not None:
+        if value is not None and not isinstance(value, str):
             _need(all(value), name, value, "a list of names, none of them empty")
     for name in ("target_parameters", "modules_to_save", "trainable_token_indices", "layers_pattern"):
         value = getattr(config, name)
@@ -173,7 +170,6 @@ def _check_layers(config: LoraConfig) -> None:
             raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str.")
     if pattern and layers is None:
         raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-    expressions.check_all("layers_pattern", [pattern] if isinstance(pattern, str) else pattern or (), "layers")
 
 
 def _check_patterns(config: LoraConfig) -> None:
@@ -190,7 +186,24 @@ def _check_patterns(config: LoraConfig) -> None:
             if not least <= number <= most:
                 what = f"the value of {quoted(pattern)} is not a number that {name.split('_')[0]} can have"
                 raise ConfigError(f"LoraConfig.{name}: {quoted(number)}: {what} ({least:,} to {most:,})")
-        expressions.check_all(name, list(itertools.filterfalse(expressions.is_plain, value)), "ending")
+
+
+def _check_expressions(config: LoraConfig) -> None:
+    whole: list[tuple[str, str, expressions.Form]] = [
+        (name, value, "name")
+        for name in ("target_modules", "exclude_modules")
+        if isinstance(value := getattr(config, name), str) and not value.startswith("*")  # which is a wildcard
+    ]
+    pattern = config.layers_pattern
+    layers = [pattern] if isinstance(pattern, str) else pattern or ()
+    expressions.check_all(
+        itertools.chain(
+            whole,
+            (("layers_pattern", one, "layers") for one in layers),
+            (("rank_pattern", one, "ending") for one in config.rank_pattern or ()),
+            (("alpha_pattern", one, "ending") for one in config.alpha_pattern or ()),
+        )
+    )
 
 
 def _check_replication(config: LoraConfig) -> None:
@@ -244,6 +257,7 @@ _CHECKS: tuple[Callable[[LoraConfig], None], ...] = (
     _check_names,
     _check_layers,
     _check_patterns,
+    _check_expressions,
     _check_replication,
     _check_tokens,
     _check_megatron,

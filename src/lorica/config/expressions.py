@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -25,10 +25,9 @@ MAX_LENGTH = 20_000
 MAX_REPEATS = 20_000
 #: Sets that may reach beyond ASCII: ``re`` goes through their characters one by one.
 MAX_WIDE_SETS = 8
-#: The same for all patterns of one field.
-MOST_CHARACTERS = 131_072
-#: Seconds that compiling all patterns of a field may take.
-COMPILING = 0.6
+#: What compiling all patterns of a configuration may come to, in characters of 15 µs; see ``_work``. It is counted and
+#: not measured, lest a slow machine refuse what another one takes.
+MOST_WORK = 49_152
 #: Seconds that matching may take in one search, and for each name besides. Ordinary patterns take some microseconds.
 SECONDS, PER_NAME = 0.3, 150e-6
 
@@ -52,21 +51,30 @@ class Clock:
     """The time that is left to a search."""
 
     def __init__(self) -> None:
-        self.left = self._given = SECONDS
-        self._begin = time.thread_time()
+        self.left = SECONDS
+        self._waited = _waited()
         #: What is worked out once in a search: by the identity of what it is worked out from, which is kept with it.
         self.kept: dict[int, tuple[object, Any]] = {}
 
     def next_name(self) -> None:
         """Give the search the time of one more name: it may take as long as a model is large."""
         self.left += PER_NAME
-        self._given += PER_NAME
+
+    def for_a_match(self) -> float:
+        """Return how long the next match may take. What the thread has waited for a processor does not count."""
+        if self.left < SECONDS / 10:
+            self._give_back()
+        return max(1e-3, min(self.left, SECONDS))
 
     def is_over(self) -> bool:
-        """Whether nothing is left. What a thread has waited for a processor does not count."""
+        """Whether nothing is left, what the thread has waited given back."""
         if self.left <= 0:
-            self.left = self._given - (time.thread_time() - self._begin)
+            self._give_back()
         return self.left <= 0
+
+    def _give_back(self) -> None:
+        before, self._waited = self._waited, _waited()
+        self.left += max(0.0, self._waited - before)  # not less, where another thread goes on
 
     def spend(self, since: float, field: str, pattern: object) -> None:
         """Take away what has passed ``since`` (of ``time.perf_counter``).
@@ -77,6 +85,11 @@ class Clock:
         self.left -= time.perf_counter() - since
         if self.is_over():
             raise too_long(field, pattern)
+
+
+def _waited() -> float:
+    """Return how long this thread has not worked, from some time on."""
+    return time.perf_counter() - time.thread_time()
 
 
 _running: ContextVar[Clock | None] = ContextVar("search", default=None)
@@ -124,19 +137,18 @@ def check(field: str, pattern: str, form: Form) -> None:
     _check_length(field, pattern)
     _check_size(field, pattern)
     try:
-        if form != "name":
-            re.compile(pattern)  # by itself too: "a)|(b" would pass inside of a group
-        re.compile(FORMS[form].replace("{}", pattern))
+        alone = re.compile(pattern)  # by itself: "a)|(b" would pass inside of a group
+        if form == "layers" or (form != "name" and alone.flags != re.UNICODE):  # flags may not stand inside of a group
+            re.compile(FORMS[form].replace("{}", pattern))
     except (re.error, RecursionError, OverflowError, Warning) as error:
         raise ConfigError(f"LoraConfig.{field}={quoted(pattern)} is not a valid regular expression: {error}") from error
 
 
 def _check_size(field: str, pattern: str) -> None:
     """Refuse what is short but becomes large when it is compiled."""
-    wide = sum(found[0].startswith("[") and bool(_WIDE.search(found[0])) for found in _PIECES.finditer(pattern))
     for what, count, limit in (
         ("repetitions, which written out come to", _written_out(pattern), MAX_REPEATS),
-        ("sets of characters beyond ASCII:", wide, MAX_WIDE_SETS),
+        ("sets of characters beyond ASCII:", _wide_sets(pattern), MAX_WIDE_SETS),
     ):
         if count > limit:
             raise ConfigError(
@@ -144,22 +156,17 @@ def _check_size(field: str, pattern: str) -> None:
             )
 
 
-def check_compiling(field: str, pattern: str, begin: float) -> None:
-    """Refuse patterns that take too long to be compiled, all of a field together.
+def _wide_sets(pattern: str) -> int:
+    return sum(found[0].startswith("[") and bool(_WIDE.search(found[0])) for found in _PIECES.finditer(pattern))
 
-    Args:
-        field: the field.
-        pattern: the last one.
-        begin: when compiling began, by ``time.thread_time``.
 
-    Raises:
-        ConfigError: they do.
+def _work(pattern: str) -> int:
+    """Return how much work compiling a pattern is: as much as that of so many characters at most.
+
+    A pattern by itself takes as long as 10 of them, what a repetition repeats a sixteenth each time, and a set that
+    reaches beyond ASCII 9 ms.
     """
-    if time.thread_time() - begin > COMPILING:
-        raise ConfigError(
-            f"LoraConfig.{field}={quoted(pattern)}: compiling the patterns takes more than {COMPILING} s; full names "
-            "of modules are no expressions, and as many as you like"
-        )
+    return 10 + len(pattern) + _written_out(pattern) // 16 + 600 * _wide_sets(pattern)
 
 
 def _written_out(pattern: str) -> int:
@@ -181,19 +188,25 @@ def _written_out(pattern: str) -> int:
     return sum(groups)
 
 
-def check_all(field: str, patterns: Collection[str], form: Form) -> None:
-    """Refuse what is no pattern, and patterns that are too long together; see :func:`check`."""
-    for pattern in patterns:
-        _check_length(field, pattern)
-    if (length := sum(map(len, patterns))) > MOST_CHARACTERS:
-        raise ConfigError(
-            f"LoraConfig.{field}: {len(patterns):,} regular expressions of {length:,} characters together are too long "
-            f"(limit {MOST_CHARACTERS:,}); full names of modules are no expressions, and as many as you like"
-        )
-    begin = time.thread_time()
-    for pattern in patterns:
+def check_all(patterns: Iterable[tuple[str, str, Form]]) -> None:
+    """Refuse what is no pattern, and patterns of a configuration that are too long together; see :func:`check`.
+
+    Args:
+        patterns: field, pattern and form of each.
+    """
+    seen, work = set[tuple[str, Form]](), 0
+    for field, pattern, form in patterns:
+        if (pattern, form) in seen or (form != "layers" and is_plain(pattern)):
+            continue
         check(field, pattern, form)
-        check_compiling(field, pattern, begin)
+        seen.add((pattern, form))
+        work += _work(pattern)
+        if work > MOST_WORK:
+            raise ConfigError(
+                f"LoraConfig.{field}={quoted(pattern)}: the regular expressions up to this one are as much work as "
+                f"{work:,} characters (limit {MOST_WORK:,}); full names of modules are no expressions, and as many as "
+                "you like"
+            )
 
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
@@ -249,7 +262,7 @@ def matcher(field: str, pattern: str, form: Form) -> Callable[[str, Clock], Any]
     def match(name: str, clock: Clock) -> Any:
         begin = now()
         try:
-            found = how(name) if simple else how(name, concurrent=False, timeout=max(1e-3, min(clock.left, SECONDS)))
+            found = how(name) if simple else how(name, concurrent=False, timeout=clock.for_a_match())
         except (TimeoutError, MemoryError):
             raise too_long(field, pattern) from None
         clock.left -= now() - begin
@@ -300,13 +313,11 @@ def _piece(found: re.Match[str]) -> str:
 __all__ = [
     "FORMS",
     "MAX_LENGTH",
-    "MOST_CHARACTERS",
     "SECONDS",
     "Clock",
     "Form",
     "check",
     "check_all",
-    "check_compiling",
     "clock",
     "is_loose",
     "is_plain",

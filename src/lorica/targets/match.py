@@ -191,11 +191,9 @@ class Values:
         #: Length → number of dots → plain patterns of which a dot could stand for another character.
         self._loose: dict[int, dict[int, list[tuple[int, bool, str]]]] = defaultdict(lambda: defaultdict(list))
         self._expressions: list[tuple[int, Callable[[str, Clock], Any]]] = []
-        begin = time.thread_time()
         for place, (pattern, _) in enumerate(self._values):
             if not expressions.is_plain(pattern):
                 self._expressions.append((place, expressions.matcher(field, pattern, "ending")))
-                expressions.check_compiling(field, pattern, begin)
                 continue
             text, whole = expressions.text_of(pattern), pattern.startswith("^")
             self._named[text].append((place, whole))
