@@ -1,6 +1,7 @@
 """What every initialisation, variant and base layer has to keep on every layout; runs on the ranks.
 
-The oracle is the same adapter on the same model in one piece, computed by every rank for itself from the same seed.
+The oracle is the same adapter on the same model in one piece: :mod:`oracles` works out once what it gives, from the
+same seed, and every rank of every division reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from contract_cases import FROM_DATA, TOLERANCE, Case, cases
 from divisions import DIVISIONS, Division, Plain
 from safetensors.torch import load_file
-from subjects import SUBJECTS, Subject, batch, logits_of, loss_of
+from subjects import SUBJECTS, Subject, batch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorica
 from lorica.checkpoint.names import Entry, adapter_entries
 from lorica.checkpoint.pieces import piece_of
+from lorica.engines.fsdp import reshard
 from lorica.errors import AdapterError, ConfigError, TargetError
 from lorica.init import find
 from lorica.layers import LoraLayer
@@ -45,6 +47,7 @@ class Place:
     Attributes:
         without: the collectives of the base model alone, once they are counted.
         alone: its output, once it is known.
+        weights: what this rank holds of its weights, by their names, once it is known.
     """
 
     division: Division
@@ -52,6 +55,7 @@ class Place:
     folder: Path
     without: Counter[str] | None = None
     alone: Tensor | None = None
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -71,13 +75,36 @@ class Place:
         model.save_pretrained(folder, save_embedding_layers=False)
         return load_file(folder / "adapter_model.safetensors") if dist.get_rank() == 0 else {}
 
-    def changed(self, model: nn.Module) -> bool:
-        """Whether the adapter's start changed what the base model computes."""
-        ids = self.rows(batch(ROWS))
-        if self.alone is None:
-            self.alone = self.division.runner(self.division.cut(self.subject, str(self.folder / "base"))).logits(ids)
-        with model.disable_adapter():
-            return not torch.equal(self.division.runner(model).logits(ids), self.alone)
+    def cut(self) -> nn.Module:
+        """This rank's frozen model; the first time it is looked at alone."""
+        base = self.division.cut(self.subject, str(self.folder / "base"))
+        if self.alone is None and self.division.late is None:
+            self._look_at(base)
+        return base
+
+    def _look_at(self, base: nn.Module) -> None:
+        """Learn what the base model alone computes, sends and holds."""
+        bare, ids = self.division.runner(base), self.rows(batch(ROWS))
+        self.alone = bare.logits(ids)
+        if self.division.counted:
+            with _flowing(base, self.subject):
+                self.without = counted(bare, ids)
+            base.zero_grad()
+        self.weights = {name: held.clone() for name, held in _held(base).items()}
+
+    def base_again(self, model: nn.Module) -> nn.Module | None:
+        """The base model without its adapters, with the weights it had: starts come out of them, and merging rounds.
+
+        None where a late engine made something else of it.
+        """
+        if self.division.late is not None:
+            return None
+        base: nn.Module = model.unload()
+        found = _held(base)
+        assert found.keys() == self.weights.keys()
+        for name, held in found.items():
+            held.copy_(self.weights[name])
+        return base.eval()
 
     def rows(self, ids: Tensor) -> Tensor:
         """This rank's share of a batch."""
@@ -86,6 +113,13 @@ class Place:
     def config(self, case: Case) -> Any:
         """The config of a case."""
         return config_of(self.subject, case)
+
+
+def _held(base: nn.Module) -> dict[str, Tensor]:
+    """What this rank holds of a base model's weights, at rest."""
+    reshard(base)
+    tensors = {name: parameter.detach() for name, parameter in base.named_parameters()}
+    return {name: held.to_local() if isinstance(held, DTensor) else held for name, held in tensors.items()}
 
 
 def config_of(subject: Subject, case: Case) -> Any:
@@ -235,7 +269,39 @@ def _flowing(model: nn.Module, subject: Subject) -> Iterator[None]:
 # ---- the contract ---------------------------------------------------------------------------------------------------
 
 
-def check_start(place: Place, case: Case, oracle: nn.Module, cut: nn.Module) -> nn.Module:
+@dataclasses.dataclass
+class Oracle:
+    """What one process gives for a case; outputs and losses for each of the data groups.
+
+    Attributes:
+        refusal: what it says to a case that the subject's layers cannot have by their nature, and nothing else. Then
+            every layout must refuse it too, in the same words.
+        start: the adapter's tensors.
+        output: computed with them, of a case that is only started.
+        left: what the base model then computes by itself, where the start took something out of it.
+        filled: the values that are put into the adapter for all that follows.
+        trained, losses, gradients, norm: of a forward and a backward.
+        stepped: the adapter's tensors after the steps.
+        learned: the output with them.
+        weights: of the base layers; merged: with the adapter in them, or why it cannot be.
+    """
+
+    refusal: Exception | None = None
+    start: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    output: list[Tensor] = dataclasses.field(default_factory=list)
+    left: list[Tensor] = dataclasses.field(default_factory=list)
+    filled: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    trained: list[Tensor] = dataclasses.field(default_factory=list)
+    losses: list[Tensor] = dataclasses.field(default_factory=list)
+    gradients: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    norm: Tensor | None = None
+    stepped: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    learned: list[Tensor] = dataclasses.field(default_factory=list)
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    merged: dict[str, Tensor] | AdapterError = dataclasses.field(default_factory=dict)
+
+
+def check_start(place: Place, case: Case, oracle: Oracle, cut: nn.Module) -> nn.Module:
     """I2: the adapter starts as on one process, and computes the same. Return the adapted model.
 
     Bit for bit, unless it starts from data, which passed through sums over ranks.
@@ -245,38 +311,30 @@ def check_start(place: Place, case: Case, oracle: nn.Module, cut: nn.Module) -> 
     run = place.run(model)
     verify(model)
     allowed = FROM_DATA[find(case.fields["init_lora_weights"]).needs]
-    compare(entries(model), wholes(entries(oracle)), "I2: the start", allowed)
-    near(run.logits(ids), Plain(oracle).logits(ids), "I1: the output")
+    compare(entries(model), oracle.start, "I2: the start", allowed)
+    near(run.logits(ids), oracle.output[place.group], "I1: the output")
     return model
 
 
-def check_all(place: Place, case: Case, oracle: nn.Module, cut: nn.Module) -> None:
-    """Everything else, in the order of a training run."""
-    ids = batch(ROWS)
-    mine = place.rows(ids)
-    bare = place.division.runner(cut)
-    before = bare.logits(mine)
-    if place.without is None and place.division.counted:
-        with _flowing(cut, place.subject):
-            place.without = counted(bare, mine)
-        cut.zero_grad()
+def check_all(place: Place, case: Case, oracle: Oracle, cut: nn.Module) -> nn.Module:
+    """Everything else, in the order of a training run. Return the adapted model."""
+    mine = place.rows(batch(ROWS))
     model = adapt(cut, place.config(case))
-    optimizer = sgd(model)
     run = place.run(model)
-    if place.division.late is not None:
-        optimizer = sgd(model)  # its parameters are others now
+    optimizer = sgd(model)  # of the parameters that a late engine has made
+    before = place.alone
+    if before is None or VARIANTS[variant_of(place.config(case))].subtracts:
         with model.disable_adapter():
             before = run.logits(mine)
-    if VARIANTS[variant_of(place.config(case))].subtracts:
-        with model.disable_adapter(), oracle.disable_adapter():
-            before = run.logits(mine)
-            near(before, Plain(oracle).logits(mine), "I1: the base model that is left")
+    if oracle.left:
+        near(before, oracle.left[place.group], "I1: the base model that is left")
     if case.off:
         # Sums over ranks in the start and in a forward may differ in their order.
         ordered = place.division.exact and (not case.collectives or place.division.ranks == 1)
         same = equal if ordered else near
         same(run.logits(mine), before, "I8: the output of an adapter that has learned nothing")
-    fill(oracle, model)
+    lorica.set_peft_model_state_dict(model, oracle.filled)
+    compare(entries(model), oracle.filled, "I6: what was loaded", 0.0)
     with model.disable_adapter():
         equal(run.logits(mine), before, "I8: the output with the adapter off")
     with _flowing(model.get_base_model(), place.subject):
@@ -285,40 +343,23 @@ def check_all(place: Place, case: Case, oracle: nn.Module, cut: nn.Module) -> No
     if case.oracle:
         check_merging(place, oracle, run, model)
     check_files(place, case, oracle, model)
+    return model
 
 
-def fill(oracle: nn.Module, model: nn.Module) -> None:
-    """Load the same random values into both, each rank taking its slices."""
-    generator = torch.Generator().manual_seed(3)
-    values = {
-        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in sorted(wholes(entries(oracle)).items())
-    }
-    for adapted in (oracle, model):
-        lorica.set_peft_model_state_dict(adapted, values)
-    compare(entries(model), values, "I6: what was loaded", 0.0)
-
-
-def check_gradients(place: Place, case: Case, oracle: nn.Module, run: Plain, model: nn.Module) -> None:
+def check_gradients(place: Place, case: Case, oracle: Oracle, run: Plain, model: nn.Module) -> None:
     """I1, I4: output, loss, gradients and their norm are one process's; nothing more was sent than without LoRA."""
-    ids = batch(ROWS)
-    oracle.train()
     model.train()
-    losses = [loss_of(logits_of(oracle(input_ids=rows)), rows) for rows in ids.chunk(place.division.data)]
-    torch.stack(losses).mean().backward()
-    mine = place.rows(ids)
     with Collectives() as seen:
-        logits, loss = run.train(mine)
+        logits, loss = run.train(place.rows(batch(ROWS)))
     if place.division.counted and not case.collectives:
         assert seen.counts == place.without, f"I4: {seen.counts} with LoRA, {place.without} without"
     sum_gradients(model)
     norm = clip_grad_norm_(model, float("inf"))
     if case.oracle:
-        near(logits, Plain(oracle).logits(mine), "I1: the output")
-        near(loss, losses[place.group], "I1: the loss")
-        compare(gradients(model), wholes(gradients(oracle)), "I1: the gradient")
-        wanted = torch.nn.utils.get_total_norm([p.grad for p in oracle.parameters() if p.grad is not None])
-        near(norm, wanted, "the norm of all gradients")
+        near(logits, oracle.trained[place.group], "I1: the output")
+        near(loss, oracle.losses[place.group], "I1: the loss")
+        compare(gradients(model), oracle.gradients, "I1: the gradient")
+        near(norm, oracle.norm, "the norm of all gradients")
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -327,22 +368,19 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def check_steps(
-    place: Place, case: Case, oracle: nn.Module, run: Plain, model: nn.Module, optimizer: torch.optim.Optimizer
+    place: Place, case: Case, oracle: Oracle, run: Plain, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """I5: after steps on different batches replicas are equal bit for bit, and the factors are one process's."""
-    wanted = sgd(oracle)
-    for step in range(2):
-        ids = batch(ROWS, seed=step + 1)
-        optimizer.zero_grad()
-        run.train(place.rows(ids))
-        optimizer.step()
-        wanted.zero_grad()
-        losses = [loss_of(logits_of(oracle(input_ids=rows)), rows) for rows in ids.chunk(place.division.data)]
-        torch.stack(losses).mean().backward()
-        wanted.step()
+    """I5: after steps on different batches replicas are equal bit for bit, and the factors are one process's.
+
+    The first is on gradients that are summed already, the second sums them itself.
+    """
+    optimizer.step()
+    optimizer.zero_grad()
+    run.train(place.rows(batch(ROWS, seed=1)))
+    optimizer.step()
     check_replicas(model)
     if case.oracle:
-        compare(entries(model), wholes(entries(oracle)), "I1: after steps")
+        compare(entries(model), oracle.stepped, "I1: after steps")
 
 
 def check_replicas(model: nn.Module) -> None:
@@ -360,35 +398,28 @@ def check_replicas(model: nn.Module) -> None:
             assert mine.get(place, values) == values, f"I5: rank {rank} has another {place}"
 
 
-def check_merging(place: Place, oracle: nn.Module, run: Plain, model: nn.Module) -> None:
+def check_merging(place: Place, oracle: Oracle, run: Plain, model: nn.Module) -> None:
     """I1, I8: merged weights are one process's, compute the same, and come back."""
     mine = place.rows(batch(ROWS))
-    for adapted in (oracle, model):
-        adapted.eval()
-    before = wholes(base_weights(oracle))
-    wanted = Plain(oracle).logits(mine)
-    try:
-        oracle.merge_adapter()
-    except AdapterError as refusal:
-        with pytest.raises(AdapterError, match=re.escape(str(refusal)[:40])):
+    model.eval()
+    if isinstance(oracle.merged, AdapterError):
+        with pytest.raises(AdapterError, match=re.escape(str(oracle.merged)[:40])):
             model.merge_adapter()
         return
     model.merge_adapter()
-    compare(base_weights(model), wholes(base_weights(oracle)), "I1: the merged weight")
-    near(run.logits(mine), wanted, "I1: the merged model's output")
-    for adapted in (oracle, model):
-        adapted.unmerge_adapter()
-    compare(base_weights(model), before, "I8: the weight after unmerging")
-    near(run.logits(mine), wanted, "I8: the output after unmerging")
+    compare(base_weights(model), oracle.merged, "I1: the merged weight")
+    near(run.logits(mine), oracle.learned[place.group], "I1: the merged model's output")
+    model.unmerge_adapter()
+    compare(base_weights(model), oracle.weights, "I8: the weight after unmerging")
+    near(run.logits(mine), oracle.learned[place.group], "I8: the output after unmerging")
 
 
-def check_files(place: Place, case: Case, oracle: nn.Module, model: nn.Module) -> None:
+def check_files(place: Place, case: Case, oracle: Oracle, model: nn.Module) -> None:
     """I6: one file under PEFT's names, which loads on this layout as it was."""
     written = place.save(model)
     if written:
-        wanted = wholes(entries(oracle))
-        assert written.keys() == wanted.keys()
-        for name, tensor in wanted.items():
+        assert written.keys() == oracle.stepped.keys()
+        for name, tensor in oracle.stepped.items():
             assert written[name].shape == tensor.shape
             if case.oracle:
                 near(written[name], tensor, f"I6: {name}")
@@ -398,42 +429,33 @@ def check_files(place: Place, case: Case, oracle: nn.Module, model: nn.Module) -
     compare(again, load_file(place.folder / "saved" / "adapter_model.safetensors"), "I6: what was loaded again", 0.0)
 
 
-def check(division: str, subject: str, names: list[str], folder: str) -> None:
-    """Try cases one after the other; rank 0 leaves word of the one that is being tried."""
+def check(division: str, subject: str, names: Mapping[str, Path], folder: str) -> None:
+    """Try cases one after the other; rank 0 leaves word of the one that is being tried.
+
+    Args:
+        division: by its name.
+        subject: by its name.
+        names: of the cases, with the files that their oracles are in.
+        folder: with the base model, and for what is written.
+    """
     place = Place(DIVISIONS[division], SUBJECTS[subject], Path(folder))
     known = cases(division, subject)
     cut = None
-    for name in names:
-        case = known[name]
+    for name, file in names.items():
+        case, oracle = known[name], torch.load(file, weights_only=False)
         if dist.get_rank() == 0:
             (place.folder / "trying").write_text(name)
-        if cut is None:
-            cut = place.division.cut(place.subject, str(place.folder / "base"))
-        oracle = adapted(place.subject, case)
-        if not isinstance(oracle, nn.Module):
-            with pytest.raises(type(oracle), match=re.escape(str(oracle)[:40])):
+        cut = place.cut() if cut is None else cut
+        if oracle.refusal is not None:
+            with pytest.raises(type(oracle.refusal), match=re.escape(str(oracle.refusal)[:40])):
                 adapt(cut, place.config(case), place.division.runner, place.rows(batch(ROWS)))
             continue
-        if case.start:
-            cut = reusable(place, check_start(place, case, oracle, cut))
-        else:
-            check_all(place, case, oracle, cut)
-            cut = None
+        cut = place.base_again((check_start if case.start else check_all)(place, case, oracle, cut))
         dist.barrier()
 
 
-def reusable(place: Place, model: nn.Module) -> nn.Module | None:
-    """The base model again, without a trace of the adapter; None where its start came out of the base weights."""
-    if place.division.late is not None or place.changed(model):
-        return None
-    return model.unload()
-
-
 def adapted(subject: Subject, case: Case) -> nn.Module | Exception:
-    """The oracle, or what it says to a case that the subject's layers cannot have by their nature.
-
-    Then every layout must refuse it too, in the same words.
-    """
+    """The adapted model in one piece, or what is said to a case that the subject's layers cannot have."""
     try:
         return adapt(subject.build(), config_of(subject, case))
     except (ConfigError, TargetError) as refusal:

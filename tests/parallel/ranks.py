@@ -58,7 +58,13 @@ PRELOAD = [
     "transformers.models.phi3.modeling_phi3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "lorica",
+    "lorica.cli.app",
+    "lorica.train.job",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
 ]
+#: Seconds that a function has unless it is given others: only what hangs ever needs them, however busy the machine is.
+PATIENCE = 600.0
 #: Seconds that the other ranks have to finish or fail too, once one has failed.
 GRACE = 2.0
 
@@ -75,7 +81,7 @@ class RankError(AssertionError):
         self.failed = failed
 
 
-def run(ranks: int, function: Callable[..., T], *args: Any, timeout: float = 60) -> list[T]:
+def run(ranks: int, function: Callable[..., T], *args: Any, timeout: float = PATIENCE) -> list[T]:
     """Call ``function(*args)`` on every rank and return what each returned.
 
     Args:

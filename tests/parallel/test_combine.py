@@ -159,7 +159,7 @@ def test_a_combination_is_that_of_one_process(
     division: str, subject: str, fields: dict[str, Any], kinds: list[str], tmp_path: Path
 ) -> None:
     SUBJECTS[subject].save(tmp_path)
-    ranks.run(DIVISIONS[division].ranks, combined, division, subject, fields, kinds, str(tmp_path), timeout=240)
+    ranks.run(DIVISIONS[division].ranks, combined, division, subject, fields, kinds, str(tmp_path))
 
 
 def of_dora(division: str, folder: str) -> None:
@@ -184,7 +184,7 @@ def of_dora(division: str, folder: str) -> None:
 @pytest.mark.parametrize("division", ["native tp2", "native fsdp2 tp2", "transformers tp2", "torch tp2", "torch fsdp2"])
 def test_what_changes_the_whole_weight_is_combined_and_converted(division: str, tmp_path: Path) -> None:
     SUBJECTS["llama"].save(tmp_path)
-    ranks.run(DIVISIONS[division].ranks, of_dora, division, str(tmp_path), timeout=240)
+    ranks.run(DIVISIONS[division].ranks, of_dora, division, str(tmp_path))
 
 
 def reduced(division: str, folder: str) -> None:
@@ -208,7 +208,7 @@ def reduced(division: str, folder: str) -> None:
 
 @pytest.mark.parametrize("division", ["native tp2", "torch fsdp2"])
 def test_intruders_are_those_of_one_process(division: str, tmp_path: Path) -> None:
-    ranks.run(DIVISIONS[division].ranks, reduced, division, str(tmp_path), timeout=240)
+    ranks.run(DIVISIONS[division].ranks, reduced, division, str(tmp_path))
 
 
 def without_start(division: str, subject_name: str, fields: dict[str, Any], folder: str) -> None:
@@ -254,7 +254,7 @@ def test_files_without_the_start_are_those_of_one_process(
 ) -> None:
     SUBJECTS[subject].save(tmp_path)
     fields = {"init_lora_weights": init}
-    ranks.run(DIVISIONS[division].ranks, without_start, division, subject, fields, str(tmp_path), timeout=240)
+    ranks.run(DIVISIONS[division].ranks, without_start, division, subject, fields, str(tmp_path))
 
 
 def refused_on_all(folder: str) -> str:

@@ -1,16 +1,18 @@
 """The contract: every initialisation, variant and base layer on every layout, by registration alone.
 
 ``subjects.py`` has the models, ``divisions.py`` the ways of cutting them, ``contract_cases.py`` the adapters (from the
-registries of ``src``) and ``contract.py`` what is checked. What is registered and appears nowhere fails here; what
-cannot appear says why in :data:`NOWHERE`.
+registries of ``src``), ``oracles.py`` what they give on one process and ``contract.py`` what is checked. What is
+registered and appears nowhere fails here; what cannot appear says why in :data:`NOWHERE`.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import contract
 import contract_cases
+import oracles
 import pytest
 import ranks
 import torch
@@ -27,8 +29,6 @@ NOWHERE: dict[str, str] = {
     "transformer_engine.pytorch.module.linear.Linear": "its package needs a GPU",
     "transformer_engine.pytorch.module.layernorm_linear.LayerNormLinear": "its package needs a GPU",
 }
-#: Seconds for one place; on an idle machine it takes a tenth.
-PATIENCE = 300
 
 PLACES = [
     pytest.param(division, subject, id=f"{division}-{subject}".replace(" ", "_"))
@@ -48,8 +48,17 @@ pytestmark = [
 ENGINES = ("megatron.", "neuronx_distributed.", "lorica.engines.megatron.")
 
 
+@pytest.fixture(scope="session")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of the session share."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "oracles"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.mark.parametrize(("division", "subject"), PLACES)
-def test_the_contract(division: str, subject: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_contract(division: str, subject: str, tmp_path: Path, known: Path, request: pytest.FixtureRequest) -> None:
     if not SUBJECTS[subject].there():
         pytest.skip(f"{subject} is not on this machine")
     SUBJECTS[subject].save(tmp_path / "base")
@@ -59,12 +68,12 @@ def test_the_contract(division: str, subject: str, tmp_path: Path, request: pyte
         for name in contract_cases.cases(division, subject)
         if not words or any(word.strip() in name for word in words.split(","))
     ]
+    files = oracles.kept(known, subject, left, DIVISIONS[division].data)
     failures = []
     while left:
+        names = {name: files[name] for name in left}
         try:
-            ranks.run(
-                DIVISIONS[division].ranks, contract.check, division, subject, left, str(tmp_path), timeout=PATIENCE
-            )
+            ranks.run(DIVISIONS[division].ranks, contract.check, division, subject, names, str(tmp_path))
             break
         except ranks.RankError as error:
             name = (tmp_path / "trying").read_text()

@@ -164,7 +164,7 @@ def _same(sequence_parallel: bool, fields: dict[str, Any], folder: str) -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sp"])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_the_same_as_in_one_piece(size: int, sequence_parallel: bool, tmp_path: Path) -> None:
-    ranks.run(size, _same, sequence_parallel, {}, str(tmp_path), timeout=120)
+    ranks.run(size, _same, sequence_parallel, {}, str(tmp_path))
     compare(tmp_path)
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import contract
+import oracles
 import pytest
 import ranks
 from contract import Place, config_of
@@ -26,17 +27,20 @@ def shard_whole(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=_mesh(fsdp=2))
 
 
-def keeps(folder: str) -> None:
+def alone() -> oracles.Oracle:
+    return oracles.oracle(SUBJECTS["llama"], CASE, 2)
+
+
+def keeps(oracle: oracles.Oracle, folder: str) -> None:
     division = dataclasses.replace(DIVISIONS["torch fsdp2, adapted before"], late=shard_whole)
     place = Place(division, SUBJECTS["llama"], Path(folder))
-    oracle = contract.adapt(place.subject.build(), config_of(place.subject, CASE))
     with pytest.raises(LayoutError, match="merge it where the model is whole"):  # the last but one of the checks
         contract.check_all(place, CASE, oracle, place.subject.build())
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
 def test_a_stack_is_sharded_as_a_whole(tmp_path: Path) -> None:
-    ranks.run(2, keeps, str(tmp_path), timeout=100)
+    ranks.run(2, keeps, ranks.run(1, alone)[0], str(tmp_path))
 
 
 def refused() -> None:
@@ -48,4 +52,4 @@ def refused() -> None:
 
 
 def test_a_model_that_is_cut_already_is_refused() -> None:
-    ranks.run(2, refused, timeout=60)
+    ranks.run(2, refused)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import contract
+import oracles
 import pytest
 import ranks
 import torch.distributed as dist
-from contract import Place, config_of
+from contract import Oracle, Place
 from contract_cases import Case
 from divisions import DIVISIONS
 from subjects import SUBJECTS, Subject
@@ -44,17 +46,30 @@ FIELDS: dict[str, tuple[Subject, dict[str, Any]]] = {
 }
 
 
-def keeps(division: str, which: str, folder: str) -> None:
+def cases(which: str) -> tuple[Case, Case]:
+    """Of a training run, and of what it starts from."""
+    fields = FIELDS[which][1]
+    return Case(fields), Case({**fields, "init_lora_weights": True}, start=True)
+
+
+def alone(which: str, data: int) -> list[Oracle]:
+    return [oracles.oracle(FIELDS[which][0], case, data) for case in cases(which)]
+
+
+@functools.cache
+def on_one_process(which: str, data: int) -> list[Oracle]:
+    """Once for all layouts."""
+    return ranks.run(1, alone, which, data)[0]
+
+
+def keeps(division: str, which: str, found: list[Oracle], folder: str) -> None:
     """Everything that the contract asks of an adapter."""
-    subject, fields = FIELDS[which]
-    place = Place(DIVISIONS[division], subject, Path(folder))
-    case = Case(fields)
-    oracle = contract.adapt(subject.build(), config_of(subject, case))
-    contract.check_all(place, case, oracle, place.division.cut(subject, str(place.folder / "base")))
-    dist.barrier()
-    started = Case({**fields, "init_lora_weights": True}, start=True)
-    oracle = contract.adapt(subject.build(), config_of(subject, started))
-    contract.check_start(place, started, oracle, place.division.cut(subject, str(place.folder / "base")))
+    place = Place(DIVISIONS[division], FIELDS[which][0], Path(folder))
+    cut = None
+    for case, oracle, check in zip(cases(which), found, (contract.check_all, contract.check_start), strict=True):
+        model = check(place, case, oracle, place.cut() if cut is None else cut)
+        cut = place.base_again(model)
+        dist.barrier()
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
@@ -62,4 +77,5 @@ def keeps(division: str, which: str, folder: str) -> None:
 @pytest.mark.parametrize("division", LAYOUTS)
 def test_ends_keep_the_contract(division: str, which: str, tmp_path: Path) -> None:
     FIELDS[which][0].save(tmp_path / "base")
-    ranks.run(DIVISIONS[division].ranks, keeps, division, which, str(tmp_path), timeout=200)
+    found = on_one_process(which, DIVISIONS[division].data)
+    ranks.run(DIVISIONS[division].ranks, keeps, division, which, found, str(tmp_path))

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import contract
+import oracles
 import pytest
 import ranks
 import torch
-from contract import adapt, batch, compare, config_of, entries, fill, gradients, near, wholes
+from contract import adapt, batch, compare, config_of, entries, gradients, near, wholes
 from contract_cases import Case
 from divisions import DIVISIONS, Plain
 from subjects import SUBJECTS, logits_of, loss_of
@@ -72,6 +73,13 @@ def logical_draws(layer: Any, a_LRI: Tensor, options: Any) -> tuple[Tensor, Tens
     return cut_along(layer, noise, 3, "in"), chance, odds
 
 
+def fill(*models: nn.Module) -> None:
+    """Give models in one piece and on ranks the same values, each rank taking its slices; the first is whole."""
+    values = oracles.learned(wholes(entries(models[0])))
+    for model in models:
+        lorica.set_peft_model_state_dict(model, values)
+
+
 def added(model: nn.Module, name: str) -> Tensor:
     tuner = next(module for module in model.modules() if isinstance(module, lorica.LoraModel))
     return getattr(tuner, f"_get_{name}_loss")()
@@ -110,7 +118,7 @@ def with_its_loss(division: str, subject: str, name: str, folder: str) -> None:
 @pytest.mark.parametrize(("division", "subject"), PLACES)
 def test_the_loss_is_one_process_s(division: str, subject: str, name: str, tmp_path: Path) -> None:
     SUBJECTS[subject].save(tmp_path)
-    ranks.run(DIVISIONS[division].ranks, with_its_loss, division, subject, name, str(tmp_path), timeout=120)
+    ranks.run(DIVISIONS[division].ranks, with_its_loss, division, subject, name, str(tmp_path))
 
 
 def of_a_stage() -> None:
@@ -167,7 +175,7 @@ def directions(division: str, kind: str, groups: int, folder: str) -> None:
     ],
 )
 def test_directions_are_one_process_s(division: str, groups: int, kind: str, tmp_path: Path) -> None:
-    ranks.run(DIVISIONS[division].ranks, directions, division, kind, groups, str(tmp_path), timeout=120)
+    ranks.run(DIVISIONS[division].ranks, directions, division, kind, groups, str(tmp_path))
 
 
 # ---- MonteCLoRA -----------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def residuals(division: str, folder: str) -> None:
 @pytest.mark.parametrize("division", DIVIDED)
 def test_the_residual_is_one_process_s(division: str, tmp_path: Path) -> None:
     SUBJECTS["llama"].save(tmp_path / "base")
-    ranks.run(DIVISIONS[division].ranks, residuals, division, str(tmp_path / "base"), timeout=120)
+    ranks.run(DIVISIONS[division].ranks, residuals, division, str(tmp_path / "base"))
 
 
 def from_layout_to_layout(division: str, folder: str, fields: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def from_layout_to_layout(division: str, folder: str, fields: dict[str, Any]) ->
 )
 def test_files_from_layout_to_layout(division: str, fields: dict[str, Any], tmp_path: Path) -> None:
     SUBJECTS["llama"].save(tmp_path / "base")
-    ranks.run(DIVISIONS[division].ranks, from_layout_to_layout, division, str(tmp_path), fields, timeout=120)
+    ranks.run(DIVISIONS[division].ranks, from_layout_to_layout, division, str(tmp_path), fields)
 
 
 @pytest.mark.parametrize(
@@ -190,4 +190,4 @@ def _moved() -> bool:
 
 
 def test_ranks_agree_on_whether_norms_are_still_good() -> None:
-    assert ranks.run(2, _moved, timeout=20) == [True, True]
+    assert ranks.run(2, _moved) == [True, True]

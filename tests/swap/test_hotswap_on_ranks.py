@@ -58,7 +58,7 @@ def swapped(division: str, subject: str, folder: str) -> None:
 def test_every_rank_swaps_its_part(division: str, subject: str, tmp_path: Path) -> None:
     SUBJECTS[subject].save(tmp_path / "base")
     prepared(str(tmp_path), subject)
-    ranks.run(divisions.DIVISIONS[division].ranks, swapped, division, subject, str(tmp_path), timeout=200)
+    ranks.run(divisions.DIVISIONS[division].ranks, swapped, division, subject, str(tmp_path))
 
 
 def failed(folder: str) -> None:
@@ -73,6 +73,6 @@ def failed(folder: str) -> None:
 def test_where_one_rank_fails_none_swaps(tmp_path: Path) -> None:
     prepared(str(tmp_path), "llama")
     with pytest.raises(ranks.RankError) as caught:
-        ranks.run(2, failed, str(tmp_path), timeout=100)
+        ranks.run(2, failed, str(tmp_path))
     assert set(caught.value.failed) == {0}  # which has its own error
     assert "not there" in caught.value.failed[0]

@@ -130,12 +130,12 @@ def every_kind(kinds: list[str], sequence_parallel: bool, order: Any) -> None:
 
 @pytest.mark.parametrize(("size", "sequence_parallel"), [(2, False), (2, True), (4, True)])
 def test_every_kind_equals_one_process(size: int, sequence_parallel: bool) -> None:
-    ranks.run(size, every_kind, list(KINDS), sequence_parallel, "strided", timeout=120)
+    ranks.run(size, every_kind, list(KINDS), sequence_parallel, "strided")
 
 
 @pytest.mark.parametrize(("sequence_parallel", "order"), [(False, "strided"), (True, "neighbours")])
 def test_eight_ranks_on_four_key_value_heads(sequence_parallel: bool, order: str) -> None:
-    ranks.run(8, every_kind, ["Qwen3", "Phi3"], sequence_parallel, order, timeout=120)
+    ranks.run(8, every_kind, ["Qwen3", "Phi3"], sequence_parallel, order)
 
 
 def greedy(kind: str, sequence_parallel: bool) -> None:
