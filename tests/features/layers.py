@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,8 +82,7 @@ class Layer:
 
     def base(self) -> nn.Module:
         """The network, in evaluation mode; the same one every time."""
-        torch.manual_seed(0)
-        network = self.build()
+        network = copy.deepcopy(_built(self.build))
         # Frozen, as an adapted one is: torch's attention computes in another way where nothing can train.
         return (network.double() if self.double else network).eval().requires_grad_(False)
 
@@ -92,7 +92,7 @@ class Layer:
 
     def adapt(self, base: nn.Module, **fields: Any) -> nn.Module:
         """A copy of a network, adapted."""
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)  # what torch.manual_seed notes for other devices takes longer
         model = lorica.get_peft_model(copy.deepcopy(base), self.config(**fields))
         return (model.double() if self.double else model).eval()
 
@@ -104,6 +104,12 @@ class Layer:
             options = {**self.given, **options}
         output: Any = model(x, **options)
         return getattr(output, "logits", output)
+
+
+@functools.lru_cache(maxsize=64)
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.default_generator.manual_seed(0)
+    return build()
 
 
 def _factors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

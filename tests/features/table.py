@@ -37,7 +37,7 @@ against one process: factors, outputs, gradients, steps, merged weights and file
 
 def cell(feature: Feature, layer: Layer) -> tuple[str, str]:
     """What a check says: a mark, and a reason or a remark, or what went wrong."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -130,6 +130,19 @@ def _of_layouts(notes: dict[str, int]) -> list[str]:
             marks.append(YES if tried else _mark(NONE, words(why), notes))
         lines.append(f"| {name} | {division.ranks} | {' | '.join(marks)} | {layouts.starts(name)} |")
     return [*lines, ""]
+
+
+def read(page: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """The cells of a page, by the names of column and row: a mark, and its reason or remark."""
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", page, re.MULTILINE))
+    found = {}
+    for group in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        names, _, *rows = ([cell.strip() for cell in line[2:-2].split(" | ")] for line in group.splitlines())
+        for name, *marks in rows:
+            for column, cell in zip(names[1:], marks, strict=True):
+                mark, _, note = cell.partition(" ")
+                found[column, name] = mark, notes[note] if note else ""
+    return found
 
 
 def missing() -> list[str]:
