@@ -18,8 +18,10 @@ level what is patched                                                          w
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,7 +29,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 #: What is imported before anything is patched, and without compiling what it fuses, in every rank once more.
@@ -40,13 +41,14 @@ IMPORTED = [
     "pipeline_parallel.schedules",
     "transformer.moe.experts",
 ]
-_MODE: list[TorchFunctionMode] = []
+_INSTALLED: list[bool] = []
 
 
 def install() -> None:
     """Import megatron-core and patch this process, once."""
-    if _MODE:
+    if _INSTALLED:
         return
+    _INSTALLED.append(True)
     with mock.patch.object(torch, "compile", _as_it_is), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that are not installed, and of its own deprecated imports
         for name in IMPORTED:
@@ -96,31 +98,34 @@ class Event(Stream):
     """An event that has happened."""
 
 
-_SPECIAL = {Tensor.cuda, Tensor.pin_memory, Tensor.record_stream, Tensor.type}
+#: What makes tensors on a device that it is told by name. A mode of torch's would see every call, and take longer.
+_MAKING = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 
 
-class _OnTheCpu(TorchFunctionMode):
-    """Whatever is asked of a CUDA device is done on the CPU."""
+def _on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which does on the CPU what is asked of a CUDA device."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and func not in _SPECIAL:
-            return func(args[0])  # most calls ask a tensor for its shape and the like
-        kwargs = dict(kwargs or {})
-        if func in (Tensor.cuda, Tensor.pin_memory):
-            return args[0]
-        if func is Tensor.record_stream:
-            return None
-        if func is Tensor.type and len(args) == 1 and not kwargs:
-            return func(args[0]).replace("torch.", "torch.cuda.")  # its optimisers sort parameters by this
+    @functools.wraps(function)
+    def there(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         kwargs.pop("pin_memory", None)
-        args = tuple(CPU if isinstance(arg, torch.device | str) and _is_cuda(arg) else arg for arg in args)
-        return func(*args, **kwargs)
+        return function(*(CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+    return there
 
 
 def _is_cuda(device: Any) -> bool:
-    return device is not None and str(device).startswith("cuda")
+    return isinstance(device, torch.device | str) and str(device).startswith("cuda")
+
+
+_type = Tensor.type
+
+
+def _cuda_type(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Its optimisers sort parameters by the names of types."""
+    found = _type(tensor, *args, **kwargs)
+    return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
 
 
 def _level_3() -> None:
@@ -130,22 +135,12 @@ def _level_3() -> None:
     cuda.current_stream = cuda.default_stream = Stream
     cuda.synchronize = cuda.empty_cache = cuda.set_device = lambda *args, **kwargs: None
     cuda.nvtx = SimpleNamespace(range_push=lambda *a, **k: None, range_pop=lambda *a, **k: None)
-    _MODE.append(_OnTheCpu())
-    _MODE[0].__enter__()
-    _also_in_backward()
-
-
-def _also_in_backward() -> None:
-    """torch leaves a mode for the length of a backward, in which activations are computed again."""
-    from megatron.core.tensor_parallel.random import CheckpointFunction
-
-    own = CheckpointFunction.backward
-
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        with _MODE[0]:
-            return own(ctx, *gradients)
-
-    CheckpointFunction.backward = staticmethod(backward)
+    for name in _MAKING:
+        setattr(torch, name, _on_the_cpu(getattr(torch, name)))
+    Tensor.to = _on_the_cpu(Tensor.to)  # type: ignore[method-assign]
+    Tensor.type = _cuda_type  # type: ignore[method-assign]
+    Tensor.cuda = Tensor.pin_memory = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
+    Tensor.record_stream = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
 
 def _level_4() -> None:
