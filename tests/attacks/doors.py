@@ -110,6 +110,7 @@ DOORS: dict[str, Door] = {
     "weights alone": lambda world, folder: peft.load_peft_weights(str(folder), device="cpu"),
     "peft's model": lambda world, folder: peft.PeftModel.from_pretrained(world.plain, str(folder)),
     "peft's load": lambda world, folder: world.others.load_adapter(str(folder), "other"),
+    "automatic class": lambda world, folder: peft.AutoPeftModelForCausalLM.from_pretrained(folder),
     "inspect": lambda world, folder: _run("inspect", folder),
     "convert": lambda world, folder: _run(
         *("convert", folder, world.outputs / "converted", "--from", "peft", "--to", "neuron", "--model", world.base)
@@ -117,6 +118,21 @@ DOORS: dict[str, Door] = {
     "merge": lambda world, folder: _run("merge", folder, world.outputs / "merged", "--model", world.base, "--quiet"),
     "export": lambda world, folder: _run(
         *("export", folder, "--output", world.outputs / "exported", "--target", "vllm", "--base", world.base)
+    ),
+}
+#: Doors that lead where others lead too; they are tried by ``make.SAMPLE``.
+MORE_DOORS: dict[str, Door] = {
+    "subfolder": lambda world, folder: lorica.PeftModel.from_pretrained(
+        world.plain, folder.parent, "lora_A", subfolder=folder.name
+    ),
+    "load from a subfolder": lambda world, folder: world.adapted.load_adapter(
+        folder.parent, "lora", subfolder=folder.name
+    ),
+    "generate": lambda world, folder: _run(
+        *("generate", world.base, "a", "--adapter", folder, "--max-new-tokens", 1, "--device", "cpu")
+    ),
+    "eval": lambda world, folder: _run(
+        *("eval", world.base, "--data", world.base / "rows.jsonl", "--adapter", folder, "--device", "cpu")
     ),
 }
 

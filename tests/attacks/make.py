@@ -38,7 +38,13 @@ class Attack(NamedTuple):
 
 _ALL = frozenset(
     {"first", "first, warned", "load", "load over another", "swap", "configuration", "weights alone", "peft's model"}
-    | {"peft's load", "inspect", "convert", "merge", "export"}
+    | {"peft's load", "automatic class", "inspect", "convert", "merge", "export"}
+)
+#: One for each way of being wrong, for doors that lead where others lead.
+SAMPLE = frozenset(
+    {"cut to the header", "weights: NaN", "config: alpha NaN", "config: 64 MB", "rank 20,000,000", "the wrong prefix"}
+    | {f"a link to a device as {WEIGHTS}", "a pickle as the weights", "config: an expression that never ends"}
+    | {"nothing but adapter_model.bin", "a factor of whole numbers"}
 )
 #: Doors that do not read the weights.
 _NO_WEIGHTS = frozenset({"configuration"})
@@ -49,7 +55,7 @@ _NO_MODEL = frozenset({"weights alone", "configuration", "inspect", "convert"})
 #: Doors that do not look for targets in a model.
 _NO_TARGETS = frozenset({"load over another", "swap", "configuration", "weights alone", "inspect", "convert"})
 #: Doors that warn of missing and unexpected tensors, as PEFT's do.
-_LENIENT = frozenset({"first, warned", "peft's model", "peft's load"})
+_LENIENT = frozenset({"first, warned", "peft's model", "peft's load", "automatic class"})
 
 
 # ---- the weights ----------------------------------------------------------------------------------------------------
@@ -147,7 +153,16 @@ _FITS: dict[str, tuple[Callable[[Adapter], None], str, str, frozenset[str]]] = {
         _tensor(FIRST_A, lambda a: a.double() * 1e300),
         f"{FIRST_A} holds NaN or infinity",
         WEIGHTS,
-        frozenset({"weights alone", "inspect", "convert", "export"}),  # which keep the dtype
+        frozenset(),
+    ),
+    "a factor of whole numbers": (_tensor(FIRST_A, Tensor.long), f"{FIRST_A} holds torch.int64", WEIGHTS, frozenset()),
+    "a factor of truth values": (_tensor(FIRST_A, Tensor.bool), f"{FIRST_A} holds torch.bool", WEIGHTS, frozenset()),
+    "a factor of bytes": (_tensor(FIRST_B, Tensor.byte), f"{FIRST_B} holds torch.uint8", WEIGHTS, frozenset()),
+    "a factor of complex numbers": (
+        _tensor(FIRST_A, lambda a: a.to(torch.complex64)),
+        f"{FIRST_A} is stored as C64",
+        WEIGHTS,
+        frozenset(),
     ),
     "DoRA without magnitudes": (_rank(RANK, use_dora=True), "missing.*magnitude", WEIGHTS, _NO_VARIANT),
     "VeLoRA without its tensors": (_rank(RANK, velora_config={}), "missing", WEIGHTS, _NO_VARIANT),
@@ -295,7 +310,7 @@ def _link_up(path: Path) -> None:
     path.symlink_to(Path("..", "elsewhere", path.name))
 
 
-_NO_FILE = "not a regular file|holds no adapter_config.json"
+_NO_FILE = "not a regular file|holds no adapter_config.json|Can't find 'adapter_config.json'"
 _PLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link out": (_link_out, "leads out of"),
     "a link up": (_link_up, "leads out of"),
@@ -313,6 +328,17 @@ _PLACED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def _content(name: str, content: Callable[[], bytes]) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(content()) and None
+
+
+def _configured(content: Callable[[], bytes]) -> Callable[[Path], None]:
+    """Return what writes a configuration that names the base model which the good one names."""
+    field = '"base_model_name_or_path": '
+
+    def spoil(folder: Path) -> None:
+        base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+        (folder / CONFIG).write_bytes(content().replace(f'{field}"base"'.encode(), (field + json.dumps(base)).encode()))
+
+    return spoil
 
 
 def _fitted(change: Callable[[Adapter], None]) -> Callable[[Path], None]:
@@ -337,15 +363,13 @@ def attacks() -> dict[str, Attack]:
         for n, (make, says) in CONTENTS.items()
     }
     found |= {
-        f"config: {n}": Attack(_content(CONFIG, make), says, CONFIG, _NO_CONFIG) for n, (make, says) in _CONFIGS.items()
+        f"config: {n}": Attack(_configured(make), says, CONFIG, _NO_CONFIG) for n, (make, says) in _CONFIGS.items()
     }
     found |= {
         n: Attack(_fitted(change), says, file, but | (_NO_WEIGHTS if file else frozenset()))
         for n, (change, says, file, but) in _FITS.items()
     }
-    found |= {
-        f"config: {n}": Attack(_content(CONFIG, make), says, CONFIG, but) for n, (make, says, but) in _TARGETS.items()
-    }
+    found |= {f"config: {n}": Attack(_configured(make), says, CONFIG, but) for n, (make, says, but) in _TARGETS.items()}
     found["40,000 empty tensors"] = Attack(
         _content(WEIGHTS, lambda: many_tensors(40_000, stem=f"{FIRST_A}.")),
         "missing|unexpected|factor",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from doors import DOORS, World, differences
+from doors import DOORS, World, differences, refused
 from good_adapter import CONFIG, WEIGHTS, good_tensors, write_good
 from hostile_headers import pickled
 from make import attacks
@@ -20,6 +20,7 @@ import lorica
 import models
 from lorica.compat import peft
 from lorica.errors import CheckpointError, TargetError
+from lorica.files.journal import NAME as JOURNAL
 from lorica.files.tensors import OpenTensors
 
 pytest.importorskip("transformers")
@@ -120,6 +121,83 @@ def test_nothing_else_in_a_directory_is_touched(good: Path, tmp_path: Path):
     (good / CONFIG).write_text(json.dumps(config))
     assert loads(good)
     assert not (tmp_path / "canary").exists()
+
+
+# ---- the journal of an interrupted save ------------------------------------------------------------------------------
+
+_TEMPORARY = f".partial-{'0' * 32}.safetensors"
+
+
+def _says(files: object, *, after: str = "") -> Callable[[Path], object]:
+    return lambda folder: (folder / JOURNAL).write_text(json.dumps({"files": files}) + after)
+
+
+def _link_of_a_journal(folder: Path) -> None:
+    _says({WEIGHTS: _TEMPORARY})(folder.parent)
+    (folder / JOURNAL).symlink_to(folder.parent / JOURNAL)
+
+
+def _instead_of_the_weights(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        _says({WEIGHTS: _TEMPORARY})(folder)
+        (folder / _TEMPORARY).rename(folder.parent / _TEMPORARY)
+        make(folder / _TEMPORARY)
+
+    return spoil
+
+
+_UNKNOWN = f"Can't find '{WEIGHTS}'"
+JOURNALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (lambda folder: os.mkfifo(folder / JOURNAL), _UNKNOWN),
+    "a directory": (lambda folder: (folder / JOURNAL).mkdir(), _UNKNOWN),
+    "a link out": (_link_of_a_journal, _UNKNOWN),
+    "a link to a device": (lambda folder: (folder / JOURNAL).symlink_to("/dev/zero"), _UNKNOWN),
+    "4,000 lists": (lambda folder: (folder / JOURNAL).write_text("[" * 4000), "nested too deeply"),
+    "64 MB": (_says({WEIGHTS: _TEMPORARY}, after=" " * 64_000_000), "64,000,"),
+    "no JSON": (lambda folder: (folder / JOURNAL).write_text("{"), "not valid JSON"),
+    "a list": (_says([WEIGHTS, _TEMPORARY]), "does not name files beside it"),
+    "a file above": (_says({WEIGHTS: f"../{_TEMPORARY}"}), "does not name files beside it"),
+    "a file by its whole name": (_says({WEIGHTS: f"/tmp/{_TEMPORARY}"}), "does not name files beside it"),
+    "any other file": (_says({WEIGHTS: "optimizer.pt"}), "does not name files beside it"),
+    "a name above": (_says({"../other": _TEMPORARY}), "does not name files beside it"),
+    "a name that is a whole path": (_says({"/etc/passwd": _TEMPORARY}), "does not name files beside it"),
+    "a number": (_says({WEIGHTS: 7}), "does not name files beside it"),
+    "a temporary file that is a link": (
+        _instead_of_the_weights(lambda path: path.symlink_to(path.parent.parent / path.name)),
+        _UNKNOWN,
+    ),
+    "a temporary file that is a pipe": (_instead_of_the_weights(os.mkfifo), _UNKNOWN),
+    "a temporary file that is not there": (_instead_of_the_weights(lambda path: None), _UNKNOWN),
+}
+
+
+_READERS = ("first", "load", "swap", "peft's model", "inspect")
+
+
+@pytest.fixture(scope="module")
+def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What these doors import is imported."""
+    folder = tmp_path_factory.mktemp("imported")
+    write_good(folder / "good")
+    for door in _READERS:
+        DOORS[door](World(folder / door, folder / "base", folder / "good"), folder / "good")
+
+
+@pytest.mark.usefixtures("_imported")
+@pytest.mark.parametrize("name", JOURNALS)
+def test_a_journal_leads_nowhere(name: str, world: World, good: Path, tmp_path: Path):
+    folder = tmp_path / "interrupted"
+    shutil.copytree(good, folder)
+    (folder / WEIGHTS).rename(folder / _TEMPORARY)
+    _says({WEIGHTS: _TEMPORARY})(folder)
+    with pytest.warns(UserWarning, match="saving was interrupted"):
+        assert loads(folder)
+    (folder / JOURNAL).unlink()
+    spoil, says = JOURNALS[name]
+    spoil(folder)
+    for door in _READERS:
+        refused(lambda door=door: DOORS[door](world, folder), says, str(folder))
+    assert not (folder / WEIGHTS).exists()
 
 
 # ---- files that change while they are read --------------------------------------------------------------------------

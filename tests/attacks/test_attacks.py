@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from doors import DOORS, World, attempt, differences
+from doors import DOORS, MORE_DOORS, World, attempt, differences
 from good_adapter import write_good
-from make import Attack, attacks
+from make import SAMPLE, Attack, attacks
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import models
 from lorica.errors import LoricaError
@@ -32,15 +35,18 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], World]:
     folder = tmp_path_factory.mktemp("worlds")
     good, bad, base = (folder / name for name in ("good", "bad", "base"))
     models.tiny_llama().save_pretrained(base)
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b").save_pretrained(base)
+    (base / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for place in (good, bad):
-        write_good(place)
+        write_good(place, str(base))
     ATTACKS["half the tensors"].spoil(bad)
     numbers = itertools.count()
 
     def make() -> World:
         return World(folder / f"world{next(numbers)}", base, good)
 
-    for door in DOORS.values():
+    for door in (*DOORS.values(), *MORE_DOORS.values()):
         door(make(), good)
         with contextlib.suppress(LoricaError):
             door(make(), bad)
@@ -68,7 +74,7 @@ def test_it_is_refused_at_every_door(name: str, world: World, tmp_path: Path):
     attack.spoil(folder)
     before = world.state()
     wrong = {}
-    for door in DOORS:
+    for door in {**DOORS, **MORE_DOORS} if name in SAMPLE else DOORS:
         if door not in attack.but and (found := problems(attack, door, world, folder)):
             wrong[door] = found
     if changed := differences(before, world.state()):
@@ -79,7 +85,7 @@ def test_it_is_refused_at_every_door(name: str, world: World, tmp_path: Path):
 
 def problems(attack: Attack, door: str, world: World, folder: Path) -> list[str]:
     """Return what a refusal is not as it has to be."""
-    error, excess = attempt(lambda: DOORS[door](world, folder))
+    error, excess = attempt(lambda: {**DOORS, **MORE_DOORS}[door](world, folder))
     if not isinstance(error, LoricaError):
         return [f"not refused: {type(error).__name__}: {str(error)[:300]}"]
     message, found = str(error), []

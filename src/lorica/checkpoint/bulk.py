@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorica.checkpoint.reading import is_finite, narrows
+from lorica.checkpoint.reading import beyond, is_finite
 from lorica.errors import CheckpointError
 from lorica.files.tensors import OpenTensors, TensorReader
 
@@ -107,5 +107,4 @@ def _complain(file: OpenTensors, names: Sequence[str], part: Tensor, place: int,
         start, stop = ((edge - place) // part.itemsize for edge in (stored.start, stored.stop))
         values = part[max(start, 0) : max(stop, 0)]
         if not is_finite(values, dtype):
-            beyond = f", or what is infinite as {dtype}" if narrows(part.dtype, dtype) else ""
-            raise CheckpointError(f"{file.reader.path}: {name} holds NaN or infinity{beyond}")
+            raise CheckpointError(f"{file.reader.path}: {name} holds NaN or infinity{beyond(part.dtype, dtype)}")

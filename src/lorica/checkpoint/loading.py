@@ -61,7 +61,7 @@ def load_first(
     with (switch or Switch()).turns.writing():
         with together(model, what):
             found = read_config(model_id, config, source, is_trainable=is_trainable)
-            file = TensorReader(reading.find_weights(model_id, **source))
+            file = reading.open_weights(model_id, **source)
 
         def load(strictly: bool) -> PeftModel:
             with _as_it_was(model, adapter, flags), together(model, what), naming(where, ConfigError, TargetError):
@@ -88,7 +88,7 @@ def load_further(
     base, turns = model.get_base_model(), model.base_model.switch.turns
     what, where = f"loading {model_id}", os.path.join(model_id, CONFIG_NAME)
     with together(base, what):
-        file = TensorReader(reading.find_weights(model_id, **source))
+        file = reading.open_weights(model_id, **source)
         config = None
         if adapter in model.peft_config:
             _warn_of_other_scales(model.peft_config[adapter], model_id, source)
@@ -149,9 +149,10 @@ def set_peft_model_state_dict(
         The names of missing and unexpected tensors.
 
     Raises:
-        CheckpointError: a tensor has the wrong shape or is not finite, or (``strict``) names do not fit. Nothing was
-            written.
+        CheckpointError: a tensor has the wrong shape or dtype or is not finite, or (``strict``) names do not fit.
+            Nothing was written.
     """
+    where = f"state dict of adapter {adapter_name!r}"
     wanted = adapter_entries(model, adapter_name, config_of_adapter(model, adapter_name))
     extra = embedding_entries(model)
     known = {**extra, **wanted}
@@ -163,13 +164,14 @@ def set_peft_model_state_dict(
         fitting,
         needed,
         extra,
-        where=f"state dict of adapter {adapter_name!r}",
+        where=where,
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
     good = {n: t for n, t in peft_model_state_dict.items() if n in known and shapes[n] == tuple(known[n].shape)}
+    reading.check_floating({n: t.dtype for n, t in good.items() if known[n].tensor.is_floating_point()}, where)
     good = {name: reading.narrowed(tensor, known[name].tensor.dtype) for name, tensor in good.items()}
-    reading.check_finite(good, f"state dict of adapter {adapter_name!r}")
+    reading.check_finite(good, where)
     whole = {name for name in good if place_of(known[name]) is not Place.IN_PIECES and not known[name].tied}
     parts = {n: piece_of(n, known[n]).read(tensor) for n, tensor in good.items() if n not in whole}
     with (inject.switch_of(model) or Switch()).turns.writing():
@@ -230,6 +232,9 @@ def _fill(
     result = reading.check_names(found, wanted, extra, where=where, strict=strict)
     # A tied factor's source is in the file too and is the same tensor.
     known = {name: entry for name, entry in {**extra, **wanted}.items() if name in stored and not entry.tied}
+    reading.check_floating(
+        {n: file.tensors[stored[n]].dtype for n, entry in known.items() if entry.tensor.is_floating_point()}, where
+    )
     places = {name: place_of(entry) for name, entry in known.items()}
     dtypes = {
         stored[name]: _dtype_of(file, stored[name], known[name].tensor.dtype, place)

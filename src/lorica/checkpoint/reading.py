@@ -18,10 +18,16 @@ from lorica.checkpoint.names import WEIGHTS_NAME, Entry
 from lorica.checkpoint.pieces import Piece
 from lorica.config import CONFIG_NAME
 from lorica.errors import CheckpointError, UnfittingError, shown, suggest
+from lorica.files.header import DTYPES
 from lorica.files.hub import find_file
 from lorica.files.tensors import OpenTensors, TensorReader
 
 _PREFIX = "base_model.model."
+#: The format's words for floating-point numbers.
+_FLOATING = {word for word, dtype in DTYPES.items() if dtype.is_floating_point}
+_FACTOR = re.compile(r"\.lora_\w+(?:\.\w+){0,2}$")
+#: Products and sums are computed in float32 at least; a larger number has no place in an adapter, whatever stores it.
+_LARGEST = torch.finfo(torch.float32).max
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
@@ -50,6 +56,35 @@ def find_weights(source: str | os.PathLike[str], **hub: Any) -> Path:
                     "weights_only=True), new_path)"
                 ) from error
         raise
+
+
+def open_weights(source: str | os.PathLike[str], **hub: Any) -> TensorReader:
+    """Return what reads the adapter's weights in a directory or on the hub, its header checked.
+
+    Raises:
+        CheckpointError: see :func:`find_weights`; the file is no whole safetensors file; or a factor's numbers have no
+            point.
+    """
+    reader = TensorReader(find_weights(source, **hub))
+    if not _FLOATING.issuperset({stored.word for stored in reader.tensors.values()}):
+        factors = {name: stored.dtype for name, stored in reader.tensors.items() if _FACTOR.search(name)}
+        check_floating(factors, str(reader.path))
+    return reader
+
+
+def check_floating(dtypes: Mapping[str, torch.dtype | None], where: str) -> None:
+    """Refuse whole and complex numbers and truth values where floating-point numbers belong; copying would take them.
+
+    Args:
+        dtypes: name → dtype of a tensor; None: one that torch does not know, which its reader refuses.
+        where: they come from.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for name, dtype in dtypes.items():
+        if dtype is not None and not dtype.is_floating_point:
+            raise CheckpointError(f"{where}: {name} holds {dtype}, where floating-point numbers belong")
 
 
 def read_pieces(reader: TensorReader, stored: Mapping[str, str], wanted: Iterable[Piece]) -> dict[str, list[Tensor]]:
@@ -99,7 +134,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse NaN and infinity.
+    """Refuse NaN, infinity, and what is infinite as float32.
 
     Raises:
         CheckpointError: names the tensor.
@@ -110,20 +145,26 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             alike[tensor.dtype, tensor.device][name] = tensor
     for (dtype, _), group in alike.items():
         # One call for all. A norm may overflow where no element is infinite, so a doubt is looked into.
-        if dtype.itemsize > 1 and bool(torch.stack(torch._foreach_norm([*group.values()])).isfinite().all()):
+        if dtype.itemsize > 1 and bool((torch.stack(torch._foreach_norm([*group.values()])) <= _LARGEST).all()):
             continue
         for name, tensor in group.items():
             if not is_finite(tensor):
-                raise CheckpointError(f"{where}: {name} holds NaN or infinity")
+                raise CheckpointError(f"{where}: {name} holds NaN or infinity{beyond(dtype)}")
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether no element is NaN or infinite, also in another dtype, found out without a copy of the tensor."""
+    """Whether no element is NaN or infinite, also in another dtype and in float32, found out without a copy."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
-    most = torch.finfo(dtype).max if dtype is not None and dtype.is_floating_point else math.inf
+    most = min(_LARGEST, torch.finfo(dtype).max) if dtype is not None and dtype.is_floating_point else _LARGEST
     return all(math.isfinite(end) and abs(end) <= most for end in (low.item(), high.item()))
+
+
+def beyond(have: torch.dtype, want: torch.dtype = torch.float32) -> str:
+    """Return what an error says besides NaN and infinity, of numbers that are to have another dtype."""
+    narrowest = want if narrows(torch.float32, want) else torch.float32
+    return f", or what is infinite as {narrowest}" if narrows(have, narrowest) else ""
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,14 +51,13 @@ def inspect(
 ) -> None:
     """Show each target's rank, scale, norms and effective rank."""
     from lorica.checkpoint.loading import read_config
-    from lorica.checkpoint.reading import Tensors, find_weights
+    from lorica.checkpoint.reading import Tensors, open_weights
     from lorica.config.expressions import one_search
-    from lorica.files.tensors import TensorReader
     from lorica.train.models import check_adapter
 
     directory = check_adapter(adapter)
     config = read_config(directory, None, {}, is_trainable=False).to_dict()
-    file = TensorReader(find_weights(directory))
+    file = open_weights(directory)
     with one_search(), naming(file.path, CheckpointError), file.opened() as opened:
         found = measure(Tensors(opened), config)
     if not found:

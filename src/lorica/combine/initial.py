@@ -26,7 +26,6 @@ from lorica.config import LoraConfig
 from lorica.engines.stages import axis_of_stages
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError
-from lorica.files.tensors import TensorReader
 from lorica.layout import Roles
 from lorica.variants import VARIANTS, Variant, variant_of
 
@@ -158,7 +157,7 @@ def read_initial(path: str | os.PathLike[str], config: LoraConfig) -> dict[str, 
             "to a LoRA adapter",
             stacklevel=4,
         )
-    return read_all(TensorReader(reading.find_weights(path)))
+    return read_all(reading.open_weights(path))
 
 
 def subtract_mutated_init(

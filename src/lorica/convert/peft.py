@@ -78,7 +78,7 @@ def read_peft_adapter(path: str | os.PathLike[str], geometry: Geometry | None = 
     config = read_json_object(find_file(folder, CONFIG_NAME))
     _check(folder, config)
     check_fields(config, folder / CONFIG_NAME)
-    reader = TensorReader(reading.find_weights(folder))
+    reader = reading.open_weights(folder)
     found = _tensors(reader)
     record = read_record(folder)
     geometry = geometry or known_geometry(None, record, config)

@@ -19,7 +19,6 @@ from lorica.config import LoraConfig
 from lorica.export.pairs import stacked
 from lorica.export.saved import Saved
 from lorica.export.source import Exported, Source
-from lorica.files.tensors import TensorReader
 
 _NOTES = {
     "dropout_position": "PEFT drops before A only: going on with training there is not the same",
@@ -30,7 +29,7 @@ _NOTES = {
 def export(source: Source) -> Exported:
     """Return an adapter as PEFT reads it."""
     config = copy.copy(source.config)
-    tensors = read_all(TensorReader(reading.find_weights(source.path)))
+    tensors = read_all(reading.open_weights(source.path))
     notes = [note for name, note in _NOTES.items() if getattr(config, name) != getattr(LoraConfig(), name)]
     if config.share_expert_adapters or config.normalize_moe_lora:
         saved = source.saved

@@ -19,7 +19,7 @@ from lorica.checkpoint.pieces import piece_of
 from lorica.config import CONFIG_NAME, LoraConfig
 from lorica.config.spec import AdapterSpec
 from lorica.errors import ConfigError, ExportError, TargetError, naming
-from lorica.files.tensors import OpenTensors, TensorReader
+from lorica.files.tensors import OpenTensors
 from lorica.init import Factors, find
 from lorica.layers import LoraLayer
 from lorica.model import get_peft_model
@@ -136,7 +136,7 @@ def read(path: str | os.PathLike[str], base: Any) -> Saved:
         TargetError: the configuration does not.
     """
     config = loading.read_config(path, None, {}, is_trainable=False)
-    reader = TensorReader(reading.find_weights(path))
+    reader = reading.open_weights(path)
     shapes = reader.shapes
     names = {id(module): name for name, module in base.named_modules()}
     with warnings.catch_warnings(), naming(reader.path.with_name(CONFIG_NAME), ConfigError, TargetError):

@@ -19,7 +19,6 @@ from lorica.checkpoint.names import Entry, adapter_entries, embedding_entries
 from lorica.checkpoint.pieces import piece_of
 from lorica.config import CONFIG_NAME
 from lorica.errors import AdapterError, ConfigError, TargetError, naming
-from lorica.files.tensors import TensorReader
 from lorica.init import Factors
 from lorica.layers import LoraLayer, Switch
 from lorica.layout import Roles
@@ -68,7 +67,7 @@ class Changes:
                 f"{adapter}: layer_replication={config.layer_replication} makes new layers, which the model's files "
                 "have no tensors for; load the adapter and call merge_and_unload"
             )
-        self._file = TensorReader(reading.find_weights(adapter))
+        self._file = reading.open_weights(adapter)
         shapes = self._file.shapes
         with naming(self._file.path.with_name(CONFIG_NAME), ConfigError, TargetError):
             wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -117,8 +116,7 @@ class Changes:
     def _check_finite(self) -> None:
         with self._file.opened() as file:
             for key in self._file.tensors:
-                values = reading.narrowed(file.slices(key)[...], torch.float32)  # as sums are computed
-                reading.check_finite({key: values}, str(self._file.path))
+                reading.check_finite({key: file.slices(key)[...]}, str(self._file.path))
 
     @property
     def names(self) -> set[str]:

@@ -28,7 +28,6 @@ from lorica.config import CONFIG_NAME, AdapterSpec, LoraConfig
 from lorica.config.expressions import one_search
 from lorica.engines.together import together
 from lorica.errors import AdapterError, CheckpointError, SwapError, naming, shown
-from lorica.files.tensors import TensorReader
 from lorica.layers import LoraLayer, Switch
 from lorica.model.padding import Padded, blocks_of, check_growth, grow, is_b, rank_dim
 from lorica.targets.match import pattern_value
@@ -143,7 +142,7 @@ def hotswap_adapter(
             config = read_config(model_name_or_path, None, kwargs, is_trainable=False)
             with naming(where, AdapterError):
                 check_hotswap_configs_compatible(old, config)
-            reader = TensorReader(reading.find_weights(model_name_or_path, **kwargs))
+            reader = reading.open_weights(model_name_or_path, **kwargs)
             change.enter_context(turns.changing())  # what there was to fetch is here
             with naming(where, AdapterError):
                 swap = _Swap(plain, adapter_name, config, reader.shapes, str(reader.path))
@@ -183,6 +182,10 @@ def hotswap_adapter_from_state_dict(
         with together(inject.base_of(plain), f"swapping in a state dict as {adapter_name!r}"):
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             swap = _Swap(plain, adapter_name, config, shapes, "the state dict")
+            floating = {
+                n: t.dtype for n, t in tensors.items() if n in entries and entries[n].tensor.is_floating_point()
+            }
+            reading.check_floating(floating, "the state dict")
             parts = swap.read(tensors)
         with turns.writing():
             swap.write(parts)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from lorica.adapt.inject import adapter_modules, base_of
 from lorica.checkpoint.bulk import read_all
 from lorica.checkpoint.loading import set_peft_model_state_dict
-from lorica.checkpoint.reading import find_weights, map_keys
+from lorica.checkpoint.reading import map_keys, open_weights
 from lorica.checkpoint.saving import get_peft_model_state_dict
-from lorica.files.tensors import TensorReader
 from lorica.layers import LoraLayer, TrainableTokensWrapper
 
 
@@ -45,7 +44,7 @@ def load_peft_weights(
     """
     from lorica.compat.peft.utils.other import infer_device
 
-    found = read_all(TensorReader(find_weights(model_id, **hf_hub_download_kwargs)))
+    found = read_all(open_weights(model_id, **hf_hub_download_kwargs))
     place = device or infer_device()
     return {new: found[old].to(place) for new, old in map_keys(found, key_mapping).items()}
 
