@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -27,10 +27,14 @@ from lorica.variants import VARIANTS, variant_of
 TIMEOUT = 300.0
 
 _ABSENT = "nothing"
+#: Numbers of a weight that ranks compare, about.
+_SAMPLE = 4096
 
 
 def verify(model: nn.Module, *, timeout: float = TIMEOUT, also: Mapping[str, Any] | None = None) -> None:
     """Compare configurations, names, shapes, placements and values of all adapters over all ranks.
+
+    Of the weights that are adapted, ranks with the same part of one compare some numbers.
 
     Args:
         model: the adapted model.
@@ -101,7 +105,29 @@ def _description(model: nn.Module) -> dict[str, Any]:
             for name, entry in adapter_entries(model, adapter, config).items()
             if not entry.tied
         },
+        "weights": dict(_weights(model)),
     }
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield, for each weight of an adapted layer by name, which part of it is here and what some of its numbers are."""
+    for layer in lora_layers(model):
+        site = layer.site
+        part = [] if site is None else [[cut.dim, cut.held[site.at[cut.axis]]] for cut in site.layout.cuts]
+        apart = {} if site is None else {name: site.at[name] for name in site.apart}
+        for name, parameter in layer.get_base_layer().named_parameters(recurse=False):
+            held = at_rest(parameter.data, site)
+            place = [part, apart, [str(side) for side in held.slices]]
+            yield f"{layer.target_name}.{name}", (_text(place), sample(held.local))
+
+
+def sample(weight: Tensor) -> str:
+    """Return a hash of the shape, the dtype and some numbers of a weight, taken in even steps through all of it."""
+    numbers = ""
+    if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:  # quantisers' own cannot always be indexed
+        flat = weight.detach() if weight.is_contiguous() else weight.detach()[:1].contiguous()
+        numbers = _digest(flat.view(-1)[:: max(1, flat.numel() // _SAMPLE)])
+    return f"{tuple(weight.shape)} {weight.dtype} {numbers}"
 
 
 def _layers(model: nn.Module, axes: Mapping[str, Axis]) -> dict[str, int]:
@@ -139,6 +165,7 @@ def _compare(everyone: list[Mapping[str, Any]]) -> None:
     compare([other["also"] for other in everyone])
     _compare_random_states(everyone)
     _compare_names(everyone)
+    _compare_weights(everyone)
     _compare_tensors(everyone)
 
 
@@ -155,26 +182,40 @@ def _compare_names(everyone: list[Mapping[str, Any]]) -> None:
 
 def _compare_tensors(everyone: list[Mapping[str, Any]]) -> None:
     seen: dict[str, tuple[int, dict[str, Any]]] = {}
-    values: dict[tuple[str, str], tuple[int, str]] = {}
+    values: _Seen = {}
     for rank, other in enumerate(everyone):
         for name, tensor in other["tensors"].items():
             of, known = seen.setdefault(name, (rank, tensor))
             for field in ("shape", "dtype", "layout"):
                 if tensor[field] != known[field]:
                     _refuse(rank, f"{field} of {name}", known[field], tensor[field], of)
-            holder, digest = values.setdefault((name, tensor["place"]), (rank, tensor["values"]))
-            if digest != tensor["values"]:
-                _refuse(rank, f"initial values of {name}", digest, tensor["values"], holder)
+            _see(values, (name, tensor["place"]), rank, tensor["values"], f"initial values of {name}")
+
+
+def _compare_weights(everyone: list[Mapping[str, Any]]) -> None:
+    seen: _Seen = {}
+    for rank, other in enumerate(everyone):
+        for name, (place, numbers) in other["weights"].items():
+            _see(seen, (name, place), rank, numbers, f"base weights of {name}")
 
 
 def _compare_random_states(everyone: list[Mapping[str, Any]]) -> None:
     # Masks of dropout, and a variant's samples, agree only where the generators do.
-    states: dict[str, tuple[int, str]] = {}
+    field = "random state (dropout and sampling need the same one on all ranks that share a batch)"
+    seen: _Seen = {}
     for rank, other in enumerate(everyone):
-        holder, state = states.setdefault(str(other["batch"]), (rank, other["random state"]))
-        if state != other["random state"]:
-            field = "random state (dropout and sampling need the same one on all ranks that share a batch)"
-            _refuse(rank, field, state, other["random state"], holder)
+        _see(seen, (str(other["batch"]),), rank, other["random state"], field)
+
+
+def _see(seen: _Seen, key: tuple[str, ...], rank: int, value: str, field: str) -> None:
+    """Note what a rank has of something, and refuse it if one before has another."""
+    holder, known = seen.setdefault(key, (rank, value))
+    if value != known:
+        _refuse(rank, field, known, value, holder)
+
+
+#: By what it is: the first rank that has it, and its value there.
+_Seen = dict[tuple[str, ...], tuple[int, str]]
 
 
 def _refuse(rank: int, field: str, wanted: Any, got: Any, other: int = 0) -> None:

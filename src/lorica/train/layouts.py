@@ -7,17 +7,15 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorica import parallel
 from lorica.adapt.inject import base_of
 from lorica.errors import LayoutError, RecipeError
+from lorica.ranks.agreement import sample
 from lorica.train import models
 from lorica.train.ranks import Ranks, limit_waiting
 from lorica.train.recipe import ParallelSection
-
-#: Numbers of each weight that ranks compare, about.
-_SAMPLE = 4096
 
 
 def load_base(section: ParallelSection, ranks: Ranks, where: torch.device, path: str, **options: Any) -> Any:
@@ -40,11 +38,7 @@ def _sampled(base: nn.Module) -> str:
     """A hash of some numbers of every weight, and of all names, shapes and dtypes: another model has another one."""
     digest = hashlib.sha256()
     for name, parameter in base.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if type(parameter.data) is Tensor and not parameter.is_meta:  # quantisers' own kinds cannot always be indexed
-            flat = parameter.data.reshape(-1)
-            some = flat[:: max(1, len(flat) // _SAMPLE)].cpu().contiguous()
-            digest.update(some.view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {sample(parameter.data)}".encode())
     return digest.hexdigest()
 
 
