@@ -85,6 +85,7 @@ def config(division: Division, **changes: Any) -> Any:
 def moe(**changes: Any) -> dict[str, Any]:
     """Return the fields of :func:`config` that make the model one of experts; ``changes`` are fields too."""
     fields: dict[str, Any] = {
+        "num_layers": 2,  # a stage has one; chunks of layers are tried on dense models
         "num_moe_experts": EXPERTS,
         "moe_ffn_hidden_size": FFN // 2,
         "moe_router_topk": 2,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import world
 from gpt import Division, chunks
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def outcome(
     Args:
         division: of the model; the whole one is the oracle, of one process, for whose gradients nothing is done.
         wanted: the adapter.
-        batches: microbatches; None: four.
+        batches: microbatches; None: as many as ranks, so that each data-parallel rank has some of its own.
         rebuild: changes each chunk before it is adapted.
         **changes: of the model.
     """
@@ -72,7 +73,7 @@ def outcome(
             for chunk in models:
                 rebuild(chunk)
         model = adapted(models, wanted)
-        loss = world.train(models, world.tokens(4) if batches is None else batches, alone=alone)
+        loss = world.train(models, world.tokens(dist.get_world_size()) if batches is None else batches, alone=alone)
         if not alone:
             sum_gradients(model)
         found = Outcome(loss, logical(model, gradients=True), logical(model))
@@ -117,11 +118,12 @@ def trained(
         wrapped = [DistributedDataParallel(settings, how, chunk) for chunk in models]
         plan = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=distributed, clip_grad=0.05)
         optimizer = get_megatron_optimizer(plan, wrapped)
+        ranks = dist.get_world_size()
         for step in range(steps):
             for chunk in wrapped:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            world.train(wrapped, world.tokens(4 * (step + 1))[-4:], alone=division == Division())
+            world.train(wrapped, world.tokens(ranks * (step + 1))[-ranks:], alone=division == Division())
             done, norm, _ = optimizer.step()
             assert done
             assert norm > plan.clip_grad, "nothing is clipped, so a wrong norm would not be seen"

@@ -94,7 +94,7 @@ def layers(division: Division, factors: dict[str, Pair], *, empty: bool = False)
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-    settings = config(division, **moe() if division.ep > 1 else {})
+    settings = config(division, **moe(num_layers=LAYERS) if division.ep > 1 else {})
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     tp, rank = division.tp, parallel_state.get_tensor_model_parallel_rank()
     stage, each = parallel_state.get_pipeline_model_parallel_rank(), LAYERS // division.pp

@@ -40,7 +40,7 @@ def bridged(division: Division, method: Any, **changes: Any) -> Outcome:
         torch.manual_seed(7)
         assert method(models) is models
         model = method.peft_model(models)
-        loss = world.train(models, world.tokens(4), alone=alone)
+        loss = world.train(models, world.tokens(dist.get_world_size()), alone=alone)
         if not alone:
             sum_gradients(model)
         found = Outcome(loss, outcomes.logical(model, gradients=True), outcomes.logical(model))

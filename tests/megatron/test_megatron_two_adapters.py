@@ -53,7 +53,7 @@ def each_is_what_it_is_alone(division: Division) -> None:
         models, model = both(division)
         for name, wanted in alone.items():
             model.set_adapter(name)
-            loss = world.train(models, world.tokens(4), alone=division == WHOLE)
+            loss = world.train(models, world.tokens(2), alone=division == WHOLE)
             if division != WHOLE:
                 sum_gradients(model)
             found = outcomes.Outcome(loss, tensors(model, name, gradients=True), tensors(model, name))

@@ -121,7 +121,7 @@ def train(model: Any, models: list[Any], steps: int = 3) -> None:
 def from_megatron(division: Division, wanted: LoraConfig, *, routed: bool = False) -> None:
     """Adapt Megatron's model, train, save, convert, load on transformers' model, and compare answers."""
     folder = shared_folder()
-    changes: dict[str, Any] = moe() if routed else {}
+    changes: dict[str, Any] = moe(num_layers=LAYERS) if routed else {}
     with world.divided(division):
         models = chunks(division, **changes)
         model = outcomes.adapted(models, wanted)
