@@ -1,22 +1,12 @@
-"""One tiny model directory and one data file for all tests of the command line."""
+"""What all tests of the command line need."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-import runs
+from run_fixtures import base, data_file
 
 pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_jsonl(tmp_path_factory.mktemp("data") / "sums.jsonl", runs.sums(30))
+__all__ = ["base", "data_file"]

@@ -9,13 +9,15 @@ import pytest
 from whole_runs import run, settings, trace
 
 import runs
+from run_fixtures import base, data_file
+
+__all__ = ["base", "data_file", "given", "values", "whole"]
 
 
 @pytest.fixture(scope="session")
-def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base model and data."""
-    folder = tmp_path_factory.mktemp("given")
-    return runs.save_base(folder / "base"), runs.write_jsonl(folder / "sums.jsonl", runs.sums(12))
+def given(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The base model and fewer data."""
+    return base, runs.write_jsonl(tmp_path_factory.mktemp("given") / "sums.jsonl", runs.sums(12))
 
 
 @pytest.fixture

@@ -29,10 +29,11 @@ import torch.distributed as dist
 
 from lorica.train import job, lost, models, recipe, signals, sources, state
 
-#: Seconds after which a rank that waits for a collective gives up: ``parallel.timeout`` of the runs.
-TIMEOUT = 20.0
+#: Seconds after which a rank that waits for a collective gives up: ``parallel.timeout`` of the runs. So far apart from
+#: what follows that a slow machine with other work beside the ranks does not make one of the other.
+TIMEOUT = 180.0
 #: Seconds in which the other ranks have to be done once the fault has struck.
-SOON = 10.0
+SOON = 60.0
 
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}

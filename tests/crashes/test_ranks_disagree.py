@@ -11,7 +11,7 @@ from typing import Any
 
 import ranks
 import torch
-from rank_faults import SOON, Call, Outcome, attempt, prepare
+from rank_faults import SOON, TIMEOUT, Call, Outcome, attempt, prepare
 
 import runs
 from lorica.train import job, models, sources
@@ -116,13 +116,11 @@ def try_all(values: dict[str, Any], folder: Path) -> dict[str, tuple[list[Outcom
     return told
 
 
-def test_ranks_that_differ_stop_before_anything_is_written(tmp_path: Path) -> None:
-    base = runs.save_base(tmp_path / "base")
-    data = runs.write_jsonl(tmp_path / "sums.jsonl", runs.sums(30))
-    values = runs.settings(base, data, tmp_path / "out", training__steps=1)
+def test_ranks_that_differ_stop_before_anything_is_written(base: Path, data_file: Path, tmp_path: Path) -> None:
+    values = runs.settings(base, data_file, tmp_path / "out", training__steps=1)
     values["training"]["batch_size"] = 4
-    values["parallel"] = {"dp": 2, "timeout": 20.0}
-    (told,) = ranks.run(1, try_all, values, tmp_path / "tries", timeout=200)
+    values["parallel"] = {"dp": 2, "timeout": TIMEOUT}
+    (told,) = ranks.run(1, try_all, values, tmp_path / "tries", timeout=600)
     expected = {name: message for name, (_, message) in (SETTINGS | FINDS).items()} | {
         "the masks of dropout": "random state (dropout and sampling need the same one",
         "of four": "lora.lora_alpha: 5.0, not 8.0",
@@ -144,16 +142,16 @@ def stop_one(values: dict[str, Any], folder: Path) -> list[Outcome]:
     return attempt(values, 2, folder, victim=1, fault="stop", at=Call("torch.autograd", "backward"))
 
 
-def test_a_rank_that_hangs_is_waited_for_as_long_as_the_recipe_says(tmp_path: Path) -> None:
-    base = runs.save_base(tmp_path / "base")
-    data = runs.write_jsonl(tmp_path / "sums.jsonl", runs.sums(30))
-    values = runs.settings(base, data, tmp_path / "out", training__steps=1)
-    values["parallel"] = {"dp": 2, "timeout": 3.0}
-    ((waiting, hanging),) = ranks.run(1, stop_one, values, tmp_path / "tries", timeout=90)
+def test_a_rank_that_hangs_is_waited_for_as_long_as_the_recipe_says(
+    base: Path, data_file: Path, tmp_path: Path
+) -> None:
+    values = runs.settings(base, data_file, tmp_path / "out", training__steps=1)
+    values["parallel"] = {"dp": 2, "timeout": 8.0}
+    ((waiting, hanging),) = ranks.run(1, stop_one, values, tmp_path / "tries", timeout=300)
     assert hanging.code == -signal.SIGKILL
     assert waiting.kind == "LostRankError", waiting
     assert "rank 1 gave no sign of life" in waiting.said, waiting
-    assert 2 < waiting.late < 3 + SOON, waiting
+    assert 7 < waiting.late < 8 + SOON < TIMEOUT, waiting
 
 
 def _swapped(message: str, name: str) -> str:

@@ -54,7 +54,7 @@ def test_a_merge_that_loses_a_rank_leaves_nothing(tmp_path: Path) -> None:
     adapted = lorica.get_peft_model(model, lorica.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
     arguments = tmp_path / "adapter", tmp_path / "base", tmp_path / "tries"
-    (told,) = ranks.run(1, merge_and_fail, *arguments, timeout=120)
+    (told,) = ranks.run(1, merge_and_fail, *arguments, timeout=600)
     outcomes, left = told.pop(" 0")
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert left == ["merged"]

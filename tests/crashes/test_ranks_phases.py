@@ -6,6 +6,7 @@ none, bit for bit.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ WORDS = {"error": "struck", "full": "No space left on device", "int": "KeyboardI
 WORDS |= {"io": "Input/output error", "readonly": "Read-only file system"}
 
 
-#: What may fail: removing what is left of older checkpoints, making a directory that is there.
-NOT_NEEDED = ("os.remove", "os.rmdir", "os.mkdir")
+#: What may fail: removing an older checkpoint, of which some names are within open directories; making a directory that
+#: is there.
+NOT_NEEDED = re.compile("os.remove|os.rmdir|os.mkdir|.*/step-000001")
 
 #: How four ranks divide the model and the rows; two have the rows between them.
 LAYOUTS = {2: {"dp": 2}, 4: {"tp": 2, "dp": 2}}
@@ -43,16 +45,6 @@ def settings(base: Path, data: Path, output: Path, count: int, **checkpoint: Any
     values["log"] = {"every": 1}
     values["parallel"] = LAYOUTS[count] | {"timeout": TIMEOUT}
     return values
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_jsonl(tmp_path_factory.mktemp("data") / "sums.jsonl", runs.sums(30))
 
 
 def assert_victim(link: Link, told: Told) -> None:
@@ -131,9 +123,9 @@ def test_where_ranks_divide_the_model_a_fault_loses_nothing_either(
 def assert_chain(links: list[Link], count: int, both: list[dict[str, Any]], folder: Path) -> None:
     """A run that meets these faults is in the end that which met none; ``both`` are the settings of that and of it."""
     whole, cut = both
-    (reference,) = ranks.run(1, rank_phases.run, whole, count, [], folder / "one try", timeout=200)
+    (reference,) = ranks.run(1, rank_phases.run, whole, count, [], folder / "one try", timeout=600)
     assert [outcome.code for outcome in reference[-1].outcomes] == [0] * count, reference
-    (told,) = ranks.run(1, rank_phases.run, cut, count, links, folder / "tries", timeout=600)
+    (told,) = ranks.run(1, rank_phases.run, cut, count, links, folder / "tries", timeout=1800)
     for each in told[:-1]:
         assert each.link is not None
         assert each.struck, each
@@ -167,7 +159,7 @@ def assert_operations(values: dict[str, Any], count: int, most: int | None, fold
         link, ended = each.link, [outcome.code for outcome in each.outcomes]
         if not any(ended):
             assert each.after[-1] == "step-000003", each
-            assert link is None or link.phase.name.startswith(NOT_NEEDED), each
+            assert link is None or NOT_NEEDED.match(link.phase.name), each
             continue
         assert link is not None, each
         assert_victim(link, each)

@@ -15,7 +15,6 @@ from rank_faults import attempt, prepare
 from rank_phases import PHASES
 from test_ranks_phases import final_state, settings
 
-import runs
 from lorica.train import job, recipe
 
 #: Phase, rank and fault of each attempt.
@@ -47,7 +46,7 @@ def launch(values: dict[str, Any], count: int, folder: Path) -> list[int]:
     prepare(values)
     os.environ["STRUCK"] = str(folder)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "10"
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "60"
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # which may not fork
     config = LaunchConfig(
         min_nodes=1,
@@ -70,10 +69,8 @@ def alone(values: dict[str, Any], count: int, folder: Path) -> list[int]:
     return [outcome.code for outcome in attempt(values, count, folder)]
 
 
-def test_ranks_are_replaced_as_often_as_they_are_lost(tmp_path: Path) -> None:
-    base = runs.save_base(tmp_path / "base")
-    data = runs.write_jsonl(tmp_path / "sums.jsonl", runs.sums(30))
-    whole, cut = (settings(base, data, tmp_path / name, 4) for name in ("whole", "cut"))
-    assert ranks.run(1, alone, whole, 4, tmp_path / "one try", timeout=120) == [[0, 0, 0, 0]]
-    assert ranks.run(1, launch, cut, 4, tmp_path, timeout=300) == [[len(LOST)] * 4]
+def test_ranks_are_replaced_as_often_as_they_are_lost(base: Path, data_file: Path, tmp_path: Path) -> None:
+    whole, cut = (settings(base, data_file, tmp_path / name, 4) for name in ("whole", "cut"))
+    assert ranks.run(1, alone, whole, 4, tmp_path / "one try", timeout=600) == [[0, 0, 0, 0]]
+    assert ranks.run(1, launch, cut, 4, tmp_path, timeout=900) == [[len(LOST)] * 4]
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +38,12 @@ def _hangs(rank: int) -> None:
         dist.barrier()
         limit_waiting(timedelta(seconds=1))
         if rank == 1:
-            Path(os.environ["STRUCK"]).touch()
-            signal.sigtimedwait([signal.SIGUSR1], 8)
+            struck = Path(os.environ["STRUCK"])
+            struck.touch()
+            deadline = time.monotonic() + SOON
+            while not all((struck.parent / f"said-{other}").exists() for other in (0, 2)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
             os._exit(0)
         dist.all_reduce(torch.ones(1))
 
@@ -56,7 +61,7 @@ def _try(folder: Path) -> tuple[list[Outcome], list[Outcome]]:
 
 
 def test_a_store_that_is_gone_and_a_rank_that_hangs(tmp_path: Path) -> None:
-    ((keeper, *others), hanging) = ranks.run(1, _try, tmp_path, timeout=90)[0]
+    ((keeper, *others), hanging) = ranks.run(1, _try, tmp_path, timeout=300)[0]
     assert keeper.code == -signal.SIGKILL
     for outcome in others:
         assert outcome.kind == "LostRankError"

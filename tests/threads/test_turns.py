@@ -315,7 +315,7 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have() -> N
     held.wait()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(120)
         with turns.writing(), turns.reading:
             os._exit(0)
     held.open()

@@ -17,7 +17,7 @@ def test_faults_at_every_write_step_of_a_checkpoint(base: Path, data_file: Path,
     command = [sys.executable, str(here / "killing.py"), str(base), str(data_file), str(tmp_path / "out")]
     paths = [str(here.parent), str(here.parent / "crashes"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: (int(before), int(new)) for name, before, new in map(str.split, done.stdout.splitlines())}
     assert found.keys() == {

@@ -388,7 +388,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as one mapping from dotted keys; the free-form mappings in a section stay whole."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and not prefix:
+        if isinstance(value, dict) and not prefix:  # Mapping would ask each of its subclasses, which are hundreds
             flat.update(flatten(value, f"{key}."))
         else:
             flat[prefix + key] = value

@@ -30,7 +30,7 @@ def launch(
     folder: Path, *arguments: str, change: Callable[..., None] | None = None, given: tuple[Any, ...] = ()
 ) -> Done:
     """Run ``lorica``, of which each rank first calls ``change(*given)``."""
-    (done,) = ranks.run(1, _command, folder, arguments, change, given, timeout=200)
+    (done,) = ranks.run(1, _command, folder, arguments, change, given, timeout=600)
     return done
 
 

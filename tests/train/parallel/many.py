@@ -21,7 +21,7 @@ def run(count: int, values: dict[str, Any], **options: Any) -> list[dict[str, An
     if count == 1:
         train(values, options)
     else:
-        ranks.run(count, train, values, options, timeout=90)
+        ranks.run(count, train, values, options, timeout=600)
     return records(Path(values["output_dir"]))
 
 
