@@ -370,8 +370,8 @@ def attacks() -> dict[str, Attack]:
         for n, (change, says, file, but) in _FITS.items()
     }
     found |= {f"config: {n}": Attack(_configured(make), says, CONFIG, but) for n, (make, says, but) in _TARGETS.items()}
-    found["40,000 empty tensors"] = Attack(
-        _content(WEIGHTS, lambda: many_tensors(40_000, stem=f"{FIRST_A}.")),
+    found["100,000 empty tensors"] = Attack(
+        _content(WEIGHTS, lambda: many_tensors(100_000, stem=f"{FIRST_A}.")),
         "missing|unexpected|factor",
         WEIGHTS,
         _NO_WEIGHTS

@@ -6,6 +6,7 @@ import encodings.cp437  # noqa: F401 (archives' names are looked up in it; nothi
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,24 @@ import others
 import pytest
 import torch
 from doors import refused
-from safetensors.torch import save_file
+from hostile_headers import CONTENTS
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+import models
 from lorica.calibration import files
 from lorica.checkpoint.neuron import read_shards
 from lorica.checkpoint.shards import read_index
 from lorica.checkpoint.whole import consolidate
+from lorica.cli.app import app
 from lorica.convert import convert_adapter
 from lorica.convert.dcp import METADATA, Distributed
 from lorica.convert.geometry import Geometry, geometry_of
-from lorica.errors import CheckpointError, ExportError, RecipeError
+from lorica.errors import CheckpointError, ExportError, LoricaError, RecipeError
 from lorica.files.pickles import Record, read_pickle
 from lorica.files.torch_files import read_torch_file
 from lorica.layout.tiling import tiles
@@ -250,6 +255,50 @@ def test_numbers_of_a_checkpoint_are_numbers(field: str, value: Any, tmp_path: P
 def test_files_of_a_model_lie_beside_their_index(name: Any, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     refused(lambda: weight_files(tmp_path), "model.safetensors.index.json", error=CheckpointError)
+
+
+@pytest.fixture(scope="module")
+def whole_models(tmp_path_factory):
+    """A base model, and one that is fine-tuned, after one has been compared with the other: all is imported."""
+    folder = tmp_path_factory.mktemp("models")
+    model = models.tiny_llama()
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.add_(torch.randn(16, 16))
+    model.save_pretrained(folder / "tuned")
+    places = [str(folder / name) for name in ("base", "tuned", "out")]
+    done = CliRunner().invoke(app, ["extract", *places[:2], "-o", places[2], "-q", "--rank", "2"])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("name", ["cut", "NaN", "a pickle", "a pipe", "a million empty tensors", "a gap"])
+def test_models_that_an_adapter_is_extracted_from_are_whole(name, side, whole_models, tmp_path) -> None:
+    shutil.copytree(whole_models, tmp_path / "models")
+    file = tmp_path / "models" / side / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    query = "model.layers.0.self_attn.q_proj.weight"
+    if name == "a pipe":
+        os.mkfifo(file)
+    elif name == "a pickle":
+        torch.save(tensors, file)
+    elif name in CONTENTS and name != "NaN":
+        file.write_bytes(CONTENTS[name][0]())
+    else:
+        tensors[query][0, 0] = float("nan") if name == "NaN" else 1.0
+        save_file(tensors, file, {"format": "pt"})
+        if name == "cut":
+            os.truncate(file, file.stat().st_size - 1)
+    folders = [str(tmp_path / "models" / place) for place in ("base", "tuned")]
+
+    def extract() -> None:
+        done = CliRunner().invoke(app, ["extract", *folders, "-o", str(tmp_path / "adapter"), "-q", "--rank", "2"])
+        raise LoricaError(done.stderr) if done.exit_code == 2 else AssertionError(done.output) from done.exception
+
+    refused(extract, str(tmp_path / "models" / side), query if name == "NaN" else "model.safetensors")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ 1 / 0 }}", "{{ x.y.z }}"])
