@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -57,6 +58,7 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.phi3.modeling_phi3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "datasets",
     "lorica",
     "lorica.cli.app",
     "lorica.train.job",
@@ -126,6 +128,7 @@ def _rank(
     pipe: Connection, call: bytes, rank: int, size: int, folder: str, timeout: float, environment: Any, filters: Any
 ) -> None:
     os.setsid()  # so that what the rank starts itself is killed with it
+    gc.freeze()  # what the server has imported: a full collection would walk, and so copy, all of it in every rank
     output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -187,16 +190,28 @@ def _collect(pipes: Sequence[Connection], timeout: float) -> dict[int, tuple[str
 def _stacks(processes: Sequence[Any], folder: str, said: dict[int, Any]) -> dict[int, str]:
     """Return where the ranks are that said nothing, or were when they died."""
     silent = [rank for rank in range(len(processes)) if rank not in said]
-    for rank in silent:
+    files = {rank: Path(folder, f"stack-{rank}") for rank in silent}
+    asked = [rank for rank in silent if files[rank].exists()]  # before that the signal would kill it
+    for rank in asked:
         with contextlib.suppress(OSError):
-            if Path(folder, f"stack-{rank}").exists():  # before that the signal would kill it
-                os.kill(processes[rank].pid, signal.SIGUSR1)
-    time.sleep(0.3 if silent else 0)
-    found = {rank: _text(Path(folder, f"stack-{rank}")) or "(did not start)" for rank in silent}
+            os.kill(processes[rank].pid, signal.SIGUSR1)
+    _settle([files[rank] for rank in asked])
+    found = {rank: _text(files[rank]) or "(did not start)" for rank in silent}
     for rank in (rank for rank, (kind, what) in said.items() if kind == "error" and what[0] == "died"):
         processes[rank].join(GRACE)
         found[rank] = f"exit code {processes[rank].exitcode}\n{_text(Path(folder, f'stack-{rank}'))}"
     return found
+
+
+def _settle(files: Sequence[Path]) -> None:
+    """Wait until all files have something in them that no longer grows."""
+    deadline, before = time.monotonic() + 5 * GRACE, [0]
+    while time.monotonic() < deadline:
+        sizes = [file.stat().st_size for file in files]
+        if all(sizes) and sizes in ([], before):
+            return
+        before = sizes
+        time.sleep(0.2)
 
 
 def _error(
