@@ -1,18 +1,19 @@
 """Run by test_kill.py: write a checkpoint again and again, each time with a fault one change of the file system later.
 
-Usage: killing.py BASE DATA OUTPUT. The process is killed, or interrupted, or the disk fails (once, or from then on),
-just before the k-th time that something is opened for writing, flushed, renamed, made or removed; a file-size limit
-ends the process or fails in the middle of a write, also of one that is not Python's. After each fault the newest
-complete checkpoint must be the one before or the new one, whole, and the next attempt must succeed.
+It needs a process of its own, of which it sets limits and handlers. That is killed, or interrupted, or the disk fails
+(once, or from then on), just before the k-th time that something is opened for writing, flushed, renamed, made or
+removed; a file-size limit ends the process or fails in the middle of a write, also of one that is not Python's. After
+each fault the newest complete checkpoint must be the one before or the new one, whole, and the next attempt must
+succeed.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import faults
 import torch
+import torch.distributed as dist
 
 import runs
 from lorica.train import job, recipe, signals, state
@@ -188,14 +190,15 @@ def two_signals(play: Rehearsal) -> Iterator[int]:
         yield step
 
 
-def main(base: Path, data: Path, output: Path) -> None:
-    torch.set_num_threads(1)
-    play = Rehearsal(base, data, output)
+def rehearse(base: Path, data: Path, output: Path) -> dict[str, tuple[int, int]]:
+    """How often each fault left the checkpoint before, and the new one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    play, told = Rehearsal(base, data, output), {}
     for fault in (kills, kills_within_a_write, errors, errors_within_a_write, one_signal, two_signals):
         found = Counter(fault(play))
         assert play.check(tidy=False) in (1, 2)
-        print(f"{fault.__name__} {found[1]} {found[2]}")
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+        told[fault.__name__] = found[1], found[2]
+    return told
