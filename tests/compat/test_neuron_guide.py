@@ -27,7 +27,7 @@ def _run(folder: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_code_of_the_guide(tmp_path: Path) -> None:
     (tmp_path / "demo").symlink_to(ROOT / "demo")
-    ranks.run(2, _run, str(tmp_path), timeout=120)
+    ranks.run(2, _run, str(tmp_path))
     assert lorica.LoraConfig.from_pretrained(tmp_path / "adapter").task_type == "CAUSAL_LM"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 

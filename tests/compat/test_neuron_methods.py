@@ -159,7 +159,7 @@ def _all_grouped(order: str) -> None:
 @pytest.mark.parametrize(("size", "order"), [(2, "strided"), (8, "strided"), (8, "neighbours")])
 def test_dora_on_grouped_queries(size: int, order: str) -> None:
     """Of 8 ranks two have each key head; its norms and magnitudes are the same on both."""
-    ranks.run(size, _all_grouped, order, timeout=120)
+    ranks.run(size, _all_grouped, order)
 
 
 def _embedding(dora: bool, **options: Any) -> None:

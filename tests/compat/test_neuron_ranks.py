@@ -245,7 +245,7 @@ def _all_grouped(order: Any) -> None:
 @pytest.mark.parametrize(("size", "order"), [(2, "strided"), (4, "strided"), (8, "strided"), (8, "neighbours")])
 def test_grouped_queries_are_the_whole_projections(size: int, order: str) -> None:
     """Fused and apart, with sequence parallelism and without; 8 ranks have two copies of each key/value head."""
-    ranks.run(size, _all_grouped, order, timeout=120)
+    ranks.run(size, _all_grouped, order)
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def _model(folder: str, sequence_parallel: bool) -> None:
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_model_trains_as_on_one_process(size: int, sequence_parallel: bool, tmp_path: Path) -> None:
     """Gradients of factors that all ranks have are whole under sequence parallelism; one file is saved."""
-    ranks.run(size, _model, str(tmp_path), sequence_parallel, timeout=120)
+    ranks.run(size, _model, str(tmp_path), sequence_parallel)
     mine, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "whole"))
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():

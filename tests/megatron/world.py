@@ -52,7 +52,7 @@ from stand_ins import of_this_rank
 from torch import Tensor, nn
 
 #: Seconds after which a case, or a start, is taken to hang, many times what they need; it says where it is and leaves.
-PATIENCE, START = 180, 120
+PATIENCE = START = spawned.PATIENCE
 #: So many failures are told, and the cases after them not tried.
 MOST = 4
 #: The cases of each file, by its module's name.

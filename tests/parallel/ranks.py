@@ -59,6 +59,7 @@ PRELOAD = [
     "transformers.models.phi3.modeling_phi3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "datasets",
+    "peft",
     "lorica",
     "lorica.cli.app",
     "lorica.train.job",
