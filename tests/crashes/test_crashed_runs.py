@@ -51,6 +51,7 @@ class Disk:
         def save(saver: state.Saver) -> Path:
             saves.append(saver)
             if len(saves) == 2:
+                saver.wait()  # or the first one is still being written
                 self._fault.enter_context(faults.at(self._place, change, FULL, lasting=True))
             return original(saver)
 
