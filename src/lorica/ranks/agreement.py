@@ -29,6 +29,8 @@ TIMEOUT = 300.0
 _ABSENT = "nothing"
 #: Numbers of a weight that ranks compare, about.
 _SAMPLE = 4096
+#: By what it is: the first rank that has it, and its value there.
+_Seen = dict[tuple[str, ...], tuple[int, str]]
 
 
 def verify(model: nn.Module, *, timeout: float = TIMEOUT, also: Mapping[str, Any] | None = None) -> None:
@@ -126,7 +128,7 @@ def sample(weight: Tensor) -> str:
     numbers = ""
     if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:  # quantisers' own cannot always be indexed
         flat = weight.detach() if weight.is_contiguous() else weight.detach()[:1].contiguous()
-        numbers = _digest(flat.view(-1)[:: max(1, flat.numel() // _SAMPLE)])
+        numbers = _digest(flat.view(-1)[:: flat.numel() // _SAMPLE | 1])  # odd: not always the same columns
     return f"{tuple(weight.shape)} {weight.dtype} {numbers}"
 
 
@@ -212,10 +214,6 @@ def _see(seen: _Seen, key: tuple[str, ...], rank: int, value: str, field: str) -
     holder, known = seen.setdefault(key, (rank, value))
     if value != known:
         _refuse(rank, field, known, value, holder)
-
-
-#: By what it is: the first rank that has it, and its value there.
-_Seen = dict[tuple[str, ...], tuple[int, str]]
 
 
 def _refuse(rank: int, field: str, wanted: Any, got: Any, other: int = 0) -> None:
