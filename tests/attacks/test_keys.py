@@ -13,7 +13,7 @@ import lorica
 from lorica.checkpoint.reading import map_keys
 from lorica.convert import families
 from lorica.convert.peft import read_peft_adapter
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, suggest
 from lorica.layout.neuron import key_of
 from lorica.targets.walk import targets_of_keys
 from models import mlp
@@ -114,3 +114,10 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys") / "adapter"
     lorica.get_peft_model(mlp(), lorica.LoraConfig(target_modules=["lin0", "lin1"])).save_pretrained(folder)
     return folder
+
+
+def test_nothing_is_near_to_a_long_word() -> None:
+    """Looking for it would take as long as the word is."""
+    known = ["x" * 200]
+    assert suggest("x" * 200, known)
+    assert suggest("x" * 201, known) == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import warnings
@@ -19,6 +18,7 @@ import lorica
 from lorica.config import expressions
 from lorica.config.expressions import FORMS, Clock
 from lorica.errors import ConfigError, LoricaError
+from lorica.targets import match
 from lorica.targets.match import Values, entry_matches, idle_entries, meaning, pattern_value
 from models import mlp
 
@@ -233,14 +233,19 @@ def test_what_two_fields_share_counts_once() -> None:
 
 def test_a_machine_that_is_slow_or_busy_takes_what_a_quick_one_takes(monkeypatch) -> None:
     """Whether patterns are too many to be compiled is counted; what a thread waits is not what matching takes."""
-    wall = itertools.count(0, 2.0)  # seconds, of which none is the thread's own
-    slow = SimpleNamespace(perf_counter=lambda: next(wall), thread_time=lambda: 0.0)
-    monkeypatch.setattr(expressions, "time", slow)
+    wall = [0.0]
+
+    def tick() -> float:
+        wall[0] += 2.0
+        return wall[0]
+
+    slow = SimpleNamespace(perf_counter=tick, thread_time=lambda: 0.0)  # it only waits
+    for module in (expressions, match):
+        monkeypatch.setattr(module, "time", slow)
     config = lorica.LoraConfig(rank_pattern={rf"layers\.{i}\.(self_attn|mlp)\..*_proj": i + 1 for i in range(900)})
     values, clock = Values(config.rank_pattern, "rank_pattern"), Clock()
     assert values.of("model.layers.7.mlp.up_proj", 8, clock) == 8
-    own = itertools.count(0, 4.0)  # more than goes by on the wall
-    monkeypatch.setattr(slow, "thread_time", lambda: next(own))
+    monkeypatch.setattr(slow, "thread_time", lambda: wall[0])  # and now it works
     with pytest.raises(ConfigError, match="more than"):
         [values.of("model.layers.7.mlp.up_proj", 8, clock) for _ in range(10_000)]
 
