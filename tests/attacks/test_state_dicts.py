@@ -9,6 +9,7 @@ import pytest
 import torch
 from doors import refused
 from good_adapter import write_good
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorica
@@ -68,3 +69,17 @@ def test_numbers_as_large_as_float32_has_are_taken_from_float64(tmp_path: Path) 
     lorica.set_peft_model_state_dict(model, state)
     found = lorica.get_peft_model_state_dict(model)
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_whole_numbers_are_no_weights_of_a_module_that_was_saved(name: str, tmp_path: Path) -> None:
+    config = lorica.LoraConfig(target_modules=["lin0"], modules_to_save=["head"])
+    model = lorica.get_peft_model(models.mlp(), config)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"base_model.model.head.weight": tensors["base_model.model.head.weight"].long()}, file)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refused(lambda: model.load_adapter(tmp_path, name), str(file), "head.weight holds torch.int64")
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
