@@ -216,13 +216,16 @@ def test_patterns_of_both_fields_are_counted_together(patterns, saved, tmp_path)
     """Few enough are taken and compiled, and one of them that is slow is refused; more are refused."""
     fields = json.loads((saved / "adapter_config.json").read_text())
     (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
-    loads = lambda: lorica.PeftModel.from_pretrained(_with_long_names(), tmp_path)  # noqa: E731
+
+    def load() -> object:
+        return lorica.PeftModel.from_pretrained(_with_long_names(), tmp_path)
+
     for some, says in (
         (patterns, "as much work as"),
         ([*patterns[: len(patterns) // 2], CATASTROPHES[0]], "more than"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(fields | _halves(some)))
-        error = refused(loads, says)
+        error = refused(load, says)
         assert "adapter_config.json: LoraConfig.alpha_pattern=" in str(error)
 
 
@@ -267,10 +270,13 @@ def test_a_file_full_of_patterns_costs_little(field, saved, tmp_path) -> None:
     """As many as the largest mixture of experts has layers are read, in any form; more are refused."""
     fields = json.loads((saved / "adapter_config.json").read_text())
     (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+
+    def load() -> object:
+        return lorica.PeftModel.from_pretrained(mlp(), tmp_path)
+
     for form, count in (("n{}.x", 60_000), (r"^n\.{}", 60_000), ("....{:06d}", 60_000), ("n{}", 200_000)):
         changed = fields | {field: {form.format(i): 1 for i in range(count)}}
         (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
-        load = lambda: lorica.PeftModel.from_pretrained(mlp(), tmp_path)  # noqa: E731
         if count == 60_000:
             within(load)
         else:
