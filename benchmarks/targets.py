@@ -116,8 +116,9 @@ _LOADING = (
     "448 parameters; without the second set of parameters, which a file's values replace, it would be 2 less"
 )
 _SAVING = (
-    "of 15 ms of processor time (peft: 45 to 48) 13 are left without flushing; what the disk takes to flush three "
-    "files and their directory, all at the same time, comes on top, and peft does not flush"
+    "17 ms, of which flushing is 0.6; again and again alone it is 10, a third of it the tensors by name, a quarter the "
+    "model card with its count of parameters, a quarter the file; renames, checksums and the look for a journal are "
+    "what peft has not"
 )
 
 _COPIED = (
