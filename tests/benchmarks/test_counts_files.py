@@ -19,7 +19,7 @@ BYTES = 4 * 16 * 4 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 352))  # ran
 
 # Calls per tensor, with what does not depend on their number shared out among so few of them.
 CALLS_OF_A_LOAD = 130
-CALLS_OF_SAVING = 64  # the journal of files that change together takes some 200 calls, whatever their tensors
+CALLS_OF_SAVING = 63  # the journal of files that change together takes some 200 calls, whatever their tensors
 
 LOADERS: dict[str, files.Maker] = {
     "first": files.load_first,

@@ -257,8 +257,8 @@ def saved_entries(model: nn.Module, adapter: str, save_embedding_layers: bool | 
 
 
 def _embeddings_targeted(model: nn.Module, adapter: str, entries: Iterable[str]) -> bool:
-    ends = ("embed_tokens", "lm_head")
-    return any(end in name for name in entries for end in ends) and any(
+    ends, names = ("embed_tokens", "lm_head"), "\n".join(entries)
+    return any(end in names for end in ends) and any(
         isinstance(module, LoraLayer) and adapter in module.specs and module.target_name.rpartition(".")[2] in ends
         for _, module in adapter_modules(model)
     )
